@@ -1,0 +1,29 @@
+"""Vision-language models on Apple MLX: convert them, chat with them, import them.
+
+The public names are `load`, `generate`, `stream_generate` and `Chat`. They are imported when first used, so that
+`import mlx_vlm_mini` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .chat import Chat
+    from .load import load
+    from .stream import generate, stream_generate
+
+__version__ = "0.1.0"
+__all__ = ["Chat", "__version__", "generate", "load", "stream_generate"]
+
+_HOME = {"Chat": ".chat", "generate": ".stream", "load": ".load", "stream_generate": ".stream"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,89 @@
+"""The one attention of both towers: fused, and an explicit path that keeps its weights."""
+
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+Mask = mx.array | Literal["causal"] | None
+
+
+def attend(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: Mask = None,
+    attentions: list[mx.array] | None = None,
+) -> mx.array:
+    """softmax(scale QK^T) V, after "Attention Is All You Need" (arXiv:1706.03762), eq. 1.
+
+    Args:
+        queries: float[B, H, L, D].
+        keys, values: float[B, H', S, D]; each of the H' heads serves H / H' query heads.
+        mask: bool[L, S] or bool[B, 1, L, S], true where a query may look; "causal" when the queries are the last L of
+            the S positions; None when every query sees every key.
+        attentions: where given, the weights float[B, H, L, S] are computed explicitly and appended.
+
+    Returns:
+        float[B, H, L, D].
+    """
+    if attentions is None:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    (B, H, L, D), S, groups = queries.shape, keys.shape[2], queries.shape[1] // keys.shape[1]
+    queries = (queries * scale).reshape(B, H // groups, groups, L, D)
+    scores = queries @ keys[:, :, None].swapaxes(-1, -2)
+    if isinstance(mask, str):
+        mask = mx.arange(S - L, S)[:, None] >= mx.arange(S)
+    if mask is not None:
+        mask = mask if mask.ndim == 2 else mask[:, None]
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    attentions.append(weights.reshape(B, H, L, S))
+    return (weights @ values[:, :, None]).reshape(B, H, L, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `num_kv_heads` below `num_heads` groups the queries (arXiv:2305.13245)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool,
+        o_bias: bool,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.scale = head_dim**-0.5
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=o_bias)
+
+    def __call__(
+        self,
+        x: mx.array,
+        *,
+        mask: Mask = None,
+        rope: Any = None,
+        cache: Any = None,
+        attentions: list[mx.array] | None = None,
+    ) -> mx.array:
+        """float[B, L, C] -> float[B, L, C]. `rope` turns queries and keys, `cache` (of mlx-lm) keeps keys and values."""
+        B, L, _ = x.shape
+        q = self.q_proj(x).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)  # (B, H, L, D)
+        k = self.k_proj(x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
+        v = self.v_proj(x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
+        if rope is not None:
+            offset = 0 if cache is None else cache.offset
+            q, k = rope(q, offset=offset), rope(k, offset=offset)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        out = attend(q, k, v, scale=self.scale, mask=mask, attentions=attentions)
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))  # (B, L, C)

@@ -1,0 +1,200 @@
+"""A checkpoint folder: its JSON files, and its tensors by the headers of its safetensors files.
+
+Format: https://huggingface.co/docs/safetensors: 8 bytes with the header's length, a JSON header, then the tensors.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .errors import CheckpointError
+
+_HEADER_LIMIT = 100 * 2**20  # bytes, the format's own limit
+
+DTYPES: dict[str, tuple[mx.Dtype, int]] = {  # safetensors' name -> MLX's type, bytes an element
+    "F32": (mx.float32, 4), "F16": (mx.float16, 2), "BF16": (mx.bfloat16, 2),
+    "I64": (mx.int64, 8), "I32": (mx.int32, 4), "I16": (mx.int16, 2), "I8": (mx.int8, 1),
+    "U64": (mx.uint64, 8), "U32": (mx.uint32, 4), "U16": (mx.uint16, 2), "U8": (mx.uint8, 1), "BOOL": (mx.bool_, 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `start` and `end` are bytes from the start of the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing, not JSON or not an object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object")
+    return content
+
+
+def parse_header(header: bytes, file: Path, data_start: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of a safetensors header whose data begins `data_start` bytes into the file.
+
+    Raises:
+        CheckpointError: the header does not follow the format.
+    """
+    tensors = {}
+    try:
+        content = json.loads(header)
+        metadata = content.pop("__metadata__", {})
+        for name, entry in content.items():
+            shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+            dtype = str(entry["dtype"])
+            if dtype not in DTYPES:
+                known = ", ".join(DTYPES)
+                raise CheckpointError(f"{file}: tensor {name} has type {dtype}; MLX reads {known}")
+            if start < 0 or end - start != prod(shape) * DTYPES[dtype][1]:
+                raise CheckpointError(f"{file}: the header gives {name} another size than its shape {list(shape)}")
+            tensors[name] = TensorInfo(file, dtype, shape, data_start + start, data_start + end)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise CheckpointError(f"{file} has a broken safetensors header; download it again") from None
+    return tensors, metadata
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; reads nothing but the header.
+
+    Raises:
+        CheckpointError: the file is missing, not of this format, or truncated.
+    """
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else _HEADER_LIMIT + 1
+            if length > _HEADER_LIMIT:
+                raise CheckpointError(f"{file} is not a safetensors file, or is truncated; download it again")
+            header = stream.read(length)
+            size = file.stat().st_size
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
+    if len(header) < length:
+        raise CheckpointError(f"{file} is truncated: {size} of at least {8 + length} bytes; download it again")
+    tensors, metadata = parse_header(header, file, 8 + length)
+    end = max((info.end for info in tensors.values()), default=8 + length)
+    if size < end:
+        raise CheckpointError(f"{file} is truncated: {size} of {end} bytes; download it again")
+    return tensors, metadata
+
+
+@dataclass
+class Checkpoint:
+    """A folder with config.json, tensors and whatever else came with them.
+
+    Attributes:
+        folder: the folder, or the part of the Hub's cache that holds it.
+        config: config.json.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    _arrays: dict[Path, dict[str, mx.array]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def _headers(self) -> list[tuple[dict[str, TensorInfo], dict[str, str]]]:
+        return [read_header(file) for file in self._files()]
+
+    def _files(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{index} has no weight_map")
+            names = sorted({str(name) for name in weight_map.values()})
+            if any(Path(name).name != name for name in names):
+                raise CheckpointError(f"{index} names a file outside its folder")
+            return [self.folder / name for name in names]
+        single = self.folder / "model.safetensors"
+        files = [single] if single.is_file() else sorted(self.folder.glob("model*.safetensors"))
+        if not files:
+            pickles = sorted(self.folder.glob("*.bin"))
+            hint = f" (this version does not read {pickles[0].name})" if pickles else ""
+            raise CheckpointError(f"{self.folder} has no model.safetensors{hint}")
+        return files
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by its name in the checkpoint.
+
+        Raises:
+            CheckpointError: a file is missing or broken, or two files hold one name.
+        """
+        found: dict[str, TensorInfo] = {}
+        for tensors, _ in self._headers:
+            for name, info in tensors.items():
+                if name in found:
+                    raise CheckpointError(f"{info.file} and {found[name].file.name} both hold {name}")
+                found[name] = info
+        return found
+
+    @cached_property
+    def is_mlx(self) -> bool:
+        """Whether convolutions lie in MLX's layout: said by the files' metadata, never guessed from shapes."""
+        return any(metadata.get("format") == "mlx" for _, metadata in self._headers)
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The quantization of config.json in mlx-lm's form, None where nothing is quantized."""
+        quantization = self.config.get("quantization")
+        if quantization is None and "quantization_config" in self.config:
+            method = self.config["quantization_config"].get("quant_method", "unknown")
+            raise CheckpointError(
+                f"{self.folder} is quantized by '{method}', which MLX does not read; convert the original weights instead"
+            )
+        return quantization
+
+    def read(self, name: str) -> mx.array:
+        """A tensor, read when it is evaluated."""
+        file = self.tensors[name].file
+        if file not in self._arrays:
+            arrays = mx.load(str(file), format="safetensors")
+            assert isinstance(arrays, dict)
+            self._arrays[file] = arrays
+        return self._arrays[file][name]
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint from a folder on disk.
+
+    Raises:
+        CheckpointError: the folder or its config.json is missing or broken.
+    """
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "not found"
+        raise CheckpointError(f"checkpoint folder {folder} {what}" if folder.exists() else f"folder {what}: {folder}")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint folder")
+    return Checkpoint(folder, read_json(folder / "config.json"))

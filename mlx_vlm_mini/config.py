@@ -1,0 +1,161 @@
+"""The configuration of the three parts. Field names are Hugging Face's where it has one.
+
+Shape letters, used in every comment of this package:
+
+    B batch    L tokens    P patches    H heads    D head size    C hidden size
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import CheckpointError
+
+Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu", "silu"]
+LayerType = Literal["full_attention", "sliding_attention"]
+
+
+def _check_sizes(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"config.json: {name} must be a positive whole number, not {value!r}")
+
+
+def _check_multiple(config: object, name: str, divisor: str) -> None:
+    if getattr(config, name) % getattr(config, divisor):
+        raise CheckpointError(
+            f"config.json: {name} {getattr(config, name)} is not a multiple of {divisor} {getattr(config, divisor)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """A pre-norm vision transformer on a square image.
+
+    `feature_layers` are the hidden states that the projector reads: 0 is what enters the first block, n what leaves
+    block n. Several are concatenated along C. Blocks after the last one named are not built.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int
+    patch_size: int
+    hidden_act: Activation
+    layer_norm_eps: float
+    class_token: bool
+    """A learned token in front of the patches (CLIP)."""
+    patch_bias: bool
+    """A bias in the patch projection (SigLIP)."""
+    pre_norm: bool
+    """A norm between the embeddings and the first block (CLIP)."""
+    feature_layers: tuple[int, ...]
+    drop_first_feature: bool
+    """LLaVA's feature strategy `default`: the first row, CLIP's class token, is left out."""
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        _check_sizes(self, "image_size", "patch_size")
+        _check_multiple(self, "hidden_size", "num_attention_heads")
+        if self.patch_size > self.image_size:
+            raise CheckpointError(
+                f"config.json: patch_size {self.patch_size} exceeds image_size {self.image_size}"
+            )
+        if not self.feature_layers:
+            raise CheckpointError("config.json: the list of vision feature layers is empty")
+        for layer in self.feature_layers:
+            if not 0 <= layer <= self.num_hidden_layers:
+                raise CheckpointError(
+                    f"config.json: vision feature layer {layer} does not exist; the tower has "
+                    f"{self.num_hidden_layers} layers"
+                )
+
+    @property
+    def depth(self) -> int:
+        """Blocks that are built."""
+        return max(self.feature_layers)
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position embedding: the patches, and the class token where there is one."""
+        return (self.image_size // self.patch_size) ** 2 + self.class_token
+
+    @property
+    def num_features(self) -> int:
+        """Feature rows that one image gives, and so the number of its tokens in the prompt."""
+        return self.num_positions - self.drop_first_feature
+
+    @property
+    def feature_size(self) -> int:
+        """Width of a feature row."""
+        return self.hidden_size * len(self.feature_layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """Image features to decoder embeddings: `num_layers` linear layers with an activation between them.
+
+    One layer is the linear projection of LLaVA (2023), two are the MLP of LLaVA-1.5.
+    """
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    hidden_act: Activation
+    bias: bool
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "input_size", "hidden_size", "num_layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A pre-norm decoder with grouped-query attention, rotary positions and a gated MLP."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    hidden_act: Activation
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None
+    """In Hugging Face's form: `rope_type` and what that type needs; None for plain rotary positions."""
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    layer_types: tuple[LayerType, ...]
+    sliding_window: int | None
+    """Keys that a `sliding_attention` layer sees, the query's own among them."""
+    tie_word_embeddings: bool
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        _check_sizes(self, "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")
+        _check_multiple(self, "num_attention_heads", "num_key_value_heads")
+        if self.head_dim % 2:
+            raise CheckpointError(f"config.json: rotary positions need an even head_dim, not {self.head_dim}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise CheckpointError(
+                f"config.json: layer_types has {len(self.layer_types)} entries for "
+                f"{self.num_hidden_layers} layers"
+            )
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise CheckpointError("config.json: a sliding_attention layer needs a sliding_window")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLMConfig:
+    """The three parts, and the token that holds an image's place in the prompt."""
+
+    family: str
+    vision: VisionConfig
+    projector: ProjectorConfig
+    decoder: DecoderConfig
+    image_token_id: int

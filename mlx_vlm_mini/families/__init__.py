@@ -1,0 +1,51 @@
+"""The families that this package reads, by the `model_type` of their config.json."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from ..config import VLMConfig
+from ..errors import CheckpointError
+from ..image import ImageSettings
+from . import llava
+
+
+class Family(Protocol):
+    """What one file of this folder says."""
+
+    WEIGHTS: Mapping[str, str | None]
+    """Checkpoint name -> ours, of tensors or whole modules; `{}` is a layer number, None drops on purpose."""
+
+    CHAT_TEMPLATE: str
+    """Jinja template for checkpoints that carry none."""
+
+    @staticmethod
+    def config(hf: Mapping[str, Any]) -> VLMConfig:
+        """config.json in our terms."""
+
+    @staticmethod
+    def pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
+        """An RGB image as float32[B, height, width, 3]: one row, or one a tile."""
+
+    @staticmethod
+    def image_text(config: VLMConfig, image_token: str, rows: int) -> str:
+        """What stands for an image in the prompt's text, one `image_token` a feature row."""
+
+
+FAMILIES: dict[str, Family] = {"llava": llava}
+
+
+def find_family(hf: Mapping[str, Any]) -> Family:
+    """The family of a config.json.
+
+    Raises:
+        CheckpointError: no family has this `model_type`.
+    """
+    model_type = hf.get("model_type")
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        what = "has no model_type" if model_type is None else f"says model_type '{model_type}'"
+        raise CheckpointError(f"config.json {what}; this version knows: {known}")
+    return FAMILIES[model_type]

@@ -1,0 +1,170 @@
+"""Parts that several families are composed of: their configs with class defaults, and their tensors' names.
+
+Source: configuration_{clip,siglip,llama,mistral,qwen2}.py and modeling_*.py of huggingface/transformers.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast, get_args
+
+from ..config import Activation, DecoderConfig, LayerType, VisionConfig
+from ..errors import CheckpointError
+
+_CLIP = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+}  # fmt: skip
+_SIGLIP = {**_CLIP, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_TOWERS: dict[str, tuple[dict[str, Any], bool]] = {  # defaults, and whether it is of CLIP's form
+    "clip_vision_model": (_CLIP, True),
+    "siglip_vision_model": (_SIGLIP, False),
+}
+
+_LLAMA = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+_MISTRAL = {
+    **_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}  # fmt: skip
+_QWEN2 = {
+    **_LLAMA, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+    "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
+    "max_window_layers": 28, "layer_types": None,
+}  # fmt: skip
+_DECODERS = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2}
+
+
+def activation(name: str) -> Activation:
+    """A config's activation name, checked."""
+    if name not in get_args(Activation):
+        known = ", ".join(sorted(get_args(Activation)))
+        raise CheckpointError(f"config.json: activation '{name}' is not supported (known: {known})")
+    return cast(Activation, name)
+
+
+def vision_tower(
+    hf: Mapping[str, Any], *, feature_layers: int | list[int], drop_first_feature: bool
+) -> VisionConfig:
+    """A CLIP or SigLIP tower from its part of config.json; `feature_layers` may count from the end."""
+    model_type = hf.get("model_type", "clip_vision_model")
+    if model_type not in _TOWERS:
+        known = ", ".join(sorted(_TOWERS))
+        raise CheckpointError(f"config.json: vision tower '{model_type}' is not supported (known: {known})")
+    defaults, clip = _TOWERS[model_type]
+    values = {**defaults, **hf}
+    depth = values["num_hidden_layers"]
+    layers = [feature_layers] if isinstance(feature_layers, int) else feature_layers
+    return VisionConfig(
+        hidden_size=values["hidden_size"],
+        num_hidden_layers=depth,
+        num_attention_heads=values["num_attention_heads"],
+        intermediate_size=values["intermediate_size"],
+        image_size=_side(values["image_size"], "image_size"),
+        patch_size=_side(values["patch_size"], "patch_size"),
+        hidden_act=activation(values["hidden_act"]),
+        layer_norm_eps=values["layer_norm_eps"],
+        class_token=clip,
+        patch_bias=not clip,
+        pre_norm=clip,
+        feature_layers=tuple(layer + depth + 1 if layer < 0 else layer for layer in layers),
+        drop_first_feature=drop_first_feature,
+    )
+
+
+def _side(size: Any, name: str) -> int:
+    """A square's side, which configs also write as [height, width]."""
+    sides = set(size) if isinstance(size, list) else {size}
+    if len(sides) != 1:
+        raise CheckpointError(f"config.json: {name} must be square, not {size}")
+    return cast(int, sides.pop())
+
+
+def text_decoder(hf: Mapping[str, Any], *, tie_word_embeddings: bool = False) -> DecoderConfig:
+    """A Llama, Mistral or Qwen2 decoder from its part of config.json."""
+    model_type = hf.get("model_type", "llama")
+    if model_type not in _DECODERS:
+        known = ", ".join(sorted(_DECODERS))
+        raise CheckpointError(f"config.json: decoder '{model_type}' is not supported (known: {known})")
+    values = {**_DECODERS[model_type], **hf}
+    heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
+    rope = dict(values.get("rope_scaling") or {}) | dict(values.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
+    layer_types = _layer_types(model_type, values)
+    sliding = "sliding_attention" in layer_types
+    return DecoderConfig(
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=values["num_key_value_heads"] or heads,
+        head_dim=values["head_dim"] or values["hidden_size"] // heads,
+        intermediate_size=values["intermediate_size"],
+        hidden_act=activation(values["hidden_act"]),
+        rms_norm_eps=values["rms_norm_eps"],
+        max_position_embeddings=values["max_position_embeddings"],
+        rope_theta=float(theta),
+        rope_scaling=rope or None,
+        qkv_bias=model_type == "qwen2" or (model_type == "llama" and values["attention_bias"]),
+        o_bias=model_type == "llama" and values["attention_bias"],
+        mlp_bias=model_type == "llama" and values["mlp_bias"],
+        layer_types=layer_types,
+        sliding_window=values["sliding_window"] if sliding else None,
+        tie_word_embeddings=tie_word_embeddings or bool(values["tie_word_embeddings"]),
+    )
+
+
+def _layer_types(model_type: str, values: Mapping[str, Any]) -> tuple[LayerType, ...]:
+    layers, window = values["num_hidden_layers"], values.get("sliding_window")
+    if model_type == "mistral" and window is not None:
+        return ("sliding_attention",) * layers
+    if model_type == "qwen2" and values["use_sliding_window"] and window is not None:
+        if values["layer_types"] is not None:
+            return tuple(values["layer_types"])
+        first = values["max_window_layers"]
+        return tuple("sliding_attention" if i >= first else "full_attention" for i in range(layers))
+    return ("full_attention",) * layers
+
+
+def clip_weights(prefix: str) -> dict[str, str | None]:
+    """Names of a CLIP or SigLIP tower; the pooling parts that no VLM reads are dropped."""
+    block = prefix + "encoder.layers.{}."
+    return {
+        prefix + "embeddings.class_embedding": "vision.class_token",
+        prefix + "embeddings.patch_embedding": "vision.patch_embed",
+        prefix + "embeddings.position_embedding.weight": "vision.pos_embed",
+        prefix + "embeddings.position_ids": None,
+        prefix + "pre_layrnorm": "vision.norm_pre",
+        block + "layer_norm1": "vision.blocks.{}.norm1",
+        block + "self_attn.q_proj": "vision.blocks.{}.attn.q_proj",
+        block + "self_attn.k_proj": "vision.blocks.{}.attn.k_proj",
+        block + "self_attn.v_proj": "vision.blocks.{}.attn.v_proj",
+        block + "self_attn.out_proj": "vision.blocks.{}.attn.o_proj",
+        block + "layer_norm2": "vision.blocks.{}.norm2",
+        block + "mlp.fc1": "vision.blocks.{}.mlp.fc1",
+        block + "mlp.fc2": "vision.blocks.{}.mlp.fc2",
+        prefix + "post_layernorm": None,
+        prefix + "head.probe": None,
+        prefix + "head.attention.in_proj_weight": None,
+        prefix + "head.attention.in_proj_bias": None,
+        prefix + "head.attention.out_proj": None,
+        prefix + "head.layernorm": None,
+        prefix + "head.mlp.fc1": None,
+        prefix + "head.mlp.fc2": None,
+    }
+
+
+_LAYER_MODULES = (
+    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+
+
+def llama_weights(prefix: str) -> dict[str, str | None]:
+    """Names of a Llama, Mistral or Qwen2 decoder without its head: ours are the same behind the prefix."""
+    names: dict[str, str | None] = {prefix + name: f"decoder.{name}" for name in ("embed_tokens", "norm")}
+    names |= {prefix + "layers.{}." + name: "decoder.layers.{}." + name for name in _LAYER_MODULES}
+    names[prefix + "layers.{}.self_attn.rotary_emb.inv_freq"] = None
+    return names

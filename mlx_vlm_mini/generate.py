@@ -1,0 +1,117 @@
+"""Prefill and decode. Knows token ids only."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from .decoder import Decoder
+from .rope import depends_on_length
+
+Sampler = Callable[[mx.array], mx.array]
+"""float[1, vocab_size] log-probabilities -> int[1] token ids, as mlx-lm's `make_sampler` makes them."""
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+"""(int[L] tokens so far, float[1, vocab_size] logits) -> logits, as mlx-lm's `make_logits_processors` makes them."""
+
+PREFILL_STEP = 512  # prompt tokens a chunk: bounds the activations' memory
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token and the log-probability that the model gave it, before temperature and the like."""
+
+    id: int
+    logprob: float
+
+
+@contextmanager
+def wired_memory() -> Iterator[None]:
+    """On Metal, let weights and caches stay resident while generating: up to what the device recommends."""
+    if not mx.metal.is_available():
+        yield
+        return
+    before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)
+
+
+def prefill(
+    decoder: Decoder,
+    embeddings: mx.array,
+    cache: Sequence[Any],
+    *,
+    step: int = PREFILL_STEP,
+    progress: Callable[[int, int], None] | None = None,
+) -> mx.array:
+    """Read a prompt into the cache, chunk by chunk, and score its last token only.
+
+    Args:
+        embeddings: float[1, L, C], the prompt's or the part of it that the cache lacks.
+        step: tokens a chunk. Not applied where a position's rotary angle depends on the prompt's length.
+        progress: called with tokens done and tokens in all.
+
+    Returns:
+        float[1, vocab_size], the logits of the last token; not evaluated.
+    """
+    total = embeddings.shape[1]
+    if depends_on_length(decoder.config):
+        step = total
+    done = 0
+    while total - done > step:
+        decoder(embeddings[:, done : done + step], cache)
+        mx.eval([entry.state for entry in cache])
+        done += step
+        if progress is not None:
+            progress(done, total)
+        mx.clear_cache()
+    hidden = decoder(embeddings[:, done:], cache)
+    return decoder.logits(hidden[:, -1:])[:, 0]
+
+
+def decode(
+    decoder: Decoder,
+    logits: mx.array,
+    cache: Sequence[Any],
+    *,
+    prompt: mx.array,
+    max_tokens: int,
+    sampler: Sampler,
+    logits_processors: Sequence[LogitsProcessor] = (),
+) -> Iterator[Token]:
+    """Sample tokens one after another; the next one is being computed while the reader has this one.
+
+    Args:
+        logits: float[1, vocab_size], of the prompt's last token.
+        cache: holds the prompt. When a token is yielded it holds, or is about to hold, that token too.
+        prompt: int[L], for the logits processors.
+        max_tokens: tokens to yield at most.
+    """
+
+    def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
+        for processor in logits_processors:
+            logits = processor(tokens, logits)
+        logits = logits.astype(mx.float32)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        token = sampler(logprobs)
+        return token, mx.take_along_axis(logprobs, token[:, None], axis=-1)
+
+    tokens = prompt
+    token, logprob = choose(logits)
+    mx.async_eval(token, logprob)
+    for count in range(1, max_tokens + 1):
+        current, current_logprob = token, logprob
+        if count < max_tokens:
+            if logits_processors:
+                tokens = mx.concatenate([tokens, current.astype(tokens.dtype)])
+            hidden = decoder(decoder.embed_tokens(current[:, None]), cache)
+            token, logprob = choose(decoder.logits(hidden)[:, 0])
+            mx.async_eval(token, logprob)
+        yield Token(int(current.item()), float(current_logprob.item()))
+        if count % 256 == 0:
+            mx.clear_cache()

@@ -1,0 +1,316 @@
+"""Images: open any of them safely, then resize, crop, pad and normalise as the checkpoint's settings say.
+
+Source of the arithmetic: image_processing_backends.py and image_transforms.py of huggingface/transformers, Pillow path.
+"""
+
+import base64
+import binascii
+import io
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+from .errors import CheckpointError, ImageError
+
+ImageSource = str | Path | bytes | Image.Image | np.ndarray
+"""A path, a `data:` URL, an http(s) URL (all three may be `str`), an encoded file's bytes, a PIL image, an array."""
+
+_DOWNLOAD_LIMIT = 64 * 2**20  # bytes
+_DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """Open an image as upright RGB; transparency shows white, an animation its first frame.
+
+    Args:
+        source: see `ImageSource`. Arrays are [height, width] or [height, width, 1, 3 or 4] (or channels first): uint8,
+            uint16, bool, or floats between 0 and 1.
+
+    Raises:
+        ImageError: nothing is there, or it is not an image.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the image")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(bytes(source), "the image bytes")
+    if isinstance(source, str) and source.startswith("data:"):
+        return _decode(_read_data_url(source), "the data: URL")
+    if isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
+        return _decode(_download(source), source)
+    if isinstance(source, str | Path):
+        return _decode(_read_file(Path(source).expanduser()), str(source))
+    if hasattr(source, "__array__") or hasattr(source, "__buffer__") or hasattr(source, "__array_interface__"):
+        return _from_array(np.asarray(source))
+    raise ImageError(
+        f"cannot open an image from {type(source).__name__}: give a path, a URL, bytes, a PIL image or an array"
+    )
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ImageError(f"image not found: {path}") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path} is a folder, not an image") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(f"cannot read image {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _read_data_url(url: str) -> bytes:
+    header, comma, data = url.partition(",")
+    if not comma:
+        raise ImageError("the data: URL has no comma between its header and its data")
+    try:
+        if header.endswith(";base64"):
+            return base64.b64decode(urllib.parse.unquote(data), validate=True)
+        return urllib.parse.unquote_to_bytes(data)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"the data: URL is not valid base64: {error}") from None
+
+
+class _HttpOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not re.match(r"https?://", newurl, re.IGNORECASE):
+            raise ImageError(f"{req.full_url} redirects to {newurl}, which is not http(s)")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "mlx-vlm-mini"})
+    try:
+        with urllib.request.build_opener(_HttpOnly).open(request, timeout=_DOWNLOAD_TIMEOUT) as answer:
+            data: bytes = answer.read(_DOWNLOAD_LIMIT + 1)
+    except urllib.error.HTTPError as error:
+        raise ImageError(f"cannot download {url}: HTTP {error.code} {error.reason}") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(f"cannot download {url}: {getattr(error, 'reason', None) or error}") from None
+    if len(data) > _DOWNLOAD_LIMIT:
+        raise ImageError(f"{url} is larger than {_DOWNLOAD_LIMIT // 2**20} MiB; download it and give its path")
+    return data
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
+    if not data:
+        raise ImageError(f"{name} is empty, not an image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's advice on large or odd files; its hard limit stays
+            image = Image.open(io.BytesIO(data))
+            image.load()
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{name} is not an image that Pillow can read") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} is too large: {str(error).partition(',')[0]}; make it smaller first") from None
+    except Exception as error:  # decoders of a dozen formats raise anything on broken files
+        raise ImageError(f"{name} is broken: {error or type(error).__name__}") from None
+    return _to_rgb(image, name)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    try:
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # noqa: S110 - a broken EXIF block says nothing about the picture, which is kept as it stands
+            pass
+        if image.mode == "LAB":
+            lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+            return converted if converted is not None else image
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            return _from_array(np.asarray(image))
+        if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, image).convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:  # as in _decode: a lazily decoded PIL image fails here
+        raise ImageError(f"{name} is broken: {error or type(error).__name__}") from None
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)) or not array.size:
+        raise ImageError(
+            f"an image array is [height, width] or [height, width, 1, 3 or 4], not {list(array.shape)}"
+        )
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.dtype == np.bool_:
+        array = array * np.uint8(255)
+    elif array.dtype == np.uint16:
+        array = array >> 8
+    elif array.dtype != np.uint8:
+        low, high = float(array.min()), float(array.max())
+        if np.issubdtype(array.dtype, np.floating) and 0 <= low and high <= 1:
+            array = np.rint(array * 255.0)
+        elif 0 <= low and 255 < high <= 65535:
+            array = array / 257.0
+        elif not (0 <= low and high <= 255):  # true for NaN too
+            raise ImageError(f"pixel values run from {low:g} to {high:g}: give uint8, or floats from 0 to 1")
+    image = Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
+    return image if image.mode == "RGB" else _to_rgb(image, "the image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How a checkpoint prepares its images, from preprocessor_config.json or processor_config.json."""
+
+    size: Mapping[str, int] | None
+    """Target in pixels, by Hugging Face's keys: `height` and `width`, or `shortest_edge`, ...; None: not resized."""
+    resample: int
+    """Pillow's filter number: 1 Lanczos, 2 bilinear, 3 bicubic."""
+    crop_size: tuple[int, int] | None
+    """Height and width of the centre crop; None: not cropped."""
+    pad_to_square: bool
+    """Whether the image is first made square with bars of the mean colour (LLaVA's `pad`)."""
+    rescale_factor: float | None
+    image_mean: tuple[float, ...] | None
+    image_std: tuple[float, ...] | None
+
+
+_OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_CLIP_DEFAULTS: dict[str, Any] = {
+    "do_resize": True, "size": {"shortest_edge": 224}, "resample": 3,
+    "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "do_pad": False,
+    "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True, "image_mean": _OPENAI_MEAN, "image_std": _OPENAI_STD,
+}  # fmt: skip
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "CLIP": _CLIP_DEFAULTS,
+    "Llava": _CLIP_DEFAULTS,
+    "Siglip": {
+        **_CLIP_DEFAULTS, "size": {"height": 224, "width": 224}, "do_center_crop": False, "crop_size": None,
+        "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5),
+    },
+}  # fmt: skip
+
+
+def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
+    """Read the settings of an image processor, completed with its class's defaults.
+
+    Args:
+        hf: preprocessor_config.json, or the `image_processor` part of processor_config.json.
+        default_type: the class to assume where the file names none, e.g. "Llava".
+
+    Raises:
+        CheckpointError: the class is unknown or a value is not usable.
+    """
+    name = hf.get("image_processor_type") or hf.get("feature_extractor_type") or default_type
+    kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name)
+    if kind not in _DEFAULTS:
+        known = ", ".join(f"{key}ImageProcessor" for key in sorted(_DEFAULTS))
+        raise CheckpointError(f"preprocessor_config.json: unknown image processor '{name}' (known: {known})")
+    values = {**_DEFAULTS[kind], **{key: value for key, value in hf.items() if value is not None}}
+    crop = _as_size(values["crop_size"], square=True) if values["do_center_crop"] else None
+    if crop is not None and not {"height", "width"} <= crop.keys():
+        raise CheckpointError(f"preprocessor_config.json: crop_size needs height and width, not {dict(crop)}")
+    normalize = values["do_normalize"]
+    return ImageSettings(
+        size=_as_size(values["size"], square=False) if values["do_resize"] else None,
+        resample=values["resample"],
+        crop_size=(crop["height"], crop["width"]) if crop is not None else None,
+        pad_to_square=kind == "Llava" and values["do_pad"],
+        rescale_factor=values["rescale_factor"] if values["do_rescale"] else None,
+        image_mean=_as_channels(values["image_mean"]) if normalize else None,
+        image_std=_as_channels(values["image_std"]) if normalize else None,
+    )
+
+
+def _as_size(size: Any, *, square: bool) -> Mapping[str, int]:
+    if isinstance(size, int):
+        return {"height": size, "width": size} if square else {"shortest_edge": size}
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return {"height": size[0], "width": size[1]}
+    if isinstance(size, Mapping):
+        given = {key: value for key, value in size.items() if value is not None}
+        if given and all(isinstance(value, int) and value > 0 for value in given.values()):
+            return given
+    raise CheckpointError(f"preprocessor_config.json: {size!r} is not an image size in pixels")
+
+
+def _as_channels(value: Any) -> tuple[float, ...]:
+    channels = (value,) * 3 if isinstance(value, int | float) else tuple(value)
+    if len(channels) != 3:
+        raise CheckpointError(f"preprocessor_config.json: a mean or std has 3 channels, not {len(channels)}")
+    return channels
+
+
+def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
+    """An RGB image as the vision tower takes it.
+
+    Returns:
+        float32[height, width, 3].
+    """
+    if settings.pad_to_square:
+        image = _pad_to_square(image, settings.image_mean)
+    if settings.size is not None:
+        target = _target_size(image.width, image.height, settings.size)
+        image = image.resize(target, resample=Image.Resampling(settings.resample))
+    array = np.asarray(image)
+    if settings.crop_size is not None:
+        array = _center_crop(array, *settings.crop_size)
+    values = array.astype(np.float32)
+    if settings.rescale_factor is not None:
+        values *= np.float32(settings.rescale_factor)
+    if settings.image_mean is not None and settings.image_std is not None:
+        values = (values - np.float32(settings.image_mean)) / np.float32(settings.image_std)
+    return values
+
+
+def _target_size(width: int, height: int, size: Mapping[str, int]) -> tuple[int, int]:
+    """Width and height in pixels after resizing. Fractions are cut off, as the reference does."""
+    if "shortest_edge" in size and "longest_edge" in size:
+        short, limit = size["shortest_edge"], size["longest_edge"]
+        exact: float = short
+        if max(width, height) / min(width, height) * short > limit:
+            exact = limit * min(width, height) / max(width, height)
+            short = round(exact)
+        if min(width, height) == short:
+            return width, height
+        if width < height:
+            return short, int(exact * height / width)
+        return int(exact * width / height), short
+    if "shortest_edge" in size:
+        short = size["shortest_edge"]
+        long = int(short * max(width, height) / min(width, height))
+        return (short, long) if width <= height else (long, short)
+    if "max_height" in size and "max_width" in size:
+        scale = min(size["max_height"] / height, size["max_width"] / width)
+        return int(width * scale), int(height * scale)
+    if "height" in size and "width" in size:
+        return size["width"], size["height"]
+    raise CheckpointError(
+        f"preprocessor_config.json: cannot resize by {dict(size)}; height and width, or shortest_edge are needed"
+    )
+
+
+def _pad_to_square(image: Image.Image, mean: tuple[float, ...] | None) -> Image.Image:
+    side = max(image.size)
+    color = tuple(int(value * 255) for value in mean) if mean is not None else (0, 0, 0)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Cut height x width from the middle; what lies outside a smaller image is black."""
+    rows, columns = array.shape[:2]
+    padded = np.zeros((max(height, rows), max(width, columns), 3), dtype=array.dtype)
+    top, left = ceil((padded.shape[0] - rows) / 2), ceil((padded.shape[1] - columns) / 2)
+    padded[top : top + rows, left : left + columns] = array
+    top, left = (rows - height) // 2 + top, (columns - width) // 2 + left
+    return padded[top : top + height, left : left + width]

@@ -1,0 +1,105 @@
+"""The processor: messages with images -> everything the model needs."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .config import VLMConfig
+from .errors import CheckpointError, PromptError
+from .families import Family
+from .image import ImageSettings, ImageSource, open_image
+from .model import Inputs
+from .prompt import ChatTemplate, Prompt, images_of, to_messages
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image as the vision tower takes it, so that a conversation prepares it once.
+
+    Attributes:
+        pixel_values: float32[B, height, width, 3], one row or one a tile.
+        digests: SHA-256 of each row's pixels.
+    """
+
+    pixel_values: np.ndarray
+    digests: tuple[bytes, ...]
+
+
+class Processor:
+    """Turns prompts into model inputs, as the checkpoint's own files say.
+
+    Attributes:
+        tokenizer: text to ids and back.
+        eos_token_ids: the ids that end an answer.
+    """
+
+    def __init__(
+        self,
+        config: VLMConfig,
+        family: Family,
+        *,
+        tokenizer: Tokenizer,
+        chat_template: str,
+        image_settings: ImageSettings | None,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self.config = config
+        self.family = family
+        self.tokenizer = tokenizer
+        self.image_settings = image_settings
+        self.eos_token_ids = eos_token_ids
+        token = tokenizer.id_to_token(config.image_token_id)
+        if token is None:
+            raise CheckpointError(
+                f"config.json gives images the token {config.image_token_id}, which the tokenizer does not have"
+            )
+        self.image_token = token
+        self.chat_template = ChatTemplate(chat_template, tokenizer.special_tokens, token)
+
+    def prepare(self, source: ImageSource | PreparedImage) -> PreparedImage:
+        """Open an image and make its pixels ready.
+
+        Raises:
+            ImageError: it cannot be opened.
+            CheckpointError: the checkpoint does not say how it takes images.
+        """
+        if isinstance(source, PreparedImage):
+            return source
+        if self.image_settings is None:
+            raise CheckpointError(
+                "the checkpoint has neither preprocessor_config.json nor an image_processor in processor_config.json, "
+                "so how it takes images is unknown: copy the file from the original repository"
+            )
+        pixels = self.family.pixels(open_image(source), self.image_settings)
+        return PreparedImage(pixels, tuple(hashlib.sha256(row.tobytes()).digest() for row in pixels))
+
+    def __call__(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Inputs:
+        """Everything `model()` needs to answer a prompt, ready for prefill.
+
+        Args:
+            prompt: a text, a list of texts and images in order, or OpenAI-style messages.
+            images: come before the text.
+
+        Raises:
+            PromptError: the messages do not fit the model.
+            ImageError: an image cannot be opened.
+        """
+        messages = to_messages(prompt, images)
+        prepared = [self.prepare(part["image"]) for part in images_of(messages)]
+        before, *after = self.chat_template.render(messages).split(self.image_token)
+        text = before
+        for image, rest in zip(prepared, after, strict=True):
+            text += self.family.image_text(self.config, self.image_token, len(image.pixel_values)) + rest
+        ids = np.array(self.tokenizer.encode_prompt(text), dtype=np.int32)
+        if not len(ids):
+            raise PromptError("the prompt is empty: the chat template gives no text for these messages")
+        return Inputs(
+            input_ids=mx.array(ids)[None],
+            pixel_values=mx.array(np.concatenate([image.pixel_values for image in prepared])) if prepared else None,
+            slots=ids == self.config.image_token_id,
+            digests=tuple(digest for image in prepared for digest in image.digests),
+        )

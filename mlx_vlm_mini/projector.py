@@ -1,0 +1,28 @@
+"""The projector: image features -> decoder embeddings.
+
+Source: LLaVA (arXiv:2304.08485) projects linearly, LLaVA-1.5 (arXiv:2310.03744) with an MLP.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .activation import ACTIVATIONS
+from .config import ProjectorConfig
+
+
+class Projector(nn.Module):
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[config.hidden_act]
+        sizes = [config.input_size, *[config.hidden_size] * config.num_layers]
+        self.layers = [
+            nn.Linear(rows, columns, bias=config.bias)
+            for rows, columns in zip(sizes[:-1], sizes[1:], strict=True)
+        ]
+
+    def __call__(self, features: mx.array) -> mx.array:
+        """float[B, P, input_size] -> float[B, P, hidden_size]."""
+        x = self.layers[0](features)
+        for layer in self.layers[1:]:
+            x = layer(self.act(x))
+        return x

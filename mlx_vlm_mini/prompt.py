@@ -1,0 +1,218 @@
+"""Prompts: what a caller gives -> messages -> text by the checkpoint's chat template -> one slot per image token."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, PromptError
+from .image import ImageSource
+
+Message = dict[str, Any]
+"""{"role": str, "content": str or list of {"type": "text", "text": str} and {"type": "image", "image": ImageSource}}"""
+
+Prompt = str | Sequence[Any]
+"""Text; texts and images in order; or OpenAI-style messages."""
+
+
+def to_messages(prompt: Prompt, images: Sequence[ImageSource] = ()) -> list[Message]:
+    """What a caller gives, as messages of one form.
+
+    Args:
+        prompt: a text; a list of texts (`str`) and images (anything else that opens as one) in order; or messages,
+            whose content is a text or a list of `text`, `image` and `image_url` parts.
+        images: come before the text; with messages they fill the `{"type": "image"}` parts that name no image.
+
+    Raises:
+        PromptError: something in it is neither, or there is nothing to say.
+    """
+    if isinstance(prompt, str | Path) or not isinstance(prompt, Sequence):
+        prompt = [prompt]
+    waiting = list(images)
+    if prompt and all(isinstance(item, Mapping) and "role" in item for item in prompt):
+        messages = [_message(item, waiting) for item in prompt]
+        if waiting:
+            raise PromptError(
+                f"{len(waiting)} of {len(images)} images have no place in the messages: add an image part for each"
+            )
+    else:
+        shown = [{"type": "image", "image": image} for image in waiting]
+        parts = [_part(item, []) if isinstance(item, str | Mapping) else {"type": "image", "image": item} for item in prompt]
+        if not any(part["type"] == "image" or part["text"].strip() for part in parts):
+            raise PromptError("the prompt is empty: say what the model should answer")
+        messages = [{"role": "user", "content": shown + parts}]
+    if not any(message["content"] for message in messages):
+        raise PromptError("the prompt is empty: say what the model should answer")
+    return messages
+
+
+def _message(item: Mapping[str, Any], waiting: list[ImageSource]) -> Message:
+    content = item.get("content")
+    if isinstance(content, str):
+        return {"role": str(item["role"]), "content": content}
+    if not isinstance(content, Sequence):
+        raise PromptError(f"the {item['role']} message has no content: give a text or a list of parts")
+    return {"role": str(item["role"]), "content": [_part(part, waiting) for part in content]}
+
+
+def _part(part: Any, waiting: list[ImageSource]) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind == "image":
+        for key in ("image", "path", "url"):
+            if part.get(key) is not None:
+                return {"type": "image", "image": part[key]}
+        if part.get("base64") is not None:
+            return {"type": "image", "image": f"data:;base64,{part['base64']}"}
+        if waiting:
+            return {"type": "image", "image": waiting.pop(0)}
+        raise PromptError('an image part names no image: give {"type": "image", "image": PATH}')
+    if kind == "image_url":
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, Mapping) else url
+        if isinstance(url, str):
+            return {"type": "image", "image": url}
+        raise PromptError('an image_url part has no url: give {"type": "image_url", "image_url": {"url": URL}}')
+    raise PromptError(f"a message part of type {kind!r} is not supported: give text, image or image_url parts")
+
+
+def images_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The image parts of messages, in order."""
+    return [
+        part
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+
+
+def find_chat_template(folder: Path) -> str | None:
+    """The checkpoint's chat template: chat_template.jinja, chat_template.json, processor_config.json or
+    tokenizer_config.json, in this order; of several named ones `default`.
+
+    Raises:
+        CheckpointError: one of the files is broken.
+    """
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            try:
+                template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+            except (ValueError, AttributeError):
+                raise CheckpointError(f"{folder / name} is not a JSON object") from None
+            if isinstance(template, list):
+                template = {entry.get("name"): entry.get("template") for entry in template}
+            if isinstance(template, Mapping):
+                template = template.get("default")
+            if isinstance(template, str):
+                return template
+    return None
+
+
+@dataclass
+class ChatTemplate:
+    """A chat template, rendered in jinja2's sandbox: it computes text and reaches nothing else.
+
+    Some templates take a message's content as a list of parts, some as a text, some both: which is found out once, by
+    rendering a probe.
+
+    Attributes:
+        source: the template.
+        variables: what else it may read: `bos_token`, `eos_token`, ...
+        image_token: what stands for an image in the text.
+    """
+
+    source: str
+    variables: Mapping[str, str]
+    image_token: str
+
+    def __post_init__(self) -> None:
+        from jinja2 import TemplateError
+
+        try:
+            self._template = _environment().from_string(self.source)
+        except TemplateError as error:
+            raise CheckpointError(f"the chat template is broken: {error}") from None
+        probe = "mlx-vlm-mini-probe"
+        parts = [{"type": "image"}, {"type": "text", "text": probe}]
+        rendered = self._try([{"role": "user", "content": parts}])
+        self._takes_parts = probe in rendered and "'text'" not in rendered
+        self._takes_text = probe in self._try([{"role": "user", "content": probe}])
+
+    def _try(self, messages: list[Message]) -> str:
+        try:
+            return self._render(messages, add_generation_prompt=False)
+        except PromptError:
+            return ""
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The prompt's text, `image_token` once for each image.
+
+        Raises:
+            PromptError: the template refuses the messages, or has not as many places as they hold images.
+        """
+        plain = [{**message, "content": self._content(message["content"])} for message in messages]
+        text = self._render(plain, add_generation_prompt=add_generation_prompt)
+        places, images = text.count(self.image_token), len(images_of(messages))
+        if places != images:
+            raise PromptError(
+                f"the chat template's text has {places} places for an image ({self.image_token}), "
+                f"the messages hold {images} images"
+            )
+        return text
+
+    def _content(self, content: Any) -> Any:
+        """Content in a form that the template takes, without the images themselves."""
+        if isinstance(content, str):
+            return content if self._takes_text else [{"type": "text", "text": content}]
+        if self._takes_parts:
+            return [part if part["type"] == "text" else {"type": "image"} for part in content]
+        return "".join(part["text"] if part["type"] == "text" else f"{self.image_token}\n" for part in content)
+
+    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self.variables
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+            raise PromptError(f"the chat template refuses these messages: {error}") from None
+
+
+def _environment() -> Any:
+    """The environment that chat templates expect (utils/chat_template_utils.py of huggingface/transformers)."""
+    from datetime import datetime
+
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks what the assistant says, for training; here its body renders as it is."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2's interface
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment

@@ -1,0 +1,96 @@
+"""Rotary positions (arXiv:2104.09864) with the scalings of mlx-lm, equal to transformers' modeling_rope_utils.py."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .borrow import borrow
+from .config import DecoderConfig
+from .errors import CheckpointError
+
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+
+class LongRoPE(nn.Module):
+    """LongRoPE (arXiv:2402.13753): short factors up to the length of pretraining, long ones beyond it.
+
+    mlx-lm's version always takes the long ones.
+    """
+
+    def __init__(self, dims: int, base: float, scaling: Mapping[str, Any], max_position_embeddings: int) -> None:
+        super().__init__()
+        self.dims = dims
+        self.original_length = scaling["original_max_position_embeddings"]
+        factor = scaling.get("factor") or max_position_embeddings / self.original_length
+        default = math.sqrt(1 + math.log(factor) / math.log(self.original_length)) if factor > 1 else 1.0
+        self.scale = scaling.get("attention_factor") or default
+        frequencies = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+        self._short = mx.array(scaling["short_factor"], dtype=mx.float32) * frequencies
+        self._long = mx.array(scaling["long_factor"], dtype=mx.float32) * frequencies
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        freqs = self._long if x.shape[-2] + offset > self.original_length else self._short
+        return mx.fast.rope(
+            self.scale * x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs
+        )
+
+
+def rope_type(scaling: Mapping[str, Any] | None) -> str:
+    """The scaling's name: `rope_type`, `type` in older configs; Phi-3's `su` is `longrope`."""
+    name = str((scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default")
+    return {"su": "longrope", "mrope": "default"}.get(name, name)
+
+
+def depends_on_length(config: DecoderConfig) -> bool:
+    """Whether the angle of a position depends on the length of the whole prompt, which then goes through in one piece."""
+    return rope_type(config.rope_scaling) in ("dynamic", "longrope")
+
+
+def make_rope(config: DecoderConfig) -> Any:
+    """What turns float[B, H, L, D] by its positions: called with `(x, offset=tokens before x)`.
+
+    Raises:
+        CheckpointError: the scaling is unknown or incomplete.
+    """
+    scaling, dims, base = dict(config.rope_scaling or {}), config.head_dim, config.rope_theta
+    name = rope_type(scaling)
+    if name not in _NEEDS:
+        raise CheckpointError(f"config.json: unknown rope type '{name}' (known: {', '.join(sorted(_NEEDS))})")
+    missing = [key for key in _NEEDS[name] if scaling.get(key) is None]
+    if missing:
+        raise CheckpointError(f"config.json: rope scaling '{name}' lacks {', '.join(missing)}")
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0 or not scaling.get("truncate", True):
+        raise CheckpointError("config.json: partial_rotary_factor and truncate=false are not supported in rope scaling")
+    scaling.pop("type", None)
+    scaling["rope_type"] = name
+    if not scaling.get("original_max_position_embeddings"):
+        scaling["original_max_position_embeddings"] = config.max_position_embeddings
+    if name == "longrope":
+        return LongRoPE(dims, base, scaling, config.max_position_embeddings)
+    rope = borrow("models.rope_utils").initialize_rope(
+        dims, base, False, scaling_config=scaling, max_position_embeddings=config.max_position_embeddings
+    )
+    if name == "yarn":
+        rope.mscale = _yarn_scale(scaling)
+    return rope
+
+
+def _yarn_scale(scaling: Mapping[str, Any]) -> float:
+    """YaRN's attention temperature (arXiv:2309.00071); mlx-lm reads neither `attention_factor` nor a lone `mscale` so."""
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    log = math.log(scaling["factor"]) if scaling["factor"] > 1 else 0.0
+    mscale, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if mscale and all_dims:
+        return float((0.1 * mscale * log + 1) / (0.1 * all_dims * log + 1))
+    return 0.1 * log + 1

@@ -1,0 +1,149 @@
+"""Text to token ids and back, by the `tokenizers` library from the folder's tokenizer.json.
+
+transformers' AutoTokenizer would import torch wherever it is installed; the file alone decides here.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from .errors import CheckpointError
+
+_CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+}
+
+
+class Tokenizer:
+    """A tokenizer.json with the special tokens that tokenizer_config.json names.
+
+    Attributes:
+        special_tokens: `bos_token`, `eos_token`, ... to their text.
+    """
+
+    def __init__(self, backend: Backend, special_tokens: dict[str, str]) -> None:
+        self.backend = backend
+        self.special_tokens = special_tokens
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens of the file's post-processor around them or without."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a whole prompt: one `bos_token`, whether the chat template wrote it or not."""
+        bos = self.special_tokens.get("bos_token")
+        return self.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids; ids beyond the vocabulary give nothing."""
+        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a token, None where there is no such token."""
+        found: int | None = self.backend.token_to_id(token)
+        return found
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """Token of an id, None beyond the vocabulary."""
+        found: str | None = self.backend.id_to_token(token_id)
+        return found
+
+
+class TextStream:
+    """Token ids to text as they come; bytes of an unfinished character wait for the rest.
+
+    The last piece shown is decoded again with each new token, since decoders strip a leading space and join bytes.
+    (The `tokenizers` library's own DecodeStream gives up on byte sequences that are no UTF-8.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # of the last piece shown
+        self._shown = 0  # tokens whose text was shown
+
+    def add(self, token_id: int) -> str:
+        """The text that this token completes, often one word, sometimes nothing."""
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids[self._start :])
+        return "" if text.endswith("\ufffd") else self._show(text)
+
+    def finish(self) -> str:
+        """What still waited when the answer ended."""
+        return self._show(self._tokenizer.decode(self._ids[self._start :]))
+
+    def _show(self, text: str) -> str:
+        before = self._tokenizer.decode(self._ids[self._start : self._shown])
+        self._start, self._shown = self._shown, len(self._ids)
+        return text[len(before) :]
+
+
+def _text_of(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read tokenizer.json, tokenizer_config.json and special_tokens_map.json of a folder.
+
+    Raises:
+        CheckpointError: there is no tokenizer.json, or one of the files is broken.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json; save one with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception for whatever is wrong in the file
+        raise CheckpointError(f"{file} is broken: {str(error).splitlines()[0]}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    settings = _read_json(folder / "tokenizer_config.json")
+    special = dict(_CLASS_DEFAULTS.get(str(settings.get("tokenizer_class", "")).removesuffix("Fast"), {}))
+    for source in (_read_json(folder / "special_tokens_map.json"), settings):
+        for key, value in source.items():
+            text = _text_of(value)
+            if key.endswith("_token") and isinstance(text, str):
+                special[key] = text
+    _add_missing(backend, settings.get("added_tokens_decoder") or {}, folder)
+    return Tokenizer(backend, special)
+
+
+def _add_missing(backend: Backend, added: dict[str, Any], folder: Path) -> None:
+    """Add the tokens that only tokenizer_config.json lists, which take the next free ids."""
+    for token_id, entry in sorted(added.items(), key=lambda item: int(item[0])):
+        text = _text_of(entry)
+        if not isinstance(text, str) or backend.token_to_id(text) is not None:
+            continue
+        options = {key: entry[key] for key in ("lstrip", "rstrip", "normalized", "single_word") if key in entry}
+        token = AddedToken(text, **options)
+        if entry.get("special", False):
+            backend.add_special_tokens([token])
+        else:
+            backend.add_tokens([token])
+        if backend.token_to_id(text) != int(token_id):
+            raise CheckpointError(
+                f"{folder}/tokenizer_config.json gives '{text}' the id {token_id}, "
+                f"tokenizer.json has {backend.token_to_id(text)} next"
+            )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object")
+    return content

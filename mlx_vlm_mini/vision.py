@@ -1,0 +1,112 @@
+"""The vision transformer: pixels -> patch features.
+
+Source: "An Image is Worth 16x16 Words" (arXiv:2010.11929). CLIP (arXiv:2103.00020) adds a class token and a norm in
+front, SigLIP (arXiv:2303.15343) a bias in the patch projection. Modules are named as timm names them.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .activation import ACTIVATIONS
+from .attention import Attention
+from .config import VisionConfig
+from .errors import ImageError
+
+
+class PatchEmbed(nn.Module):
+    """Cuts the image into patches and projects each: a convolution whose stride is its kernel, as one product."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        p = self.patch_size = config.patch_size
+        scale = (3 * p * p) ** -0.5
+        self.weight = mx.random.uniform(-scale, scale, (config.hidden_size, p, p, 3))
+        if config.patch_bias:
+            self.bias = mx.zeros(config.hidden_size)
+
+    def __call__(self, pixel_values: mx.array) -> mx.array:
+        p = self.patch_size
+        B, height, width, _ = pixel_values.shape
+        rows, columns = height // p, width // p
+        x = pixel_values[:, : rows * p, : columns * p].reshape(B, rows, p, columns, p, 3)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, p * p * 3)  # (B, P, p * p * 3)
+        x = x @ self.weight.reshape(-1, p * p * 3).T  # (B, P, C)
+        return x + self.bias if "bias" in self else x
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        heads = config.num_attention_heads
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = Attention(
+            config.hidden_size,
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=config.hidden_size // heads,
+            qkv_bias=True,
+            o_bias=True,
+        )
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: mx.array, attentions: list[mx.array] | None = None) -> mx.array:
+        x = x + self.attn(self.norm1(x), attentions=attentions)
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        if config.class_token:
+            self.class_token = mx.zeros(config.hidden_size)
+        self.pos_embed = mx.zeros((config.num_positions, config.hidden_size))
+        if config.pre_norm:
+            self.norm_pre = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.blocks = [Block(config) for _ in range(config.depth)]
+
+    def __call__(self, pixel_values: mx.array, attentions: list[mx.array] | None = None) -> mx.array:
+        """Encode images.
+
+        Args:
+            pixel_values: float[B, height, width, 3], normalised, both sides `image_size` pixels.
+            attentions: where given, each block appends its weights float[B, H, P, P] (class token first).
+
+        Returns:
+            float[B, num_features, feature_size].
+
+        Raises:
+            ImageError: the image has another size than the position embeddings.
+        """
+        side = self.config.image_size
+        if pixel_values.shape[1:] != (side, side, 3):
+            height, width = pixel_values.shape[1:3]
+            raise ImageError(
+                f"the vision tower takes {side}x{side} pixels, the image processor gives {width}x{height}: "
+                "preprocessor_config.json does not fit config.json"
+            )
+        x = self.patch_embed(pixel_values)  # (B, P, C)
+        if "class_token" in self:
+            first = mx.broadcast_to(self.class_token, (x.shape[0], 1, x.shape[2]))
+            x = mx.concatenate([first, x], axis=1)
+        x = x + self.pos_embed
+        if "norm_pre" in self:
+            x = self.norm_pre(x)
+        states = [x]
+        for block in self.blocks:
+            states.append(block(states[-1], attentions))
+        features = mx.concatenate([states[layer] for layer in self.config.feature_layers], axis=-1)
+        return features[:, 1:] if self.config.drop_first_feature else features

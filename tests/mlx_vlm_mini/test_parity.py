@@ -1,0 +1,134 @@
+"""Golden parity, the test of most worth: image file and messages -> our token ids and log-probabilities, equal to the
+reference's (tests/reference.py made checkpoints and outputs) within 1e-4 in float32."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from reference import CASES, GOLDEN, SPECS, STEPS
+
+from mlx_vlm_mini import load
+from mlx_vlm_mini.generate import decode, prefill
+from mlx_vlm_mini.stream import stream_generate
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", params=sorted(SPECS))
+def golden(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any, dict[str, np.ndarray]]]:
+    model, processor = load(GOLDEN / request.param)
+    with np.load(GOLDEN / request.param / "expected.npz") as expected:
+        yield model, processor, dict(expected)
+
+
+def at(messages: list[dict[str, Any]], folder: Path = GOLDEN) -> list[dict[str, Any]]:
+    """Messages with their images' names as paths."""
+    return [
+        {**message, "content": [
+            {**part, "image": str(folder / part["image"])} if part["type"] == "image" else part
+            for part in message["content"]
+        ]}
+        for message in messages
+    ]  # fmt: skip
+
+
+def log_softmax(logits: mx.array) -> np.ndarray:
+    return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_inputs_equal_the_reference(golden, case):
+    _, processor, expected = golden
+    inputs = processor(at(CASES[case]))
+    np.testing.assert_array_equal(np.array(inputs.input_ids[0]), expected[f"{case}/prompt_ids"])
+    if f"{case}/pixel_values" in expected:
+        np.testing.assert_allclose(np.array(inputs.pixel_values), expected[f"{case}/pixel_values"], atol=1e-5)
+    else:
+        assert inputs.pixel_values is None
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_every_prompt_logit_equals_the_reference(golden, case):
+    model, processor, expected = golden
+    inputs = processor(at(CASES[case]))
+    logprobs = log_softmax(model(inputs)[0])
+    own = np.take_along_axis(logprobs[:-1], np.array(inputs.input_ids[0, 1:])[:, None], axis=-1)[:, 0]
+    np.testing.assert_allclose(own, expected[f"{case}/prompt_logprobs"], atol=TOLERANCE)
+    np.testing.assert_allclose(logprobs[-1], expected[f"{case}/logprobs"][0], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("step", [5, 512])
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_cached_decoding_equals_the_reference(golden, case, step):
+    """Prefill in chunks of `step`, then every token's whole distribution."""
+    model, processor, expected = golden
+    cache = model.make_cache()
+    logits = prefill(model.decoder, model.embed(processor(at(CASES[case]))), cache, step=step)
+    for i, token in enumerate(expected[f"{case}/token_ids"].tolist()):
+        logprobs = log_softmax(logits[0])
+        np.testing.assert_allclose(logprobs, expected[f"{case}/logprobs"][i], atol=TOLERANCE)
+        assert int(logprobs.argmax()) == token
+        logits = model.decoder.logits(
+            model.decoder(model.decoder.embed_tokens(mx.array([[token]])), cache)
+        )[:, -1]
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_streaming_equals_the_reference(golden, case):
+    model, processor, expected = golden
+    chunks = list(stream_generate(model, processor, at(CASES[case]), max_tokens=STEPS))
+    tokens = expected[f"{case}/token_ids"].tolist()
+    assert [chunk.token for chunk in chunks] == tokens
+    chosen = expected[f"{case}/logprobs"][np.arange(STEPS), tokens]
+    np.testing.assert_allclose([chunk.logprob for chunk in chunks], chosen, atol=TOLERANCE)
+    assert [chunk.finish_reason for chunk in chunks] == [None] * (STEPS - 1) + ["length"]
+    whole = processor.tokenizer.decode(tokens)
+    if "\ufffd" not in whole:  # bytes that are no UTF-8 decode differently once more of them follow
+        assert "".join(chunk.text for chunk in chunks) == whole
+
+
+def test_cached_equals_uncached(golden):
+    """Token by token: decoding with the cache gives what reading the whole sequence afresh gives."""
+    model, processor, _ = golden
+    embeddings = model.embed(processor(at(CASES["image"])))
+    cache = model.make_cache()
+    logits = prefill(model.decoder, embeddings, cache, step=7)
+    tokens = decode(
+        model.decoder, logits, cache, prompt=mx.zeros(0, dtype=mx.int32), max_tokens=STEPS,
+        sampler=lambda logprobs: mx.argmax(logprobs, axis=-1),
+    )  # fmt: skip
+    for token in tokens:
+        fresh = log_softmax(model.decoder.logits(model.decoder(embeddings))[0, -1])
+        assert int(fresh.argmax()) == token.id
+        assert fresh[token.id] == pytest.approx(token.logprob, abs=TOLERANCE)
+        embeddings = mx.concatenate(
+            [embeddings, model.decoder.embed_tokens(mx.array([[token.id]]))], axis=1
+        )
+
+
+def test_the_image_matters(golden):
+    model, processor, _ = golden
+    one, other = (
+        log_softmax(model(processor([GOLDEN / name, "What is in this image?"]))[0, -1])
+        for name in ("photo.jpg", "shapes.png")
+    )
+    assert np.abs(one - other).max() > 0.01
+
+
+def test_explicit_attention_equals_the_fused_one(golden):
+    model, processor, _ = golden
+    inputs = processor(at(CASES["image"]))
+    embeddings = model.embed(inputs)
+    weights: list[mx.array] = []
+    explicit, fused = model.decoder(embeddings, attentions=weights), model.decoder(embeddings)
+    np.testing.assert_allclose(np.array(explicit), np.array(fused), atol=TOLERANCE)
+    length, heads = embeddings.shape[1], model.config.decoder.num_attention_heads
+    assert [layer.shape for layer in weights] == [(1, heads, length, length)] * len(model.decoder.layers)
+    np.testing.assert_allclose(np.array(weights[-1].sum(axis=-1)), 1, atol=1e-5)
+    seen: list[mx.array] = []
+    explicit, fused = model.vision(inputs.pixel_values, attentions=seen), model.vision(inputs.pixel_values)
+    np.testing.assert_allclose(np.array(explicit), np.array(fused), atol=TOLERANCE)
+    assert len(seen) == model.config.vision.depth

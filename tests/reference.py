@@ -1,0 +1,423 @@
+"""Tiny random LLaVA checkpoints made, saved and answered by the reference: transformers 5.23 on torch 2.13.
+
+    python tests/reference.py        rewrites tests/golden/, checkpoints and expected outputs
+
+tests/reference/ recomputes the expected outputs live with the same code. Nothing else in this repository needs torch.
+"""
+
+import io
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+GOLDEN = Path(__file__).parent / "golden"
+STEPS = 10  # tokens decoded with the cache
+
+CORPUS = [
+    "What is in this image? A red circle stands left of a blue square. ",
+    "Compare the first picture with the second one. Which of them is larger? ",
+    "The answer is yes, the triangle is green and the star is yellow. ",
+    "How many objects do you see? There are three: two squares and one circle. ",
+    "Describe the photo in a few words. It shows a small house under a grey sky. ",
+] * 4
+
+VICUNA = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
+    "{% endfor %}{% if message['role'] != 'assistant' %}{% for content in message['content'] | "
+    "selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}{% else %}{% for content in "
+    "message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}{{ content['text'] + ' '}}"
+    "{% endgeneration %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}{{ '<image>' }}{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+INSTRUCT = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<image>\n' }}{% else %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}{{ ' [/INST]' }}{% else %}{{ message['content'][0]['text'] + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def image_part(name: str) -> dict[str, str]:
+    return {"type": "image", "image": name}
+
+
+def user(*parts: dict[str, str]) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+CASES: dict[str, list[dict[str, Any]]] = {
+    "image": [user(image_part("photo.jpg"), text_part("What is in this image?"))],
+    "two_images": [
+        user(
+            text_part("Compare "), image_part("photo.jpg"), text_part(" with "), image_part("shapes.png"),
+            text_part(". Which is larger?"),
+        )
+    ],
+    "text": [user(text_part("How many objects do you see?"))],
+    "two_turns": [
+        user(image_part("shapes.png"), text_part("Describe the photo.")),
+        {"role": "assistant", "content": [text_part("A red circle and a blue square.")]},
+        user(text_part("And this one? "), image_part("photo.jpg")),
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tiny checkpoint: its parts' config classes and sizes, and the layout that its files take."""
+
+    vision: tuple[str, dict[str, Any]]
+    text: tuple[str, dict[str, Any]]
+    llava: dict[str, Any]
+    image_processor: tuple[str, dict[str, Any]]
+    tokenizer: str
+    chat_template: str
+    template_file: str
+    rename: Callable[[str], str] = lambda name: name
+    shards: int = 1
+    config: Callable[[dict[str, Any]], None] = lambda config: None
+    seed: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def hub_names(name: str) -> str:
+    """Layout L1, most of the Hub's files: `vision_tower.vision_model.*`, `language_model.model.*`."""
+    return name.replace("vision_tower.", "vision_tower.vision_model.", 1) if name.startswith("vision_tower.") else name
+
+
+def memory_names(name: str) -> str:
+    """Layout L2b, transformers 5 in memory: everything but the head below `model.`."""
+    if name.startswith("language_model.lm_head"):
+        return name.removeprefix("language_model.")
+    if name.startswith("language_model.model."):
+        return "model.language_model." + name.removeprefix("language_model.model.")
+    return "model." + name
+
+
+def older_memory_names(name: str) -> str:
+    """Layout L2, transformers 4.52 in memory: as L2b, with `vision_model.` inside the tower."""
+    return memory_names(name).replace("model.vision_tower.", "model.vision_tower.vision_model.", 1)
+
+
+def old_rope_keys(config: dict[str, Any]) -> None:
+    """Write a config as transformers 4 did: `rope_theta` and `rope_scaling`, `torch_dtype`, no `dtype`."""
+    text = config["text_config"]
+    rope = text.pop("rope_parameters")
+    text["rope_theta"] = rope.pop("rope_theta")
+    text["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    for part in (config, text, config["vision_config"]):
+        part.pop("dtype", None)
+    config["torch_dtype"] = "float32"
+
+
+def sparse(config: dict[str, Any]) -> None:
+    """Leave out of a config what its classes default to, as the Hub's files do, and name the image token the new way."""
+    old_rope_keys(config)
+    text, vision = config["text_config"], config["vision_config"]
+    for key in ("rms_norm_eps", "hidden_act", "tie_word_embeddings", "rope_scaling", "max_position_embeddings"):
+        text.pop(key)
+    for key in ("hidden_act", "layer_norm_eps", "num_channels"):
+        vision.pop(key)
+    for key in ("projector_hidden_act", "vision_feature_select_strategy", "vision_feature_layer"):
+        config.pop(key)
+    config["image_token_id"] = config.pop("image_token_index")
+
+
+SPECS = {
+    "llava-clip-llama": Spec(
+        vision=("clip_vision_model", dict(
+            hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=3, image_size=42, patch_size=14)),
+        text=("llama", dict(
+            hidden_size=60, intermediate_size=88, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+            max_position_embeddings=512, rms_norm_eps=1e-5)),
+        llava={},
+        image_processor=("CLIP", dict(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42})),
+        tokenizer="llama", chat_template=VICUNA, template_file="chat_template.json",
+        rename=hub_names, config=old_rope_keys, seed=1),
+    "llava-siglip-qwen2": Spec(
+        vision=("siglip_vision_model", dict(
+            hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=5, image_size=48, patch_size=16,
+            vision_use_head=True)),
+        text=("qwen2", dict(
+            hidden_size=56, intermediate_size=80, num_hidden_layers=3, num_attention_heads=7, num_key_value_heads=1,
+            max_position_embeddings=512, tie_word_embeddings=True, rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+        llava=dict(vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True),
+        image_processor=("Siglip", dict(size={"height": 48, "width": 48})),
+        tokenizer="qwen2", chat_template=CHATML, template_file="chat_template.jinja", seed=2),
+    "llava-clip-mistral": Spec(
+        vision=("clip_vision_model", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=3, num_attention_heads=3, image_size=28, patch_size=14)),
+        text=("mistral", dict(
+            hidden_size=52, intermediate_size=70, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
+            head_dim=12, sliding_window=11, rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+        llava={},
+        image_processor=("Llava", dict(do_pad=True, size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})),
+        tokenizer="llama", chat_template=INSTRUCT, template_file="tokenizer_config.json",
+        rename=older_memory_names, config=sparse, seed=3),
+    "llava-clip-llama-layers": Spec(
+        vision=("clip_vision_model", dict(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=4, num_attention_heads=1, image_size=30, patch_size=10,
+            hidden_act="gelu")),
+        text=("llama", dict(
+            hidden_size=45, intermediate_size=64, num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3,
+            head_dim=8, attention_bias=True, mlp_bias=True, max_position_embeddings=512,
+            rope_parameters={"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0, "original_max_position_embeddings": 32})),
+        llava=dict(vision_feature_layer=[-2, -4, 1], vision_feature_select_strategy="full", multimodal_projector_bias=False),
+        image_processor=("CLIP", dict(size={"height": 30, "width": 30}, do_center_crop=False)),
+        tokenizer="llama", chat_template=VICUNA, template_file="chat_template.jinja",
+        rename=memory_names, shards=2, seed=4),
+}  # fmt: skip
+
+
+def make_pictures(folder: Path) -> None:
+    """Two small pictures: a JPEG like a photo, higher than wide, and a PNG of shapes with transparency."""
+    rng = np.random.default_rng(7)
+    y, x = np.mgrid[0:96, 0:70] / 96
+    sky = np.stack([80 + 90 * y, 120 + 80 * y + 30 * x, 220 - 100 * y], axis=-1)
+    sky[60:90, 15:50] = (150, 70, 40)
+    sky[40:60] = np.where((np.abs(x[40:60] - 0.35) < (y[40:60] - 0.4))[..., None], (180, 30, 30), sky[40:60])
+    photo = np.clip(sky + rng.normal(0, 6, sky.shape), 0, 255).astype(np.uint8)
+    Image.fromarray(photo).save(folder / "photo.jpg", quality=92)
+    shapes = np.zeros((50, 81, 4), dtype=np.uint8)
+    rows, columns = np.mgrid[0:50, 0:81]
+    shapes[(rows - 25) ** 2 + (columns - 20) ** 2 < 15**2] = (220, 20, 30, 255)
+    shapes[12:38, 48:74] = (20, 60, 210, 140)
+    Image.fromarray(shapes).save(folder / "shapes.png")
+
+
+def make_tokenizer(kind: str) -> Any:
+    """A small tokenizer in Llama's form (SentencePiece-like BPE with byte fallback) or in Qwen2's (byte-level BPE)."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if kind == "llama":
+        words = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        special = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
+        words.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        words.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=420, special_tokens=special))
+        content = json.loads(words.to_str())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < 3]
+        content["pre_tokenizer"] = None
+        words = Tokenizer.from_str(json.dumps(content))
+        words.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        words.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        )
+        words.add_special_tokens([AddedToken("<image>", special=True, normalized=False), "<pad>"])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+        )
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=360, initial_alphabet=alphabet))
+    words.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"])
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    classes = {"CLIP": CLIPImageProcessorPil, "Siglip": SiglipImageProcessorPil, "Llava": LlavaImageProcessorPil}
+    return classes[kind](**options)
+
+
+def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
+    """A LLaVA with random weights in which no norm, bias or embedding is at a neutral value."""
+    import torch
+    from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    (vision_type, vision), (text_type, text) = spec.vision, spec.text
+    config = LlavaConfig(
+        vision_config=AutoConfig.for_model(vision_type, **vision),
+        text_config=AutoConfig.for_model(text_type, vocab_size=vocab_size, **text),
+        image_token_index=image_token_id,
+        **spec.llava,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(spec.seed)
+
+    def noise(tensor: Any) -> Any:
+        return torch.randn(tensor.shape, generator=generator)
+
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.ndim == 1:
+                tensor.copy_(0.3 * noise(tensor) + ("norm" in name and name.endswith("weight")))
+            elif "embed" in name:
+                tensor.copy_(0.7 * noise(tensor))
+            else:
+                tensor.copy_(1.4 * noise(tensor) / tensor[0].numel() ** 0.5)
+    return model
+
+
+def save(spec: Spec, folder: Path) -> None:
+    """Write a checkpoint folder in the layout that the spec asks for."""
+    from safetensors.torch import load_file, save_file
+    from transformers import LlavaProcessor
+
+    folder.mkdir(parents=True)
+    tokenizer = make_tokenizer(spec.tokenizer)
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    model = make_model(spec, len(tokenizer) + 5, image_token_id)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    spec.config(config)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+    tensors = {spec.rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = ["model.safetensors"]
+    if spec.shards > 1:
+        files = [f"model-{i + 1:05}-of-{spec.shards:05}.safetensors" for i in range(spec.shards)]
+        index = {name: files[i % spec.shards] for i, name in enumerate(names)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
+    for i, file in enumerate(files):
+        save_file({name: tensors[name].contiguous() for name in names[i :: spec.shards]}, folder / file, {"format": "pt"})
+
+    kind, options = spec.image_processor
+    clip = spec.vision[0] == "clip_vision_model"
+    processor = LlavaProcessor(
+        image_processor=make_image_processor(kind, options),
+        tokenizer=tokenizer,
+        patch_size=spec.vision[1]["patch_size"],
+        vision_feature_select_strategy=spec.llava.get("vision_feature_select_strategy", "default"),
+        num_additional_image_tokens=1 if clip else 0,
+        chat_template=spec.chat_template,
+    )
+    processor.save_pretrained(folder)
+    if spec.template_file != "chat_template.jinja":
+        (folder / "chat_template.jinja").unlink()
+        target = folder / spec.template_file
+        content = json.loads(target.read_text()) if target.exists() else {}
+        target.write_text(json.dumps({**content, "chat_template": spec.chat_template}, indent=1))
+    if spec.template_file == "chat_template.json":  # as older Hub folders: settings of images in a file of their own
+        content = json.loads((folder / "processor_config.json").read_text())
+        (folder / "preprocessor_config.json").write_text(json.dumps(content.pop("image_processor"), indent=1))
+        (folder / "processor_config.json").write_text(json.dumps(content, indent=1))
+
+
+def with_pictures(messages: list[dict[str, Any]], pictures: Path) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+    """Messages as the reference's template takes them, and the opened pictures in order."""
+    opened, plain = [], []
+    for message in messages:
+        parts = []
+        for part in message["content"]:
+            if part["type"] == "image":
+                opened.append(Image.open(io.BytesIO((pictures / part["image"]).read_bytes())))
+                parts.append({"type": "image"})
+            else:
+                parts.append(part)
+        plain.append({**message, "content": parts})
+    return plain, opened
+
+
+class Reference:
+    """A checkpoint folder opened by transformers in float32."""
+
+    def __init__(self, folder: Path, chat_template: str | None = None) -> None:
+        import torch
+        from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+        warnings.filterwarnings("ignore")
+        self.model = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        self.chat_template = chat_template
+
+    def answer(self, messages: list[dict[str, Any]], pictures: Path, steps: int = STEPS) -> dict[str, np.ndarray]:
+        """Prompt ids, pixels, and `steps` tokens decoded greedily with the cache.
+
+        Returns:
+            `prompt_ids` int[L], `pixel_values` float32[B, height, width, 3], `prompt_logprobs` float32[L - 1] of the
+            prompt's own tokens, `token_ids` int[steps], `logprobs` float32[steps, vocab_size].
+        """
+        import torch
+
+        plain, opened = with_pictures(messages, pictures)
+        text = self.processor.apply_chat_template(
+            plain, add_generation_prompt=True, chat_template=self.chat_template
+        )
+        bos = self.processor.tokenizer.bos_token
+        inputs = self.processor(
+            text=text, images=opened or None, return_tensors="pt",
+            add_special_tokens=not (bos and text.startswith(bos)),
+        )  # fmt: skip
+        inputs = {key: inputs[key] for key in ("input_ids", "pixel_values", "attention_mask") if key in inputs}
+        ids = inputs["input_ids"]
+        rows, tokens = [], []
+        with torch.no_grad():
+            out = self.model(**inputs, use_cache=True)
+            prompt = torch.log_softmax(out.logits[0, :-1], dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+            for _ in range(steps):
+                rows.append(torch.log_softmax(out.logits[0, -1], dim=-1).numpy())
+                tokens.append(int(rows[-1].argmax()))
+                if len(rows) == steps:
+                    break
+                out = self.model(
+                    input_ids=torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True
+                )
+        answer = {
+            "prompt_ids": ids[0].numpy().astype(np.int32),
+            "prompt_logprobs": prompt.numpy(),
+            "token_ids": np.array(tokens, dtype=np.int32),
+            "logprobs": np.stack(rows),
+        }
+        if opened:
+            answer["pixel_values"] = np.moveaxis(inputs["pixel_values"].numpy(), 1, -1)
+        return answer
+
+
+def expected_outputs(name: str, golden: Path = GOLDEN) -> dict[str, np.ndarray]:
+    """What the reference answers to every case, computed now: `case/what` to an array."""
+    reference = Reference(golden / name, SPECS[name].chat_template)
+    return {
+        f"{case}/{what}": array
+        for case, messages in CASES.items()
+        for what, array in reference.answer(messages, golden).items()
+    }
+
+
+def regenerate() -> None:
+    """Rewrite tests/golden/."""
+    GOLDEN.mkdir(exist_ok=True)
+    make_pictures(GOLDEN)
+    for name, spec in SPECS.items():
+        folder = GOLDEN / name
+        shutil.rmtree(folder, ignore_errors=True)
+        save(spec, folder)
+        expected = expected_outputs(name)
+        np.savez_compressed(folder / "expected.npz", **expected)
+        print(name, sum(file.stat().st_size for file in folder.iterdir()) // 1024, "KiB")
+        for case in CASES:
+            print("  ", case, len(expected[f"{case}/prompt_ids"]), "tokens ->", *expected[f"{case}/token_ids"])
+
+
+if __name__ == "__main__":
+    regenerate()
