@@ -1,7 +1,8 @@
 """Vision-language models on Apple MLX: convert them, chat with them, import them.
 
 The public names are `load`, `generate`, `stream_generate` and `Chat`. They are imported when first used, so that
-`import mlx_vlm_mini` costs nothing.
+`import mlx_vlm_mini` costs nothing. No module may have one of these names: importing it would put it in the place of
+the function.
 """
 
 from importlib import import_module
@@ -9,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chat import Chat
-    from .load import load
+    from .loading import load
     from .stream import generate, stream_generate
 
 __version__ = "0.1.0"
 __all__ = ["Chat", "__version__", "generate", "load", "stream_generate"]
 
-_HOME = {"Chat": ".chat", "generate": ".stream", "load": ".load", "stream_generate": ".stream"}
+_HOME = {"Chat": ".chat", "generate": ".stream", "load": ".loading", "stream_generate": ".stream"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .errors import VLMError
 from .model import VLM, Inputs
 from .processor import Processor
 from .prompt import Message, Prompt, images_of, to_messages
@@ -70,7 +71,7 @@ class Chat:
         cached = self._reuse(inputs)
         answer: list[str] = []
         tokens: list[int] = []
-        self.messages += turn
+        refused = False
         try:
             for chunk in stream_inputs(
                 self.model, self.processor, inputs, self._cache, options=chosen, cached=cached, started=started
@@ -78,9 +79,14 @@ class Chat:
                 answer.append(chunk.text)
                 tokens.append(chunk.token)
                 yield chunk
+        except VLMError:
+            refused = True
+            raise
         finally:
             self._keep(inputs, tokens)
-            self.messages.append({"role": "assistant", "content": [{"type": "text", "text": "".join(answer)}]})
+            if not refused:
+                said = {"role": "assistant", "content": [{"type": "text", "text": "".join(answer)}]}
+                self.messages += [*turn, said]
 
     def _identify(self, inputs: Inputs) -> np.ndarray:
         """What each position of a prompt is: uint64[L, 2], (token id, 0), or a digest and a row of an image."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -39,6 +39,14 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.end - self.start
 
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in ("F32", "F16", "BF16")
+
+
+Header = tuple[dict[str, TensorInfo], dict[str, str]]
+"""Of a safetensors file: its tensors by name, and its metadata."""
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
@@ -59,7 +67,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def parse_header(header: bytes, file: Path, data_start: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def parse_header(header: bytes, file: Path, data_start: int) -> Header:
     """Tensors and metadata of a safetensors header whose data begins `data_start` bytes into the file.
 
     Raises:
@@ -83,7 +91,7 @@ def parse_header(header: bytes, file: Path, data_start: int) -> tuple[dict[str, 
     return tensors, metadata
 
 
-def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def read_header(file: Path) -> Header:
     """Tensors and metadata of a safetensors file; reads nothing but the header.
 
     Raises:
@@ -117,15 +125,17 @@ class Checkpoint:
     Attributes:
         folder: the folder, or the part of the Hub's cache that holds it.
         config: config.json.
+        headers: of the tensor files, where they are known from elsewhere than the folder.
     """
 
     folder: Path
     config: dict[str, Any]
+    headers: list[Header] | None = None
     _arrays: dict[Path, dict[str, mx.array]] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def _headers(self) -> list[tuple[dict[str, TensorInfo], dict[str, str]]]:
-        return [read_header(file) for file in self._files()]
+    def _headers(self) -> list[Header]:
+        return self.headers if self.headers is not None else [read_header(file) for file in self._files()]
 
     def _files(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
@@ -176,14 +186,24 @@ class Checkpoint:
             )
         return quantization
 
+    def num_weights(self, name: str) -> int:
+        """Weights that a tensor holds: of a quantized one as many as are packed into it, of its scales none."""
+        info, (module, _, parameter) = self.tensors[name], name.rpartition(".")
+        if f"{module}.scales" not in self.tensors:
+            return prod(info.shape)
+        if parameter in ("scales", "biases"):
+            return 0
+        settings = self.quantization or {}
+        own = settings.get(module)
+        bits = (own if isinstance(own, Mapping) else settings).get("bits", 4)
+        return prod(info.shape) * 32 // bits if parameter == "weight" else prod(info.shape)
+
     def read(self, name: str) -> mx.array:
-        """A tensor, read when it is evaluated."""
+        """A tensor, read when it is evaluated; no reference to it is kept here, so its memory is the caller's."""
         file = self.tensors[name].file
-        if file not in self._arrays:
-            arrays = mx.load(str(file), format="safetensors")
-            assert isinstance(arrays, dict)
-            self._arrays[file] = arrays
-        return self._arrays[file][name]
+        if name not in self._arrays.get(file, {}):
+            self._arrays[file] = cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
+        return self._arrays[file].pop(name)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -1,8 +1,11 @@
 """A model's name -> a folder on this machine: a folder's path, or a Hub name, downloaded once and then cached."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from .checkpoint import Header, TensorInfo
 from .errors import CheckpointError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -14,6 +17,41 @@ WEIGHT_FILES = ("model*.safetensors",)
 def is_hub_name(name: str) -> bool:
     """Whether `name` can only be meant as `owner/model`: of that form, and no folder here."""
     return _HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+@contextmanager
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one line."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        SafetensorsParsingError,
+    )
+
+    try:
+        yield
+    except GatedRepoError:
+        message = f"{name} is gated: accept its terms on its Hub page, then run `hf auth login`"
+    except RepositoryNotFoundError:
+        message = f"{name} is neither a folder here nor a public model on the Hub; if it is private, run `hf auth login`"
+    except RevisionNotFoundError:
+        message = f"{name} has no revision '{revision}' on the Hub"
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        message = f"{name} is neither a folder here nor in the Hub's cache, and the Hub cannot be reached"
+    except (NotASafetensorsRepoError, SafetensorsParsingError):
+        message = f"{name} has no readable safetensors files on the Hub"
+    except HfHubHTTPError as error:
+        message = f"the Hub refuses {name}: {str(error).splitlines()[0]}"
+    except OSError as error:
+        message = f"cannot download {name}: {error}"
+    else:
+        return
+    raise CheckpointError(message) from None
 
 
 def find_folder(name: str | Path, *, revision: str | None = None, weights: bool = True) -> Path:
@@ -29,34 +67,28 @@ def find_folder(name: str | Path, *, revision: str | None = None, weights: bool 
     """
     if isinstance(name, Path) or not is_hub_name(name):
         return Path(name).expanduser()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    with _hub_errors(name, revision):
+        from huggingface_hub import snapshot_download
 
-    patterns = [*SMALL_FILES, *(WEIGHT_FILES if weights else ())]
-    try:
+        patterns = [*SMALL_FILES, *(WEIGHT_FILES if weights else ())]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        raise CheckpointError(
-            f"{name} is gated: accept its terms on its Hub page, then run `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise CheckpointError(
-            f"{name} is neither a folder here nor a public model on the Hub; if it is private, run `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise CheckpointError(f"{name} has no revision '{revision}' on the Hub") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise CheckpointError(
-            f"{name} is neither a folder here nor in the Hub's cache, and the Hub cannot be reached"
-        ) from None
-    except HfHubHTTPError as error:
-        raise CheckpointError(f"the Hub refuses {name}: {str(error).splitlines()[0]}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot download {name}: {error}") from None
+
+
+def fetch_headers(name: str, *, revision: str | None = None) -> list[Header]:
+    """The headers of a Hub model's safetensors files, by range requests: the weights are not downloaded.
+
+    Raises:
+        CheckpointError: the Hub does not give them.
+    """
+    with _hub_errors(name, revision):
+        from huggingface_hub import HfApi
+
+        metadata = HfApi().get_safetensors_metadata(name, revision=revision)
+    headers = []
+    for file, part in metadata.files_metadata.items():
+        tensors = {
+            key: TensorInfo(Path(file), info.dtype, tuple(info.shape), *info.data_offsets)
+            for key, info in part.tensors.items()
+        }
+        headers.append((tensors, dict(part.metadata or {})))
+    return headers

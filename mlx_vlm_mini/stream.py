@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from .borrow import borrow
 from .errors import PromptError
-from .generate import LogitsProcessor, Sampler, decode, prefill, wired_memory
+from .generation import PREFILL_STEP, LogitsProcessor, Sampler, decode, prefill, wired_memory
 from .image import ImageSource
 from .model import VLM, Inputs
 from .processor import Processor
@@ -90,7 +90,7 @@ class Options:
     stop: str | Sequence[str] = ()
     sampler: Sampler | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
-    prefill_step: int = 512
+    prefill_step: int = PREFILL_STEP
     progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:

@@ -81,6 +81,8 @@ class TextStream:
 
     def _show(self, text: str) -> str:
         before = self._tokenizer.decode(self._ids[self._start : self._shown])
+        if len(text) <= len(before):
+            return ""
         self._start, self._shown = self._shown, len(self._ids)
         return text[len(before) :]
 

@@ -11,7 +11,7 @@ import pytest
 from reference import CASES, GOLDEN, SPECS, STEPS
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.generate import decode, prefill
+from mlx_vlm_mini.generation import decode, prefill
 from mlx_vlm_mini.stream import stream_generate
 
 TOLERANCE = 1e-4

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from .checkpoint import Checkpoint, open_checkpoint, read_json
+from .checkpoint import DTYPES, Checkpoint, open_checkpoint, read_json
 from .config import VLMConfig
 from .errors import CheckpointError
 from .families import Family, find_family
@@ -117,7 +117,8 @@ def compute_dtype(plan: Plan) -> mx.Dtype:
     """The checkpoint's own type on a GPU, float32 on a CPU, where half precision is many times slower."""
     if mx.default_device().type != mx.DeviceType.gpu:
         return mx.float32
-    return plan.checkpoint.read(plan.ours["decoder.norm.weight"]).dtype
+    stored = plan.checkpoint.tensors[plan.ours["decoder.norm.weight"]].dtype
+    return DTYPES[stored][0] if stored in ("F16", "BF16") else mx.float32
 
 
 def load(

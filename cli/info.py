@@ -1,0 +1,42 @@
+"""`mlx-vlm-mini info`: what a checkpoint is, and whether it is whole."""
+
+import json
+
+import click
+
+
+@click.command("info")
+@click.argument("model", metavar="MODEL")
+@click.option("--check", is_flag=True, help="Check names and shapes of all tensors, and the other files, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
+def command(model: str, check: bool, as_json: bool, revision: str | None) -> None:
+    """Say what MODEL is: family, parts, sizes, bits per weight. Weights are not read, of Hub models not downloaded.
+
+    \b
+    Example:
+      mlx-vlm-mini info llava-hf/llava-1.5-7b-hf --check
+    """
+    from mlx_vlm_mini.describe import describe
+
+    described = describe(model, revision=revision, check=check)
+    if as_json:
+        click.echo(json.dumps(described, ensure_ascii=False))
+        return
+    for key, value in described.items():
+        if not isinstance(value, dict):
+            click.echo(f"{key.replace('_', ' '):<16} {_shown(key, value)}")
+            continue
+        click.echo(f"{key.replace('_', ' '):<16} " + ", ".join(f"{k.replace('_', ' ')} {_shown(k, v)}" for k, v in value.items()))
+
+
+def _shown(key: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key == "bytes" and isinstance(value, int):
+        return f"{value / 1e9:,.2f} GB" if value >= 1e9 else f"{value / 1e6:,.2f} MB"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "none" if value is None else str(value)

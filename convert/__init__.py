@@ -1,0 +1,5 @@
+"""Checkpoint in, smaller MLX checkpoint out: read, cast, quantize, check, write."""
+
+from .convert import Report, convert
+
+__all__ = ["Report", "convert"]

@@ -1,0 +1,152 @@
+"""The conversion itself: a stream over tensors into a new folder that appears only when it is whole."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint
+from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.hub import SMALL_FILES, find_folder
+from mlx_vlm_mini.loading import DTypeName, plan
+
+from .quantize import Quantization, plan_outputs
+from .write import write_tensors
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        source_bytes, bytes: size of all tensors before and after.
+        weights: number of weights.
+        skipped: layers that stayed in floating point although quantization was asked for, with the reason.
+    """
+
+    destination: Path
+    source_bytes: int
+    bytes: int
+    weights: int
+    skipped: tuple[tuple[str, str], ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.weights
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    bits: int | None = None,
+    group_size: int = 64,
+    dtype: DTypeName | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Convert a checkpoint to MLX's format, tensor by tensor.
+
+    The tensors keep the names that they have on the Hub. The destination appears when everything is written and
+    checked; until then the work is in a hidden folder beside it, which a failure removes.
+
+    Args:
+        source: a checkpoint folder, or a Hub name.
+        destination: a folder that does not exist yet, or is empty.
+        bits: 4 or 8 quantizes the decoder's linear layers and embeddings; None quantizes nothing.
+        group_size: weights that share a scale: 32, 64 or 128.
+        dtype: type of what stays in floating point; by default as it is.
+        revision: branch, tag or commit on the Hub.
+        progress: called with bytes written and bytes in all.
+
+    Raises:
+        CheckpointError: the source is not usable, or the destination is in the way.
+        OSError: the destination cannot be written.
+    """
+    destination = Path(destination).expanduser()
+    _check_destination(destination)
+    checkpoint = open_checkpoint(find_folder(source, revision=revision))
+    if bits is not None and checkpoint.quantization is not None:
+        raise CheckpointError(f"{source} is already quantized; quantize the original weights instead")
+    quantization = None if bits is None else Quantization(bits, group_size)
+    planned = plan(checkpoint)
+    target: Any = None if dtype is None else getattr(mx, dtype)
+    outputs, skipped = plan_outputs(planned, quantization, target)
+    if quantization is not None and not any(len(output.entries) > 1 for output in outputs):
+        raise CheckpointError(
+            f"nothing in {source} can be quantized in groups of {group_size}: no layer's width is a multiple of it"
+        )
+    total = sum(output.nbytes for output in outputs)
+    _check_space(destination, total)
+
+    work = destination.parent / f".{destination.name}.partial-{os.getpid()}"
+    done = 0
+
+    def step(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    try:
+        work.mkdir(parents=True)
+        write_tensors(work, outputs, step)
+        _copy_small_files(checkpoint, work)
+        config = _new_config(checkpoint.config, quantization, dtype)
+        (work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        plan(open_checkpoint(work))  # a folder that does not load is never shown
+        work.replace(destination)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Report(
+        destination,
+        sum(info.nbytes for info in checkpoint.tensors.values()),
+        total,
+        sum(map(checkpoint.num_weights, checkpoint.tensors)),
+        tuple(skipped),
+    )
+
+
+def _check_destination(destination: Path) -> None:
+    if destination.is_file():
+        raise CheckpointError(f"{destination} is a file; name a folder that does not exist yet")
+    if destination.exists() and any(destination.iterdir()):
+        raise CheckpointError(f"{destination} exists and is not empty; name another folder or remove it first")
+
+
+def _check_space(destination: Path, needed: int) -> None:
+    existing = destination.absolute().parent
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise CheckpointError(
+            f"the result takes {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free: make room or go elsewhere"
+        )
+
+
+def _copy_small_files(checkpoint: Checkpoint, work: Path) -> None:
+    """Tokenizer, processor and templates; never code."""
+    for pattern in SMALL_FILES:
+        for file in sorted(checkpoint.folder.glob(pattern)):
+            if file.name not in ("config.json", "model.safetensors.index.json"):
+                shutil.copyfile(file, work / file.name)
+
+
+def _new_config(
+    config: dict[str, Any], quantization: Quantization | None, dtype: DTypeName | None
+) -> dict[str, Any]:
+    config = dict(config)
+    if dtype is not None:
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = dtype
+    if quantization is not None:
+        config["quantization"] = quantization.as_config()
+        config["quantization_config"] = quantization.as_config()  # where other MLX tools look
+    return config

@@ -1,0 +1,92 @@
+"""What a checkpoint is, from its small files and its tensors' headers alone."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import open_checkpoint
+from .hub import fetch_headers, find_folder, is_hub_name
+from .loading import load_processor, plan, read_config
+from .weights import rename
+
+PARTS = ("vision", "projector", "decoder")
+
+
+def describe(name: str | Path, *, revision: str | None = None, check: bool = False) -> dict[str, Any]:
+    """Describe a checkpoint; of a Hub model only the small files and the headers are fetched.
+
+    Args:
+        name: a checkpoint folder or a Hub name.
+        revision: branch, tag or commit on the Hub.
+        check: also match every tensor to the model by name and shape, and read tokenizer, chat template and image
+            settings.
+
+    Returns:
+        Names to values, JSON-ready; the three parts are dictionaries of their own. Sizes are bytes; `unused` counts
+        weights in the files that the model does not read.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be understood, or `check` finds it broken.
+    """
+    checkpoint = open_checkpoint(find_folder(name, revision=revision, weights=False))
+    if isinstance(name, str) and is_hub_name(name):
+        checkpoint.headers = fetch_headers(name, revision=revision)
+    family, config = read_config(checkpoint)
+    weights: dict[str, int] = defaultdict(int)
+    sizes: dict[str, int] = defaultdict(int)
+    types = set()
+    for theirs, info in checkpoint.tensors.items():
+        try:
+            ours = rename(theirs, family.WEIGHTS)
+        except KeyError:
+            ours = None
+        part = "unused" if ours is None else ours.partition(".")[0]
+        weights[part] += checkpoint.num_weights(theirs)
+        sizes[part] += info.nbytes
+        types.add(info.dtype)
+    vision, decoder = config.vision, config.decoder
+    shapes: dict[str, dict[str, Any]] = {
+        "vision": {
+            "hidden_size": vision.hidden_size, "layers": vision.num_hidden_layers, "heads": vision.num_attention_heads,
+            "image_size": vision.image_size, "patch_size": vision.patch_size, "image_tokens": vision.num_features,
+        },
+        "projector": {"hidden_size": config.projector.hidden_size, "layers": config.projector.num_layers},
+        "decoder": {
+            "hidden_size": decoder.hidden_size, "layers": decoder.num_hidden_layers,
+            "heads": decoder.num_attention_heads, "kv_heads": decoder.num_key_value_heads,
+            "vocab_size": decoder.vocab_size, "context": decoder.max_position_embeddings,
+        },
+    }  # fmt: skip
+    described: dict[str, Any] = {
+        "model": str(name),
+        "family": config.family,
+        "model_type": checkpoint.config.get("model_type"),
+        "format": "mlx" if checkpoint.is_mlx else "torch",
+        "types": "+".join(sorted(types)),
+        "quantization": _quantization(checkpoint.quantization),
+    }
+    for part in PARTS:
+        count, size = weights[part], sizes[part]
+        described[part] = {**shapes[part], **_amounts(count, size)}
+    described |= _amounts(sum(weights.values()), sum(sizes.values()))
+    described["unused"] = weights["unused"]
+    if check:
+        planned = plan(checkpoint)
+        processor = load_processor(checkpoint, planned.family, planned.config)
+        described["image_token"] = processor.image_token
+        described["tokenizer_size"] = processor.tokenizer.backend.get_vocab_size()
+        described["image_settings"] = processor.image_settings is not None
+        described["check"] = "every tensor has its place, name and shape"
+    return described
+
+
+def _amounts(weights: int, size: int) -> dict[str, Any]:
+    return {"weights": weights, "bytes": size, "bits_per_weight": 8 * size / weights if weights else 0.0}
+
+
+def _quantization(settings: Any) -> dict[str, Any] | None:
+    if settings is None:
+        return None
+    own = sum(isinstance(value, dict) for value in settings.values())
+    shown = {key: settings[key] for key in ("bits", "group_size", "mode") if key in settings}
+    return {**shown, "modules_of_their_own": own} if own else shown
