@@ -22,7 +22,14 @@ HELP = """\
 
 @click.command("chat")
 @model_argument
-@click.option("-i", "--image", "images", multiple=True, metavar="IMAGE", help="Shown with the first message. May be repeated.")
+@click.option(
+    "-i",
+    "--image",
+    "images",
+    multiple=True,
+    metavar="IMAGE",
+    help="Shown with the first message. May be repeated.",
+)
 @click.option("--system", help="System message.")
 @sampling_options
 @loading_options

@@ -12,12 +12,16 @@ from .options import DTYPES
 @click.argument("source", metavar="SOURCE")
 @click.argument("destination", metavar="DESTINATION", type=click.Path())
 @click.option("-q", "--bits", type=click.Choice(["4", "8"]), help="Quantize the decoder to this many bits.")
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True, help="Weights that share a scale.")
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="Weights that share a scale.",
+)
 @click.option("--dtype", type=DTYPES, help="Type of what stays in floating point.  [default: as it is]")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
-def command(
-    source: str, destination: str, bits: str | None, group_size: str, dtype: Any, revision: str | None
-) -> None:
+def command(source: str, destination: str, bits: str | None, group_size: str, dtype: Any, revision: str | None) -> None:
     """Convert SOURCE, a checkpoint folder or a Hub name, into the new folder DESTINATION.
 
     \b

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 @click.command("generate")
 @model_argument
 @click.option("-p", "--prompt", required=True, help="What to ask; - reads it from stdin.")
-@click.option("-i", "--image", "images", multiple=True, metavar="IMAGE", help="Path, URL, or - for stdin. May be repeated.")
+@click.option(
+    "-i",
+    "--image",
+    "images",
+    multiple=True,
+    metavar="IMAGE",
+    help="Path, URL, or - for stdin. May be repeated.",
+)
 @click.option("--system", help="System message.")
 @sampling_options
 @loading_options
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     model: str | None,
     prompt: str,
     images: tuple[str, ...],

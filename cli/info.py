@@ -27,7 +27,10 @@ def command(model: str, check: bool, as_json: bool, revision: str | None) -> Non
         if not isinstance(value, dict):
             click.echo(f"{key.replace('_', ' '):<16} {_shown(key, value)}")
             continue
-        click.echo(f"{key.replace('_', ' '):<16} " + ", ".join(f"{k.replace('_', ' ')} {_shown(k, v)}" for k, v in value.items()))
+        click.echo(
+            f"{key.replace('_', ' '):<16} "
+            + ", ".join(f"{k.replace('_', ' ')} {_shown(k, v)}" for k, v in value.items())
+        )
 
 
 def _shown(key: str, value: object) -> str:

@@ -26,14 +26,46 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--max-tokens, --temperature and the other fields of stream.Options that a terminal can give."""
     for option in reversed(
         [
-            click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Length of an answer at most."),
-            click.option("-t", "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the likeliest token."),
-            click.option("--top-p", type=click.FloatRange(0, 1), default=0.0, help="Sample among the likeliest tokens of this total probability."),
-            click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, help="Leave out tokens below this share of the likeliest one."),
+            click.option(
+                "--max-tokens",
+                type=click.IntRange(1),
+                default=256,
+                show_default=True,
+                help="Length of an answer at most.",
+            ),
+            click.option(
+                "-t",
+                "--temperature",
+                type=click.FloatRange(0),
+                default=0.0,
+                show_default=True,
+                help="0 takes the likeliest token.",
+            ),
+            click.option(
+                "--top-p",
+                type=click.FloatRange(0, 1),
+                default=0.0,
+                help="Sample among the likeliest tokens of this total probability.",
+            ),
+            click.option(
+                "--min-p",
+                type=click.FloatRange(0, 1),
+                default=0.0,
+                help="Leave out tokens below this share of the likeliest one.",
+            ),
             click.option("--top-k", type=click.IntRange(0), default=0, help="Sample among this many tokens."),
-            click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="Above 1: avoid repeating recent tokens."),
+            click.option(
+                "--repetition-penalty",
+                type=click.FloatRange(0, min_open=True),
+                help="Above 1: avoid repeating recent tokens.",
+            ),
             click.option("--seed", type=click.IntRange(0), help="Makes a sampled answer repeatable."),
-            click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. May be repeated."),
+            click.option(
+                "--stop",
+                multiple=True,
+                metavar="TEXT",
+                help="End the answer before this text. May be repeated.",
+            ),
         ]
     ):
         function = option(function)

@@ -126,7 +126,7 @@ def _check_space(destination: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise CheckpointError(
-            f"the result takes {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free: make room or go elsewhere"
+            f"the result takes {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free: make room first"
         )
 
 
@@ -138,9 +138,7 @@ def _copy_small_files(checkpoint: Checkpoint, work: Path) -> None:
                 shutil.copyfile(file, work / file.name)
 
 
-def _new_config(
-    config: dict[str, Any], quantization: Quantization | None, dtype: DTypeName | None
-) -> dict[str, Any]:
+def _new_config(config: dict[str, Any], quantization: Quantization | None, dtype: DTypeName | None) -> dict[str, Any]:
     config = dict(config)
     if dtype is not None:
         for key in ("dtype", "torch_dtype"):

@@ -93,9 +93,7 @@ def _cast(plan: Plan, name: str, ours: str, info: TensorInfo, dtype: mx.Dtype | 
     return Output(((name, _NAMES[target], shape),), make)
 
 
-def _quantized(
-    plan: Plan, name: str, info: TensorInfo, quantization: Quantization, dtype: mx.Dtype | None
-) -> Output:
+def _quantized(plan: Plan, name: str, info: TensorInfo, quantization: Quantization, dtype: mx.Dtype | None) -> Output:
     target = _float_type(info, dtype)
     module = name.removesuffix(".weight")
     rows, columns = info.shape

@@ -92,4 +92,4 @@ def _to_bytes(array: mx.array) -> memoryview:
     flat = mx.contiguous(array).reshape(-1)
     if flat.dtype == mx.bfloat16:  # which numpy does not have
         flat = flat.view(mx.uint16)
-    return memoryview(np.ascontiguousarray(np.array(flat, copy=False))).cast("B")
+    return np.array(flat, copy=False).data.cast("B")

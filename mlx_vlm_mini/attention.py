@@ -75,7 +75,7 @@ class Attention(nn.Module):
         cache: Any = None,
         attentions: list[mx.array] | None = None,
     ) -> mx.array:
-        """float[B, L, C] -> float[B, L, C]. `rope` turns queries and keys, `cache` (of mlx-lm) keeps keys and values."""
+        """float[B, L, C] -> float[B, L, C]. `rope` turns queries and keys, mlx-lm's `cache` keeps keys and values."""
         B, L, _ = x.shape
         q = self.q_proj(x).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)  # (B, H, L, D)
         k = self.k_proj(x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)

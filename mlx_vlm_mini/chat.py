@@ -74,7 +74,13 @@ class Chat:
         refused = False
         try:
             for chunk in stream_inputs(
-                self.model, self.processor, inputs, self._cache, options=chosen, cached=cached, started=started
+                self.model,
+                self.processor,
+                inputs,
+                self._cache,
+                options=chosen,
+                cached=cached,
+                started=started,
             ):
                 answer.append(chunk.text)
                 tokens.append(chunk.token)

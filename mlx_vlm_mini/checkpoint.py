@@ -182,7 +182,7 @@ class Checkpoint:
         if quantization is None and "quantization_config" in self.config:
             method = self.config["quantization_config"].get("quant_method", "unknown")
             raise CheckpointError(
-                f"{self.folder} is quantized by '{method}', which MLX does not read; convert the original weights instead"
+                f"{self.folder} is quantized by '{method}', which MLX does not read; use the original weights"
             )
         return quantization
 

@@ -60,9 +60,7 @@ class VisionConfig:
         _check_sizes(self, "image_size", "patch_size")
         _check_multiple(self, "hidden_size", "num_attention_heads")
         if self.patch_size > self.image_size:
-            raise CheckpointError(
-                f"config.json: patch_size {self.patch_size} exceeds image_size {self.image_size}"
-            )
+            raise CheckpointError(f"config.json: patch_size {self.patch_size} exceeds image_size {self.image_size}")
         if not self.feature_layers:
             raise CheckpointError("config.json: the list of vision feature layers is empty")
         for layer in self.feature_layers:
@@ -143,8 +141,7 @@ class DecoderConfig:
             raise CheckpointError(f"config.json: rotary positions need an even head_dim, not {self.head_dim}")
         if len(self.layer_types) != self.num_hidden_layers:
             raise CheckpointError(
-                f"config.json: layer_types has {len(self.layer_types)} entries for "
-                f"{self.num_hidden_layers} layers"
+                f"config.json: layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers"
             )
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise CheckpointError("config.json: a sliding_attention layer needs a sliding_window")

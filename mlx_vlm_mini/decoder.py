@@ -67,9 +67,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: list[mx.array] | None
     ) -> mx.array:
-        x = x + self.self_attn(
-            self.input_layernorm(x), mask=mask, rope=rope, cache=cache, attentions=attentions
-        )
+        x = x + self.self_attn(self.input_layernorm(x), mask=mask, rope=rope, cache=cache, attentions=attentions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -112,6 +112,6 @@ def decode(
             hidden = decoder(decoder.embed_tokens(current[:, None]), cache)
             token, logprob = choose(decoder.logits(hidden)[:, 0])
             mx.async_eval(token, logprob)
-        yield Token(int(current.item()), float(current_logprob.item()))
+        yield Token(cast(int, current.item()), cast(float, current_logprob.item()))
         if count % 256 == 0:
             mx.clear_cache()

@@ -38,7 +38,9 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     except GatedRepoError:
         message = f"{name} is gated: accept its terms on its Hub page, then run `hf auth login`"
     except RepositoryNotFoundError:
-        message = f"{name} is neither a folder here nor a public model on the Hub; if it is private, run `hf auth login`"
+        message = (
+            f"{name} is neither a folder here nor a public model on the Hub; if it is private, run `hf auth login`"
+        )
     except RevisionNotFoundError:
         message = f"{name} has no revision '{revision}' on the Hub"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):

@@ -12,13 +12,14 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from .errors import CheckpointError, ImageError
 
@@ -108,7 +109,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow's advice on large or odd files; its hard limit stays
             image = Image.open(io.BytesIO(data))
             image.load()
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image that Pillow can read") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: {str(error).partition(',')[0]}; make it smaller first") from None
@@ -119,10 +120,8 @@ def _decode(data: bytes, name: str) -> Image.Image:
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
-        try:
+        with suppress(Exception):  # a broken EXIF block says nothing about the picture, which is kept as it stands
             image = ImageOps.exif_transpose(image)
-        except Exception:  # noqa: S110 - a broken EXIF block says nothing about the picture, which is kept as it stands
-            pass
         if image.mode == "LAB":
             lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
             converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
@@ -144,9 +143,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)) or not array.size:
-        raise ImageError(
-            f"an image array is [height, width] or [height, width, 1, 3 or 4], not {list(array.shape)}"
-        )
+        raise ImageError(f"an image array is [height, width] or [height, width, 1, 3 or 4], not {list(array.shape)}")
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.dtype == np.bool_:
@@ -155,11 +152,11 @@ def _from_array(array: np.ndarray) -> Image.Image:
         array = array >> 8
     elif array.dtype != np.uint8:
         low, high = float(array.min()), float(array.max())
-        if np.issubdtype(array.dtype, np.floating) and 0 <= low and high <= 1:
+        if np.issubdtype(array.dtype, np.floating) and low >= 0 and high <= 1:
             array = np.rint(array * 255.0)
-        elif 0 <= low and 255 < high <= 65535:
+        elif low >= 0 and 255 < high <= 65535:
             array = array / 257.0
-        elif not (0 <= low and high <= 255):  # true for NaN too
+        elif not (low >= 0 and high <= 255):  # true for NaN too
             raise ImageError(f"pixel values run from {low:g} to {high:g}: give uint8, or floats from 0 to 1")
     image = Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
     return image if image.mode == "RGB" else _to_rgb(image, "the image")
@@ -267,7 +264,8 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
     if settings.rescale_factor is not None:
         values *= np.float32(settings.rescale_factor)
     if settings.image_mean is not None and settings.image_std is not None:
-        values = (values - np.float32(settings.image_mean)) / np.float32(settings.image_std)
+        mean, std = np.array(settings.image_mean, np.float32), np.array(settings.image_std, np.float32)
+        values = (values - mean) / std
     return values
 
 

@@ -37,9 +37,9 @@ class Inputs:
 class VLM(nn.Module):
     """A vision-language model.
 
-        pixel_values --vision--> features --projector--> image embeddings --+
-        input_ids --decoder.embed_tokens--> embeddings <--------------------+   at the slots
-        embeddings --decoder--> hidden states --decoder.logits--> logits
+    pixel_values --vision--> features --projector--> image embeddings --+
+    input_ids --decoder.embed_tokens--> embeddings <--------------------+   at the slots
+    embeddings --decoder--> hidden states --decoder.logits--> logits
     """
 
     def __init__(self, config: VLMConfig) -> None:

@@ -3,6 +3,8 @@
 Source: LLaVA (arXiv:2304.08485) projects linearly, LLaVA-1.5 (arXiv:2310.03744) with an MLP.
 """
 
+from itertools import pairwise
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -15,10 +17,7 @@ class Projector(nn.Module):
         super().__init__()
         self.act = ACTIVATIONS[config.hidden_act]
         sizes = [config.input_size, *[config.hidden_size] * config.num_layers]
-        self.layers = [
-            nn.Linear(rows, columns, bias=config.bias)
-            for rows, columns in zip(sizes[:-1], sizes[1:], strict=True)
-        ]
+        self.layers = [nn.Linear(rows, columns, bias=config.bias) for rows, columns in pairwise(sizes)]
 
     def __call__(self, features: mx.array) -> mx.array:
         """float[B, P, input_size] -> float[B, P, hidden_size]."""

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .errors import CheckpointError, PromptError
 from .image import ImageSource
@@ -31,14 +31,16 @@ def to_messages(prompt: Prompt, images: Sequence[ImageSource] = ()) -> list[Mess
         prompt = [prompt]
     waiting = list(images)
     if prompt and all(isinstance(item, Mapping) and "role" in item for item in prompt):
-        messages = [_message(item, waiting) for item in prompt]
+        messages = [_message(cast(Mapping[str, Any], item), waiting) for item in prompt]
         if waiting:
             raise PromptError(
                 f"{len(waiting)} of {len(images)} images have no place in the messages: add an image part for each"
             )
     else:
         shown = [{"type": "image", "image": image} for image in waiting]
-        parts = [_part(item, []) if isinstance(item, str | Mapping) else {"type": "image", "image": item} for item in prompt]
+        parts = [
+            _part(item, []) if isinstance(item, str | Mapping) else {"type": "image", "image": item} for item in prompt
+        ]
         if not any(part["type"] == "image" or part["text"].strip() for part in parts):
             raise PromptError("the prompt is empty: say what the model should answer")
         messages = [{"role": "user", "content": shown + parts}]

@@ -52,7 +52,7 @@ def rope_type(scaling: Mapping[str, Any] | None) -> str:
 
 
 def depends_on_length(config: DecoderConfig) -> bool:
-    """Whether the angle of a position depends on the length of the whole prompt, which then goes through in one piece."""
+    """Whether a position's angle depends on the length of the whole prompt, which then goes through in one piece."""
     return rope_type(config.rope_scaling) in ("dynamic", "longrope")
 
 
@@ -86,7 +86,7 @@ def make_rope(config: DecoderConfig) -> Any:
 
 
 def _yarn_scale(scaling: Mapping[str, Any]) -> float:
-    """YaRN's attention temperature (arXiv:2309.00071); mlx-lm reads neither `attention_factor` nor a lone `mscale` so."""
+    """YaRN's attention temperature (arXiv:2309.00071). mlx-lm ignores `attention_factor` and reads `mscale` alone."""
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
     log = math.log(scaling["factor"]) if scaling["factor"] > 1 else 0.0

@@ -161,9 +161,7 @@ def stream_inputs(
         started: `time.perf_counter()` at which the caller began, for the statistics.
     """
     begin = time.perf_counter() if started is None else started
-    stats = Stats(
-        prompt_tokens=len(inputs.slots), image_tokens=int(inputs.slots.sum()), cached_tokens=cached
-    )
+    stats = Stats(prompt_tokens=len(inputs.slots), image_tokens=int(inputs.slots.sum()), cached_tokens=cached)
     if options.seed is not None:
         mx.random.seed(options.seed)
     stop_filter, text_stream = _StopFilter(options.stops), TextStream(processor.tokenizer)
@@ -171,9 +169,7 @@ def stream_inputs(
         embeddings = model.embed(inputs, cached)
         mx.eval(embeddings)
         stats.image_s = time.perf_counter() - begin
-        logits = prefill(
-            model.decoder, embeddings, cache, step=options.prefill_step, progress=options.progress
-        )
+        logits = prefill(model.decoder, embeddings, cache, step=options.prefill_step, progress=options.progress)
         tokens = decode(
             model.decoder,
             logits,
@@ -239,6 +235,4 @@ def generate(
     **options: Any,
 ) -> str:
     """Answer a prompt: the text of `stream_generate`, whole."""
-    return "".join(
-        chunk.text for chunk in stream_generate(model, processor, prompt, images=images, **options)
-    )
+    return "".join(chunk.text for chunk in stream_generate(model, processor, prompt, images=images, **options))

@@ -6,9 +6,10 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from ..config import VLMConfig
-from ..errors import CheckpointError
-from ..image import ImageSettings
+from mlx_vlm_mini.config import VLMConfig
+from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.image import ImageSettings
+
 from . import llava
 
 
@@ -21,16 +22,13 @@ class Family(Protocol):
     CHAT_TEMPLATE: str
     """Jinja template for checkpoints that carry none."""
 
-    @staticmethod
-    def config(hf: Mapping[str, Any]) -> VLMConfig:
+    def config(self, hf: Mapping[str, Any]) -> VLMConfig:
         """config.json in our terms."""
 
-    @staticmethod
-    def pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
+    def pixels(self, image: Image.Image, settings: ImageSettings) -> np.ndarray:
         """An RGB image as float32[B, height, width, 3]: one row, or one a tile."""
 
-    @staticmethod
-    def image_text(config: VLMConfig, image_token: str, rows: int) -> str:
+    def image_text(self, config: VLMConfig, image_token: str, rows: int) -> str:
         """What stands for an image in the prompt's text, one `image_token` a feature row."""
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..config import ProjectorConfig, VLMConfig
-from ..errors import CheckpointError
-from ..image import ImageSettings, preprocess
+from mlx_vlm_mini.config import ProjectorConfig, VLMConfig
+from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.image import ImageSettings, preprocess
+
 from .parts import activation, clip_weights, llama_weights, text_decoder, vision_tower
 
 _VISION_DEFAULTS = {  # of a config without vision_config: CLIP-L/14 at 336 pixels

@@ -6,8 +6,8 @@ Source: configuration_{clip,siglip,llama,mistral,qwen2}.py and modeling_*.py of 
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
-from ..config import Activation, DecoderConfig, LayerType, VisionConfig
-from ..errors import CheckpointError
+from mlx_vlm_mini.config import Activation, DecoderConfig, LayerType, VisionConfig
+from mlx_vlm_mini.errors import CheckpointError
 
 _CLIP = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -45,9 +45,7 @@ def activation(name: str) -> Activation:
     return cast(Activation, name)
 
 
-def vision_tower(
-    hf: Mapping[str, Any], *, feature_layers: int | list[int], drop_first_feature: bool
-) -> VisionConfig:
+def vision_tower(hf: Mapping[str, Any], *, feature_layers: int | list[int], drop_first_feature: bool) -> VisionConfig:
     """A CLIP or SigLIP tower from its part of config.json; `feature_layers` may count from the end."""
     model_type = hf.get("model_type", "clip_vision_model")
     if model_type not in _TOWERS:

@@ -1,5 +1,5 @@
 """Golden parity, the test of most worth: image file and messages -> our token ids and log-probabilities, equal to the
-reference's (tests/reference.py made checkpoints and outputs) within 1e-4 in float32."""
+reference's (tests/golden/reference.py made checkpoints and outputs) within 1e-4 in float32."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,9 +71,7 @@ def test_cached_decoding_equals_the_reference(golden, case, step):
         logprobs = log_softmax(logits[0])
         np.testing.assert_allclose(logprobs, expected[f"{case}/logprobs"][i], atol=TOLERANCE)
         assert int(logprobs.argmax()) == token
-        logits = model.decoder.logits(
-            model.decoder(model.decoder.embed_tokens(mx.array([[token]])), cache)
-        )[:, -1]
+        logits = model.decoder.logits(model.decoder(model.decoder.embed_tokens(mx.array([[token]])), cache))[:, -1]
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
@@ -104,9 +102,7 @@ def test_cached_equals_uncached(golden):
         fresh = log_softmax(model.decoder.logits(model.decoder(embeddings))[0, -1])
         assert int(fresh.argmax()) == token.id
         assert fresh[token.id] == pytest.approx(token.logprob, abs=TOLERANCE)
-        embeddings = mx.concatenate(
-            [embeddings, model.decoder.embed_tokens(mx.array([[token.id]]))], axis=1
-        )
+        embeddings = mx.concatenate([embeddings, model.decoder.embed_tokens(mx.array([[token.id]]))], axis=1)
 
 
 def test_the_image_matters(golden):

@@ -1,8 +1,8 @@
 """Tiny random LLaVA checkpoints made, saved and answered by the reference: transformers 5.23 on torch 2.13.
 
-    python tests/reference.py        rewrites tests/golden/, checkpoints and expected outputs
+    python tests/golden/reference.py        rewrites this folder: pictures, checkpoints and expected outputs
 
-tests/reference/ recomputes the expected outputs live with the same code. Nothing else in this repository needs torch.
+tests/test_reference.py recomputes the expected outputs live with the same code. Nothing else in this repository needs torch.
 """
 
 import io
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent
 STEPS = 10  # tokens decoded with the cache
 
 CORPUS = [
@@ -130,7 +130,13 @@ def sparse(config: dict[str, Any]) -> None:
     """Leave out of a config what its classes default to, as the Hub's files do, and name the image token the new way."""
     old_rope_keys(config)
     text, vision = config["text_config"], config["vision_config"]
-    for key in ("rms_norm_eps", "hidden_act", "tie_word_embeddings", "rope_scaling", "max_position_embeddings"):
+    for key in (
+        "rms_norm_eps",
+        "hidden_act",
+        "tie_word_embeddings",
+        "rope_scaling",
+        "max_position_embeddings",
+    ):
         text.pop(key)
     for key in ("hidden_act", "layer_norm_eps", "num_channels"):
         vision.pop(key)
@@ -204,7 +210,16 @@ def make_pictures(folder: Path) -> None:
 
 def make_tokenizer(kind: str) -> Any:
     """A small tokenizer in Llama's form (SentencePiece-like BPE with byte fallback) or in Qwen2's (byte-level BPE)."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     if kind == "llama":
@@ -241,7 +256,11 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    classes = {"CLIP": CLIPImageProcessorPil, "Siglip": SiglipImageProcessorPil, "Llava": LlavaImageProcessorPil}
+    classes = {
+        "CLIP": CLIPImageProcessorPil,
+        "Siglip": SiglipImageProcessorPil,
+        "Llava": LlavaImageProcessorPil,
+    }
     return classes[kind](**options)
 
 
@@ -296,9 +315,15 @@ def save(spec: Spec, folder: Path) -> None:
     if spec.shards > 1:
         files = [f"model-{i + 1:05}-of-{spec.shards:05}.safetensors" for i in range(spec.shards)]
         index = {name: files[i % spec.shards] for i, name in enumerate(names)}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": index}, indent=1)
+        )
     for i, file in enumerate(files):
-        save_file({name: tensors[name].contiguous() for name in names[i :: spec.shards]}, folder / file, {"format": "pt"})
+        save_file(
+            {name: tensors[name].contiguous() for name in names[i :: spec.shards]},
+            folder / file,
+            {"format": "pt"},
+        )
 
     kind, options = spec.image_processor
     clip = spec.vision[0] == "clip_vision_model"
@@ -361,9 +386,7 @@ class Reference:
         import torch
 
         plain, opened = with_pictures(messages, pictures)
-        text = self.processor.apply_chat_template(
-            plain, add_generation_prompt=True, chat_template=self.chat_template
-        )
+        text = self.processor.apply_chat_template(plain, add_generation_prompt=True, chat_template=self.chat_template)
         bos = self.processor.tokenizer.bos_token
         inputs = self.processor(
             text=text, images=opened or None, return_tensors="pt",
@@ -381,7 +404,9 @@ class Reference:
                 if len(rows) == steps:
                     break
                 out = self.model(
-                    input_ids=torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True
+                    input_ids=torch.tensor([[tokens[-1]]]),
+                    past_key_values=out.past_key_values,
+                    use_cache=True,
                 )
         answer = {
             "prompt_ids": ids[0].numpy().astype(np.int32),
@@ -406,7 +431,6 @@ def expected_outputs(name: str, golden: Path = GOLDEN) -> dict[str, np.ndarray]:
 
 def regenerate() -> None:
     """Rewrite tests/golden/."""
-    GOLDEN.mkdir(exist_ok=True)
     make_pictures(GOLDEN)
     for name, spec in SPECS.items():
         folder = GOLDEN / name
