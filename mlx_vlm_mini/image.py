@@ -172,8 +172,8 @@ class ImageSettings:
     """Pillow's filter number: 1 Lanczos, 2 bilinear, 3 bicubic."""
     crop_size: tuple[int, int] | None
     """Height and width of the centre crop; None: not cropped."""
-    pad_to_square: bool
-    """Whether the image is first made square with bars of the mean colour (LLaVA's `pad`)."""
+    pad_color: tuple[int, ...] | None
+    """Colour of the bars that first make the image square (LLaVA's `pad`); None: not padded."""
     rescale_factor: float | None
     image_mean: tuple[float, ...] | None
     image_std: tuple[float, ...] | None
@@ -215,12 +215,14 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
     crop = _as_size(values["crop_size"], square=True) if values["do_center_crop"] else None
     if crop is not None and not {"height", "width"} <= crop.keys():
         raise CheckpointError(f"preprocessor_config.json: crop_size needs height and width, not {dict(crop)}")
-    normalize = values["do_normalize"]
+    if values["resample"] not in list(Image.Resampling):
+        raise CheckpointError(f"preprocessor_config.json: resample {values['resample']} is none of Pillow's filters")
+    normalize, padded = values["do_normalize"], kind == "Llava" and values["do_pad"]
     return ImageSettings(
         size=_as_size(values["size"], square=False) if values["do_resize"] else None,
         resample=values["resample"],
         crop_size=(crop["height"], crop["width"]) if crop is not None else None,
-        pad_to_square=kind == "Llava" and values["do_pad"],
+        pad_color=tuple(int(x * 255) for x in _as_channels(values["image_mean"])) if padded else None,
         rescale_factor=values["rescale_factor"] if values["do_rescale"] else None,
         image_mean=_as_channels(values["image_mean"]) if normalize else None,
         image_std=_as_channels(values["image_std"]) if normalize else None,
@@ -252,8 +254,8 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
     Returns:
         float32[height, width, 3].
     """
-    if settings.pad_to_square:
-        image = _pad_to_square(image, settings.image_mean)
+    if settings.pad_color is not None:
+        image = _pad_to_square(image, settings.pad_color)
     if settings.size is not None:
         target = _target_size(image.width, image.height, settings.size)
         image = image.resize(target, resample=Image.Resampling(settings.resample))
@@ -296,9 +298,8 @@ def _target_size(width: int, height: int, size: Mapping[str, int]) -> tuple[int,
     )
 
 
-def _pad_to_square(image: Image.Image, mean: tuple[float, ...] | None) -> Image.Image:
+def _pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
     side = max(image.size)
-    color = tuple(int(value * 255) for value in mean) if mean is not None else (0, 0, 0)
     square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

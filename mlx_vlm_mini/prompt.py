@@ -143,9 +143,8 @@ class ChatTemplate:
         except TemplateError as error:
             raise CheckpointError(f"the chat template is broken: {error}") from None
         probe = "mlx-vlm-mini-probe"
-        parts = [{"type": "image"}, {"type": "text", "text": probe}]
-        rendered = self._try([{"role": "user", "content": parts}])
-        self._takes_parts = probe in rendered and "'text'" not in rendered
+        rendered = self._try([{"role": "user", "content": [{"type": "text", "text": probe}]}])
+        self._takes_parts = probe in rendered and "'text'" not in rendered  # a list printed as it is shows its keys
         self._takes_text = probe in self._try([{"role": "user", "content": probe}])
 
     def _try(self, messages: list[Message]) -> str:

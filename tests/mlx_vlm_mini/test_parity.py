@@ -2,12 +2,12 @@
 reference's (tests/golden/reference.py made checkpoints and outputs) within 1e-4 in float32."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import with_paths
 from reference import CASES, GOLDEN, SPECS, STEPS
 
 from mlx_vlm_mini import load
@@ -24,17 +24,6 @@ def golden(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any, dict[str,
         yield model, processor, dict(expected)
 
 
-def at(messages: list[dict[str, Any]], folder: Path = GOLDEN) -> list[dict[str, Any]]:
-    """Messages with their images' names as paths."""
-    return [
-        {**message, "content": [
-            {**part, "image": str(folder / part["image"])} if part["type"] == "image" else part
-            for part in message["content"]
-        ]}
-        for message in messages
-    ]  # fmt: skip
-
-
 def log_softmax(logits: mx.array) -> np.ndarray:
     return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
@@ -42,7 +31,7 @@ def log_softmax(logits: mx.array) -> np.ndarray:
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_inputs_equal_the_reference(golden, case):
     _, processor, expected = golden
-    inputs = processor(at(CASES[case]))
+    inputs = processor(with_paths(CASES[case]))
     np.testing.assert_array_equal(np.array(inputs.input_ids[0]), expected[f"{case}/prompt_ids"])
     if f"{case}/pixel_values" in expected:
         np.testing.assert_allclose(np.array(inputs.pixel_values), expected[f"{case}/pixel_values"], atol=1e-5)
@@ -53,7 +42,7 @@ def test_inputs_equal_the_reference(golden, case):
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_every_prompt_logit_equals_the_reference(golden, case):
     model, processor, expected = golden
-    inputs = processor(at(CASES[case]))
+    inputs = processor(with_paths(CASES[case]))
     logprobs = log_softmax(model(inputs)[0])
     own = np.take_along_axis(logprobs[:-1], np.array(inputs.input_ids[0, 1:])[:, None], axis=-1)[:, 0]
     np.testing.assert_allclose(own, expected[f"{case}/prompt_logprobs"], atol=TOLERANCE)
@@ -66,7 +55,7 @@ def test_cached_decoding_equals_the_reference(golden, case, step):
     """Prefill in chunks of `step`, then every token's whole distribution."""
     model, processor, expected = golden
     cache = model.make_cache()
-    logits = prefill(model.decoder, model.embed(processor(at(CASES[case]))), cache, step=step)
+    logits = prefill(model.decoder, model.embed(processor(with_paths(CASES[case]))), cache, step=step)
     for i, token in enumerate(expected[f"{case}/token_ids"].tolist()):
         logprobs = log_softmax(logits[0])
         np.testing.assert_allclose(logprobs, expected[f"{case}/logprobs"][i], atol=TOLERANCE)
@@ -77,7 +66,7 @@ def test_cached_decoding_equals_the_reference(golden, case, step):
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_streaming_equals_the_reference(golden, case):
     model, processor, expected = golden
-    chunks = list(stream_generate(model, processor, at(CASES[case]), max_tokens=STEPS))
+    chunks = list(stream_generate(model, processor, with_paths(CASES[case]), max_tokens=STEPS))
     tokens = expected[f"{case}/token_ids"].tolist()
     assert [chunk.token for chunk in chunks] == tokens
     chosen = expected[f"{case}/logprobs"][np.arange(STEPS), tokens]
@@ -91,7 +80,7 @@ def test_streaming_equals_the_reference(golden, case):
 def test_cached_equals_uncached(golden):
     """Token by token: decoding with the cache gives what reading the whole sequence afresh gives."""
     model, processor, _ = golden
-    embeddings = model.embed(processor(at(CASES["image"])))
+    embeddings = model.embed(processor(with_paths(CASES["image"])))
     cache = model.make_cache()
     logits = prefill(model.decoder, embeddings, cache, step=7)
     tokens = decode(
@@ -116,7 +105,7 @@ def test_the_image_matters(golden):
 
 def test_explicit_attention_equals_the_fused_one(golden):
     model, processor, _ = golden
-    inputs = processor(at(CASES["image"]))
+    inputs = processor(with_paths(CASES["image"]))
     embeddings = model.embed(inputs)
     weights: list[mx.array] = []
     explicit, fused = model.decoder(embeddings, attentions=weights), model.decoder(embeddings)

@@ -1,0 +1,203 @@
+"""Conversion: equal outputs unquantized, stated tolerance quantized, and nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import PHOTO, edit_json, with_paths
+from reference import CASES, GOLDEN, SPECS, STEPS
+
+from mlx_vlm_mini import load, stream_generate
+from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.convert import convert
+from mlx_vlm_mini.convert.quantize import Output
+from mlx_vlm_mini.convert.write import split_shards, write_tensors
+from mlx_vlm_mini.errors import CheckpointError
+
+
+def logprobs(folder: Path) -> np.ndarray:
+    model, processor = load(folder)
+    logits = model(processor("What is in this image?", [PHOTO]))[0]
+    return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_converted_equals_the_reference(name, tmp_path):
+    """And converted again: a folder in MLX's format is a source like any other."""
+    convert(GOLDEN / name, tmp_path / "once")
+    convert(tmp_path / "once", tmp_path / "twice")
+    with np.load(GOLDEN / name / "expected.npz") as expected:
+        for folder in (tmp_path / "once", tmp_path / "twice"):
+            model, processor = load(folder)
+            for case, messages in CASES.items():
+                tokens = expected[f"{case}/token_ids"].tolist()
+                chunks = list(stream_generate(model, processor, with_paths(messages), max_tokens=STEPS))
+                assert [chunk.token for chunk in chunks] == tokens
+                chosen = expected[f"{case}/logprobs"][np.arange(STEPS), tokens]
+                np.testing.assert_allclose([chunk.logprob for chunk in chunks], chosen, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_names_stay_and_the_format_is_mlx(name, tmp_path):
+    convert(GOLDEN / name, tmp_path / "out")
+    before, after = open_checkpoint(GOLDEN / name), open_checkpoint(tmp_path / "out")
+    assert set(after.tensors) == set(before.tensors)
+    assert after.is_mlx and not before.is_mlx
+    assert after.config == before.config
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    others = {file.name for file in (GOLDEN / name).iterdir() if not file.name.startswith(("model", "expected"))}
+    assert files == others | {"model.safetensors"}
+
+
+def test_what_is_written_mlx_reads_itself(tmp_path, wide):
+    convert(wide, tmp_path / "out")
+    arrays, metadata = mx.load(str(tmp_path / "out" / "model.safetensors"), return_metadata=True)
+    assert metadata == {"format": "mlx"}
+    for name, array in mx.load(str(wide / "model.safetensors")).items():
+        same = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+        assert arrays[name].dtype == mx.bfloat16 and (arrays[name] == same).all(), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_cast(dtype, tmp_path, wide):
+    report = convert(wide, tmp_path / "out", dtype=dtype)
+    types = {info.dtype for info in open_checkpoint(tmp_path / "out").tensors.values()}
+    assert types == {{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]}
+    assert report.bits_per_weight == (32 if dtype == "float32" else 16)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == dtype
+    # bfloat16 to float16 loses nothing of weights of this size, to itself and to float32 nothing at all
+    np.testing.assert_allclose(logprobs(tmp_path / "out"), logprobs(wide), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "tolerance"), [(8, 32, 0.25), (8, 64, 0.25), (4, 32, 3.0), (4, 64, 3.0)]
+)
+def test_quantized(bits, group_size, tolerance, tmp_path, wide):
+    report = convert(wide, tmp_path / "out", bits=bits, group_size=group_size)
+    tensors = open_checkpoint(tmp_path / "out").tensors
+    packed = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
+    assert all(name.startswith("language_model.") for name in packed)
+    assert {"language_model.model.embed_tokens", "language_model.lm_head"} <= packed
+    narrow = [f"language_model.model.layers.{i}.mlp.down_proj.weight" for i in range(2)]  # width 96
+    assert [name for name, _ in report.skipped] == ([] if group_size == 32 else narrow)
+    assert all("its width 96 is no multiple of 64" in reason for _, reason in report.skipped)
+    assert report.bytes == sum(info.nbytes for info in tensors.values())
+    settings = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization"] == settings
+    difference = np.abs(logprobs(tmp_path / "out") - logprobs(wide)).max()
+    assert 1e-4 < difference < tolerance
+    model, _ = load(tmp_path / "out")
+    row = model.decoder.layers[0].self_attn.q_proj
+    assert (row.bits, row.group_size) == (bits, group_size)
+
+
+def test_bits_per_weight_of_a_quantized_folder_counts_its_weights(tmp_path, wide):
+    report = convert(wide, tmp_path / "out", bits=4, group_size=32)
+    again = convert(tmp_path / "out", tmp_path / "again")
+    assert (again.weights, again.bytes) == (report.weights, report.bytes)
+    assert report.weights == sum(map(open_checkpoint(wide).num_weights, open_checkpoint(wide).tensors))
+
+
+def test_a_module_with_settings_of_its_own_is_loaded_by_them(tmp_path, wide):
+    """mlx-lm's form: one entry in config.json per module that differs."""
+    convert(wide, tmp_path / "out", bits=4, group_size=64)
+    name = "language_model.model.layers.0.self_attn.q_proj"
+    tensors = dict(mx.load(str(tmp_path / "out" / "model.safetensors")))
+    original = mx.load(str(wide / "model.safetensors"))[f"{name}.weight"]
+    for part, array in zip(("weight", "scales", "biases"), mx.quantize(original, group_size=32, bits=8), strict=True):
+        tensors[f"{name}.{part}"] = array
+    mx.save_safetensors(str(tmp_path / "new.safetensors"), tensors, {"format": "mlx"})
+    (tmp_path / "new.safetensors").replace(tmp_path / "out" / "model.safetensors")
+    settings = {"group_size": 64, "bits": 4, name: {"group_size": 32, "bits": 8}}
+    edit_json(tmp_path / "out" / "config.json", quantization=settings)
+    model, _ = load(tmp_path / "out")
+    assert [(layer.self_attn.q_proj.bits, layer.self_attn.q_proj.group_size) for layer in model.decoder.layers] == [
+        (8, 32),
+        (4, 64),
+    ]
+    edit_json(tmp_path / "out" / "config.json", quantization={"group_size": 64, "bits": 4})
+    with pytest.raises(CheckpointError, match="q_proj"):
+        load(tmp_path / "out")
+
+
+def test_shards(tmp_path):
+    def output(name: str, count: int) -> Output:
+        return Output(((name, "F32", (count,)),), lambda: (mx.full((count,), count, dtype=mx.float32),))
+
+    outputs = [output(f"t{i}", count) for i, count in enumerate((10, 20, 100, 1, 2, 29))]
+    names = [[output.entries[0][0] for output in shard] for shard in split_shards(outputs, 130)]
+    assert names == [["t0", "t1"], ["t2"], ["t3", "t4", "t5"]]
+    write_tensors(tmp_path, outputs, shard_limit=130)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * 162
+    for i, count in enumerate((10, 20, 100, 1, 2, 29)):
+        array = mx.load(str(tmp_path / index["weight_map"][f"t{i}"]))[f"t{i}"]
+        assert array.tolist() == [count] * count
+
+
+def test_the_destination_is_never_overwritten(tmp_path, wide):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("keep me")
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        convert(wide, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is a file"):
+        convert(wide, tmp_path / "out" / "precious.txt")
+    assert (tmp_path / "out" / "precious.txt").read_text() == "keep me"
+    (tmp_path / "empty").mkdir()
+    convert(wide, tmp_path / "empty")
+    assert (tmp_path / "empty" / "model.safetensors").is_file()
+
+
+def test_a_failure_leaves_nothing(tmp_path, wide):
+    def fail(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(wide, tmp_path / "out", progress=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_process_leaves_no_destination(tmp_path, wide, sent):
+    """SIGINT cleans up; after SIGTERM at most the hidden work folder is left, never a destination."""
+    code = (
+        "import sys, time; from mlx_vlm_mini.convert import convert\n"
+        "def slow(done, total): print(done, flush=True); time.sleep(0.05)\n"
+        "convert(sys.argv[1], sys.argv[2], progress=slow)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(wide), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout is not None and process.stdout.readline()
+    time.sleep(0.1)
+    os.kill(process.pid, sent)
+    process.wait(timeout=30)
+    assert not (tmp_path / "out").exists()
+    if sent == signal.SIGINT:
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_quantized_is_said(tmp_path, wide):
+    with pytest.raises(CheckpointError, match="nothing in .* can be quantized in groups of 64"):
+        convert(GOLDEN / "llava-clip-llama", tmp_path / "out", bits=4)
+    convert(wide, tmp_path / "four", bits=4)
+    with pytest.raises(CheckpointError, match="is already quantized"):
+        convert(tmp_path / "four", tmp_path / "eight", bits=8)
+
+
+def test_code_is_not_copied(tmp_path, copy_of):
+    folder = copy_of()
+    (folder / "modeling_evil.py").write_text("1/0")
+    convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out" / "modeling_evil.py").exists()

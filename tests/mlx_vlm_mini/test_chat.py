@@ -1,0 +1,125 @@
+"""Conversations: a later turn equals a fresh run of the whole, and nothing is reused that should not be."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from checkpoints import PHOTO, SHAPES
+from PIL import Image
+from reference import GOLDEN, SPECS
+
+from mlx_vlm_mini import Chat, load, stream_generate
+from mlx_vlm_mini.errors import ImageError
+
+
+def fresh(model, processor, messages, max_tokens):
+    chunks = list(stream_generate(model, processor, messages, max_tokens=max_tokens))
+    return [chunk.token for chunk in chunks], [chunk.logprob for chunk in chunks]
+
+
+def check(chat, messages, chunks):
+    """The answer just given equals a fresh run of the messages before it."""
+    tokens, logprobs = fresh(chat.model, chat.processor, messages, len(chunks))
+    assert [chunk.token for chunk in chunks] == tokens
+    np.testing.assert_allclose([chunk.logprob for chunk in chunks], logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_later_turns_equal_a_fresh_run(name):
+    model, processor = load(GOLDEN / name)
+    chat = Chat(model, processor, max_tokens=6)
+    reused = []
+    for turn in (["What is ", PHOTO, "?"], "Which one?", [SHAPES, "and ", PHOTO, " too?"], "Why?"):
+        chunks = list(chat.send(turn))
+        check(chat, chat.messages[:-1], chunks)
+        reused.append(chunks[-1].stats.cached_tokens)
+    assert reused[0] == 0
+    if not SPECS[name].chat_template.startswith("{{ bos_token }}"):
+        assert all(later > earlier for earlier, later in pairwise(reused))
+
+
+def test_the_cache_covers_the_answer_where_its_text_gives_the_same_tokens(llava):
+    """What the model said is read again only from the first token whose text encodes otherwise."""
+    chat = Chat(*llava, max_tokens=4)
+    first = list(chat.send("Hi"))
+    prompt = first[-1].stats.prompt_tokens
+    second = list(chat.send("Yes"))
+    assert second[-1].stats.cached_tokens >= prompt - 1
+
+
+def test_another_picture_of_the_same_size_is_not_the_same(llava):
+    model, processor = llava
+    red, blue = (Image.new("RGB", (42, 42), color) for color in ("red", "blue"))
+    chat = Chat(model, processor, max_tokens=4)
+    one = [chunk.logprob for chunk in chat.send([red, "Which colour?"])]
+    chat.messages.clear()  # the cache still holds the red one
+    chunks = list(chat.send([blue, "Which colour?"]))
+    assert chunks[-1].stats.cached_tokens < 9
+    check(chat, chat.messages[:-1], chunks)
+    assert [chunk.logprob for chunk in chunks] != pytest.approx(one, abs=1e-3)
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_an_interrupted_answer_stays_and_the_next_turn_is_right(llava, after):
+    chat = Chat(*llava, max_tokens=8)
+    answer = chat.send([PHOTO, "What is it?"])
+    said = [next(answer).text for _ in range(after)]
+    answer.close()
+    assert chat.messages[-1] == {"role": "assistant", "content": [{"type": "text", "text": "".join(said)}]}
+    chunks = list(chat.send("Go on"))
+    assert chunks[-1].stats.cached_tokens > 0
+    check(chat, chat.messages[:-1], chunks)
+
+
+def test_ctrl_c_keeps_what_was_said(llava):
+    chat = Chat(*llava, max_tokens=8)
+    calls = []
+
+    def interrupt(tokens, logits):
+        calls.append(len(tokens))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return logits
+
+    said = []
+    with pytest.raises(KeyboardInterrupt):
+        for chunk in chat.send([PHOTO, "What is it?"], logits_processors=[interrupt]):
+            said.append(chunk.text)
+    assert len(said) == 2
+    assert chat.messages[-1]["content"][0]["text"] == "".join(said)
+    chunks = list(chat.send("Go on"))
+    check(chat, chat.messages[:-1], chunks)
+
+
+def test_a_refused_prompt_changes_nothing(llava):
+    chat = Chat(*llava, max_tokens=4)
+    list(chat.send([PHOTO, "What is it?"]))
+    before = list(chat.messages)
+    with pytest.raises(ImageError):
+        list(chat.send([SHAPES.with_name("none.png"), "And this?"]))
+    assert chat.messages == before
+    chunks = list(chat.send("Go on"))
+    assert chunks[-1].stats.cached_tokens > 9
+    check(chat, chat.messages[:-1], chunks)
+
+
+def test_clear_forgets_all_but_the_system_message(llava):
+    chat = Chat(*llava, system="Be brief.", max_tokens=4)
+    first = [chunk.token for chunk in chat.send("Hi")]
+    list(chat.send("More"))
+    chat.clear()
+    assert [message["role"] for message in chat.messages] == ["system"]
+    chunks = list(chat.send("Hi"))
+    assert [chunk.token for chunk in chunks] == first and chunks[-1].stats.cached_tokens == 0
+
+
+def test_a_picture_is_opened_and_prepared_once(llava, tmp_path, monkeypatch):
+    file = tmp_path / "picture.jpg"
+    file.write_bytes(PHOTO.read_bytes())
+    chat = Chat(*llava, max_tokens=3)
+    list(chat.send([file, "What is it?"]))
+    file.unlink()
+    encoded = []
+    monkeypatch.setattr(type(chat.model), "embed_images", lambda *_: encoded.append(1))
+    assert len(list(chat.send("Really?"))) == 3
+    assert encoded == []

@@ -1,0 +1,162 @@
+"""Configs as the Hub writes them: sparse, old and new; and the promise that no field is idle."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from checkpoints import PHOTO, PLAIN, edit_json
+
+import mlx_vlm_mini
+from mlx_vlm_mini import load
+from mlx_vlm_mini.activation import ACTIVATIONS
+from mlx_vlm_mini.config import Activation, DecoderConfig, LayerType, ProjectorConfig, VisionConfig, VLMConfig
+from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.families import FAMILIES, llava
+from mlx_vlm_mini.rope import depends_on_length, make_rope
+
+PACKAGE = Path(mlx_vlm_mini.__file__).parent
+
+
+def test_an_empty_config_is_llava_of_seven_billion():
+    """The class defaults of transformers 5.23, as its LlavaConfig gives them."""
+    config = llava.config({"model_type": "llava"})
+    vision, decoder = config.vision, config.decoder
+    assert (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size) == (1024, 24, 336, 14)
+    assert (vision.depth, vision.num_features, vision.hidden_act, vision.layer_norm_eps) == (
+        23,
+        576,
+        "quick_gelu",
+        1e-5,
+    )
+    assert (decoder.hidden_size, decoder.intermediate_size, decoder.num_key_value_heads) == (4096, 11008, 32)
+    assert (decoder.head_dim, decoder.rope_theta, decoder.rms_norm_eps) == (128, 10000.0, 1e-6)
+    assert (config.image_token_id, config.projector.hidden_act, config.projector.bias) == (32000, "gelu", True)
+
+
+@pytest.mark.parametrize(
+    ("hf", "expected"),
+    [
+        ({"vision_config": {"model_type": "clip_vision_model"}}, {"vision.hidden_size": 768, "vision.patch_size": 32}),
+        (
+            {"vision_config": {"model_type": "siglip_vision_model"}},
+            {"vision.patch_size": 16, "vision.hidden_act": "gelu_pytorch_tanh", "vision.layer_norm_eps": 1e-6,
+             "vision.class_token": False, "vision.patch_bias": True, "vision.pre_norm": False},
+        ),
+        (
+            {"text_config": {"model_type": "mistral"}},
+            {"decoder.intermediate_size": 14336, "decoder.num_key_value_heads": 8, "decoder.sliding_window": 4096},
+        ),
+        ({"text_config": {"model_type": "mistral", "sliding_window": None}}, {"decoder.sliding_window": None}),
+        (
+            {"text_config": {"model_type": "qwen2"}},
+            {"decoder.vocab_size": 151936, "decoder.qkv_bias": True, "decoder.o_bias": False, "decoder.sliding_window": None},
+        ),
+        (
+            {"text_config": {"model_type": "qwen2", "num_hidden_layers": 3, "use_sliding_window": True, "max_window_layers": 1}},
+            {"decoder.layer_types": ("full_attention", "sliding_attention", "sliding_attention")},
+        ),
+        ({"text_config": {"hidden_size": 64, "num_attention_heads": 4}}, {"decoder.head_dim": 16, "decoder.num_key_value_heads": 4}),
+        ({"text_config": {"rope_theta": 5e5, "rope_scaling": None}}, {"decoder.rope_theta": 5e5, "decoder.rope_scaling": None}),
+        (
+            {"text_config": {"rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}}},
+            {"decoder.rope_theta": 1e6, "decoder.rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
+        ({"text_config": {"attention_bias": True, "mlp_bias": True}}, {"decoder.o_bias": True, "decoder.mlp_bias": True}),
+        ({"image_token_id": 7}, {"image_token_id": 7}),
+        ({"image_token_index": 9}, {"image_token_id": 9}),
+        ({"vision_feature_layer": [-2, 3]}, {"vision.feature_layers": (23, 3), "projector.input_size": 2048}),
+        ({"vision_feature_select_strategy": "full"}, {"vision.num_features": 577}),
+        ({"tie_word_embeddings": True}, {"decoder.tie_word_embeddings": True}),
+        ({"text_config": {"tie_word_embeddings": True}}, {"decoder.tie_word_embeddings": True}),
+    ],
+)  # fmt: skip
+def test_what_configs_say_and_leave_out(hf, expected):
+    config: Any = llava.config(hf)
+    for path, value in expected.items():
+        found = config
+        for name in path.split("."):
+            found = getattr(found, name)
+        assert found == value, path
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        (
+            {"vision_config": {"model_type": "dinov2"}},
+            "vision tower 'dinov2' is not supported .known: clip_vision_model",
+        ),
+        ({"text_config": {"model_type": "mamba"}}, "decoder 'mamba' is not supported .known: llama, mistral, qwen2"),
+        ({"text_config": {"hidden_act": "swish9"}}, "activation 'swish9'"),
+        ({"text_config": {"num_hidden_layers": -1}}, "num_hidden_layers must be a positive whole number, not -1"),
+        ({"text_config": {"num_attention_heads": 6, "num_key_value_heads": 4}}, "is not a multiple of"),
+        ({"vision_feature_layer": 40}, "vision feature layer 40 does not exist; the tower has 24"),
+        ({"vision_feature_layer": []}, "list of vision feature layers is empty"),
+        ({"vision_feature_select_strategy": "cls"}, "'cls' is neither"),
+        ({"vision_config": {"image_size": [336, 448]}}, "image_size must be square"),
+    ],
+)
+def test_configs_that_make_no_model(hf, message):
+    with pytest.raises(CheckpointError, match=message):
+        llava.config(hf)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"rope_type": "spiral"}, "unknown rope type 'spiral'"),
+        ({"rope_type": "linear"}, "'linear' lacks factor"),
+        ({"type": "su"}, "'longrope' lacks short_factor, long_factor"),
+        ({"rope_type": "yarn", "factor": 2.0, "truncate": False}, "truncate=false"),
+    ],
+)
+def test_rope_scalings_that_are_not_known(scaling, message):
+    config = llava.config({"text_config": {"num_hidden_layers": 1, "rope_scaling": scaling}}).decoder
+    with pytest.raises(CheckpointError, match=message):
+        make_rope(config)
+
+
+def test_a_scaling_that_depends_on_the_length_is_known_as_such():
+    def dependent(scaling: dict[str, Any]) -> bool:
+        return depends_on_length(llava.config({"text_config": {"rope_scaling": scaling}}).decoder)
+
+    assert dependent({"type": "dynamic", "factor": 2.0})
+    assert not dependent({"type": "linear", "factor": 2.0})
+
+
+@pytest.mark.parametrize("config", [VisionConfig, ProjectorConfig, DecoderConfig, VLMConfig])
+def test_every_field_has_a_reader_and_towers_stay_small(config):
+    code = "".join(
+        file.read_text() for file in PACKAGE.glob("*.py") if file.name not in ("config.py", "describe.py")
+    ) + "".join(re.findall(r"@property.*?(?=\n    @|\n\n\n|\Z)", (PACKAGE / "config.py").read_text(), re.DOTALL))
+    names = [field.name for field in fields(config)]
+    assert [name for name in names if not re.search(rf"\.{name}\b", code)] == []
+    assert len(names) <= 20
+
+
+def test_every_literal_has_a_user():
+    families = "".join(file.read_text() for file in (PACKAGE / "families").glob("*.py"))
+    assert [value for value in (*get_args(Activation), *get_args(LayerType)) if f'"{value}"' not in families] == []
+    assert set(ACTIVATIONS) == set(get_args(Activation))
+
+
+def test_towers_do_not_know_families():
+    for name in ("vision", "projector", "decoder", "attention", "model"):
+        code = re.sub(r'"""(?s:.)*?"""', "", (PACKAGE / f"{name}.py").read_text()).lower()
+        assert [family for family in FAMILIES if re.search(rf"\b{family}\b", code)] == [], name
+
+
+def test_code_named_in_a_config_never_runs(copy_of, tmp_path):
+    folder = copy_of()
+    trap = "raise SystemExit('ran')"
+    for name in ("modeling_llava.py", "evil.py", "processing_llava.py", "tokenization_llava.py"):
+        (folder / name).write_text(trap)
+    code = {"AutoConfig": "evil.A", "AutoModel": "modeling_llava.B", "AutoTokenizer": ["evil.C", None]}
+    for file in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+        edit_json(folder / file, auto_map=code, model_file="evil.py", trust_remote_code=True)
+    model, processor = load(folder)
+    expected = load(PLAIN)[0]
+    inputs = processor("Hi", [PHOTO])
+    assert (model(inputs) == expected(inputs)).all()

@@ -1,0 +1,253 @@
+"""Opening any image, and preparing it as the checkpoint says."""
+
+import base64
+import io
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import PHOTO, SHAPES
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mlx_vlm_mini.errors import CheckpointError, ImageError
+from mlx_vlm_mini.image import image_settings, open_image, preprocess
+
+PIXELS = np.array(
+    [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (10, 20, 30)], [(250, 250, 250), (0, 0, 0)]], dtype=np.uint8
+)  # three rows, two columns
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+PNG = encoded(Image.fromarray(PIXELS))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        PNG,
+        bytearray(PNG),
+        Image.fromarray(PIXELS),
+        PIXELS,
+        PIXELS / 255,
+        PIXELS.astype(np.uint16) * 257,
+        PIXELS.transpose(2, 0, 1),
+        mx.array(PIXELS),
+        "data:image/png;base64," + base64.b64encode(PNG).decode(),
+        "data:;base64," + base64.b64encode(PNG).decode(),
+    ],
+    ids=lambda source: type(source).__name__,
+)
+def test_every_source_gives_the_same_pixels(source):
+    image = open_image(source)
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), PIXELS)
+
+
+def test_paths_as_text_and_as_paths(tmp_path):
+    (tmp_path / "a b.png").write_bytes(PNG)
+    for source in (tmp_path / "a b.png", str(tmp_path / "a b.png")):
+        np.testing.assert_array_equal(np.asarray(open_image(source)), PIXELS)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    """The file is stored so that turning it by the tag gives PIXELS upright."""
+    stored = {
+        1: PIXELS, 2: PIXELS[:, ::-1], 3: PIXELS[::-1, ::-1], 4: PIXELS[::-1],
+        5: PIXELS.transpose(1, 0, 2), 6: np.rot90(PIXELS), 7: PIXELS[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(PIXELS, -1),
+    }[orientation]  # fmt: skip
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    opened = open_image(encoded(image, exif=exif))
+    np.testing.assert_array_equal(np.asarray(opened), PIXELS)
+
+
+def test_transparency_shows_white():
+    pixels = np.zeros((1, 3, 4), dtype=np.uint8)
+    pixels[0] = (0, 0, 0, 0), (100, 50, 0, 255), (200, 100, 0, 128)
+    expected = [(255, 255, 255), (100, 50, 0), (227, 177, 127)]
+    rgba = Image.fromarray(pixels)
+    for image in (rgba, rgba.convert("RGBa"), Image.open(io.BytesIO(encoded(rgba)))):
+        np.testing.assert_allclose(np.asarray(open_image(image))[0].astype(int), expected, atol=1)
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([9, 9, 9, 200, 0, 0])
+    palette.putdata([0, 1])
+    for form in ("PNG", "GIF"):
+        opened = open_image(encoded(palette, form, transparency=0))
+        np.testing.assert_array_equal(np.asarray(opened)[0], [(255, 255, 255), (200, 0, 0)])
+    grey = Image.fromarray(np.array([[[80, 255], [80, 0]]], dtype=np.uint8))
+    np.testing.assert_array_equal(np.asarray(open_image(encoded(grey)))[0], [(80,) * 3, (255,) * 3])
+
+
+def test_modes_without_transparency():
+    ramp = np.array([[0, 100, 255]], dtype=np.uint8)
+    for image in (
+        Image.fromarray(ramp),
+        Image.fromarray(ramp.astype(np.uint16) * 257),
+        Image.fromarray(ramp.astype(np.int32) * 257),
+        Image.fromarray(ramp.astype(np.int32)),
+        Image.fromarray(ramp.astype(np.float32) / 255),
+    ):
+        np.testing.assert_array_equal(np.asarray(open_image(image)), np.stack([ramp] * 3, axis=-1), image.mode)
+    bits = Image.fromarray(np.array([[True, False]]))
+    np.testing.assert_array_equal(np.asarray(open_image(bits))[0], [(255,) * 3, (0,) * 3])
+    sixteen = encoded(Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)))
+    np.testing.assert_array_equal(np.asarray(open_image(sixteen))[0, :, 0], [0, 128, 255])
+    red = np.asarray(open_image(encoded(Image.new("RGB", (8, 8), (255, 0, 0)).convert("CMYK"), "JPEG")))
+    assert (red.mean(axis=(0, 1)) > (240, -1, -1)).all() and (red.mean(axis=(0, 1)) < (256, 15, 15)).all()
+
+
+def test_lab_is_converted():
+    lab = Image.new("LAB", (1, 1), (255, 128, 128))
+    np.testing.assert_allclose(np.asarray(open_image(lab))[0, 0], (255, 255, 255), atol=2)
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    for form in ("GIF", "WEBP", "PNG"):
+        data = encoded(
+            frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {})
+        )
+        np.testing.assert_array_equal(np.asarray(open_image(data))[0, 0], (255, 0, 0))
+
+
+JPEG = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/no/such/picture.png", "image not found: /no/such/picture.png"),
+        ("/tmp", "is a folder, not an image"),
+        (b"", "is empty"),
+        (b"not a picture at all", "not an image that Pillow can read"),
+        (JPEG[: len(JPEG) // 2], "is broken"),
+        (PNG[:45], "is broken"),
+        ("data:image/png;base64,@@@", "not valid base64"),
+        ("data:image/png", "no comma"),
+        (np.zeros((5, 5, 2)), "[5, 5, 2]"),
+        (np.zeros((0, 4, 3)), "[0, 4, 3]"),
+        (np.full((2, 2, 3), -1.0), "from -1 to -1"),
+        (np.full((2, 2, 3), np.nan), "from nan to nan"),
+        (17, "cannot open an image from int"),
+        ("http://127.0.0.1:9/x.png", "cannot download"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_one_line(source, message):
+    with pytest.raises(ImageError) as error:
+        open_image(source)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_decompression_bomb_is_refused():
+    header = encoded(Image.new("1", (1, 1)), "PNG")
+    import struct
+    import zlib
+
+    size = b"IHDR" + struct.pack(">II5B", 65500, 65500, 8, 2, 0, 0, 0)
+    bomb = header[:8] + struct.pack(">I", 13) + size + struct.pack(">I", zlib.crc32(size)) + header[33:]
+    with pytest.raises(ImageError, match="too large"):
+        open_image(bomb)
+
+
+class Pictures(BaseHTTPRequestHandler):
+    answers: ClassVar[dict[str, tuple[int, bytes, str | None]]] = {
+        "/a.png": (200, PNG, None),
+        "/text": (200, b"<html>", None),
+        "/moved": (302, b"", "/a.png"),
+        "/file": (302, b"", "file:///etc/passwd"),
+        "/ftp": (302, b"", "ftp://127.0.0.1/a.png"),
+    }
+
+    def do_GET(self) -> None:
+        code, body, location = self.answers.get(self.path, (404, b"", None))
+        self.send_response(code)
+        if location is not None:
+            self.send_header("Location", location)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Pictures) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+def test_urls(server):
+    for path in ("/a.png", "/moved"):
+        np.testing.assert_array_equal(np.asarray(open_image(server + path)), PIXELS)
+    for path, message in (
+        ("/none", "HTTP 404"),
+        ("/text", "not an image"),
+        ("/file", "not allowed"),
+        ("/ftp", "not http"),
+    ):
+        with pytest.raises(ImageError, match=message):
+            open_image(server + path)
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 60), st.integers(1, 60))
+def test_shortest_edge_then_crop_always_gives_the_crop_size(width, height, edge, crop):
+    settings = image_settings({"size": {"shortest_edge": edge}, "crop_size": crop}, "CLIP")
+    values = preprocess(Image.new("RGB", (width, height), "white"), settings)
+    assert values.shape == (crop, crop, 3)
+    assert values.dtype == np.float32
+
+
+def test_padding_keeps_the_whole_picture_in_the_middle():
+    settings = image_settings(
+        {"do_pad": True, "do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False},
+        "Llava",
+    )
+    values = preprocess(Image.new("RGB", (2, 5), "white"), settings)
+    assert values.shape == (5, 5, 3)
+    np.testing.assert_array_equal(values[0, 0], (122, 116, 104))  # the colour of LLaVA's bars
+    np.testing.assert_array_equal(values[:, 1:3], np.full((5, 2, 3), 255.0))
+
+
+def test_class_defaults_and_old_forms():
+    clip = image_settings({"feature_extractor_type": "CLIPFeatureExtractor", "size": 336, "crop_size": 336}, "Siglip")
+    assert clip.size == {"shortest_edge": 336} and clip.crop_size == (336, 336) and clip.resample == 3
+    siglip = image_settings({"image_processor_type": "SiglipImageProcessorFast"}, "CLIP")
+    assert siglip.size == {"height": 224, "width": 224} and siglip.crop_size is None and siglip.image_mean == (0.5,) * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_processor_type": "FancyImageProcessor"}, "unknown image processor 'FancyImageProcessor'"),
+        ({"size": "large"}, "'large' is not an image size"),
+        ({"size": {"shortest_edge": -3}}, "is not an image size"),
+        ({"image_mean": [0.5, 0.5]}, "3 channels, not 2"),
+        ({"resample": 99}, "resample 99"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(CheckpointError, match=message):
+        image_settings(settings, "CLIP")
+
+
+def test_pictures_of_the_goldens_open():
+    assert open_image(PHOTO).size == (70, 96)
+    assert np.asarray(open_image(SHAPES))[0, 0].tolist() == [255, 255, 255]
