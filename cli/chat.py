@@ -116,6 +116,7 @@ def _answer(chat: "Chat", waiting: list[Any], line: str) -> None:
                 status.clear()
                 click.echo(chunk.text, nl=False)
         except KeyboardInterrupt:
+            status.clear()
             click.echo(" [stopped]", nl=False, err=True)
     waiting.clear()
     click.echo()

@@ -1,5 +1,5 @@
 """Checkpoint in, smaller MLX checkpoint out: read, cast, quantize, check, write."""
 
-from .convert import Report, convert
+from .conversion import Report, convert
 
 __all__ = ["Report", "convert"]

@@ -166,26 +166,24 @@ def test_a_failure_leaves_nothing(tmp_path, wide):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_process_leaves_no_destination(tmp_path, wide, sent):
-    """SIGINT cleans up; after SIGTERM at most the hidden work folder is left, never a destination."""
+    """After SIGKILL at most the hidden work folder is left."""
     code = (
-        "import sys, time; from mlx_vlm_mini.convert import convert\n"
-        "def slow(done, total): print(done, flush=True); time.sleep(0.05)\n"
-        "convert(sys.argv[1], sys.argv[2], progress=slow)"
+        "import sys, time; from mlx_vlm_mini.convert import write; from mlx_vlm_mini.cli.main import main\n"
+        "to_bytes = write._to_bytes\n"
+        "def slow(array): print('.', flush=True); time.sleep(0.05); return to_bytes(array)\n"
+        "write._to_bytes = slow; main()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(wide), str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    assert process.stdout is not None and process.stdout.readline()
-    time.sleep(0.1)
-    os.kill(process.pid, sent)
-    process.wait(timeout=30)
-    assert not (tmp_path / "out").exists()
-    if sent == signal.SIGINT:
-        assert list(tmp_path.iterdir()) == []
+    command = [sys.executable, "-c", code, "convert", str(wide), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None and process.stdout.readline()
+        time.sleep(0.1)
+        os.kill(process.pid, sent)
+        assert process.wait(timeout=30) == (-sent if sent == signal.SIGKILL else 128 + sent)
+        assert "Traceback" not in process.stderr.read()
+    left = [] if sent != signal.SIGKILL else [f".out.partial-{process.pid}"]
+    assert [file.name for file in tmp_path.iterdir()] == left
 
 
 def test_what_cannot_be_quantized_is_said(tmp_path, wide):
