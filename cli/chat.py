@@ -1,6 +1,7 @@
 """`mlx-vlm-mini chat`: a conversation in the terminal."""
 
 import contextlib
+import io
 import shlex
 import sys
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ def _converse(chat: "Chat", waiting: list[Any]) -> None:
     """Read lines until the end; `waiting` are images for the next message."""
     from mlx_vlm_mini.errors import VLMError
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused as a prompt, not with a crash
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives input() its line editing

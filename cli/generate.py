@@ -58,7 +58,7 @@ def command(
     if prompt == "-" and "-" in images:
         raise click.UsageError("stdin can give the prompt or an image, not both")
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
     if not prompt.strip():
         raise PromptError("the prompt is empty: say what the model should answer")
     # Opened first: a wrong path should not cost the time that loading takes.

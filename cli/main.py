@@ -28,7 +28,8 @@ class Commands(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, _terminate)
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(ending, _terminate)
         try:
             return super().invoke(ctx)
         except VLMError as error:
@@ -46,7 +47,7 @@ class Commands(click.Group):
 
 
 def _terminate(number: int, _: object) -> None:
-    """SIGTERM cleans up as Ctrl-C does: work folders are removed on the way out."""
+    """SIGTERM and a closed terminal clean up as Ctrl-C does: work folders are removed on the way out."""
     sys.exit(128 + number)
 
 

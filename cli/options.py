@@ -59,7 +59,7 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.FloatRange(0, min_open=True),
                 help="Above 1: avoid repeating recent tokens.",
             ),
-            click.option("--seed", type=click.IntRange(0), help="Makes a sampled answer repeatable."),
+            click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes a sampled answer repeatable."),
             click.option(
                 "--stop",
                 multiple=True,

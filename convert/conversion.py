@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.hub import SMALL_FILES, find_folder
-from mlx_vlm_mini.loading import DTypeName, plan
+from mlx_vlm_mini.loading import DTypeName, load_processor, plan
 
 from .quantize import Quantization, plan_outputs
 from .write import write_tensors
@@ -68,13 +68,14 @@ def convert(
         CheckpointError: the source is not usable, or the destination is in the way.
         OSError: the destination cannot be written.
     """
-    destination = Path(destination).expanduser()
+    destination = Path(os.path.expanduser(destination))  # noqa: PTH111 - Path's raises where there is no such user
     _check_destination(destination)
     checkpoint = open_checkpoint(find_folder(source, revision=revision))
     if bits is not None and checkpoint.quantization is not None:
         raise CheckpointError(f"{source} is already quantized; quantize the original weights instead")
     quantization = None if bits is None else Quantization(bits, group_size)
     planned = plan(checkpoint)
+    load_processor(checkpoint, planned.family, planned.config)  # what cannot answer is not worth converting
     target: Any = None if dtype is None else getattr(mx, dtype)
     outputs, skipped = plan_outputs(planned, quantization, target)
     if quantization is not None and not any(len(output.entries) > 1 for output in outputs):

@@ -11,6 +11,7 @@ from .errors import VLMError
 from .model import VLM, Inputs
 from .processor import Processor
 from .prompt import Message, Prompt, images_of, to_messages
+from .rope import depends_on_length
 from .stream import Chunk, Options, stream_inputs
 
 
@@ -45,6 +46,7 @@ class Chat:
         self.messages: list[Message] = []
         if self.system is not None:
             self.messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
+        self._turns = object()  # a turn that is still being answered when this changes is forgotten, too
         self._cache = self.model.make_cache()
         self._held = np.zeros((0, 2), dtype=np.uint64)  # what the cache holds, see _identify
 
@@ -71,13 +73,13 @@ class Chat:
         cached = self._reuse(inputs)
         answer: list[str] = []
         tokens: list[int] = []
-        refused = False
+        turns, cache, refused = self._turns, self._cache, False
         try:
             for chunk in stream_inputs(
                 self.model,
                 self.processor,
                 inputs,
-                self._cache,
+                cache,
                 options=chosen,
                 cached=cached,
                 started=started,
@@ -89,10 +91,11 @@ class Chat:
             refused = True
             raise
         finally:
-            self._keep(inputs, tokens)
-            if not refused:
-                said = {"role": "assistant", "content": [{"type": "text", "text": "".join(answer)}]}
-                self.messages += [*turn, said]
+            if turns is self._turns:
+                self._keep(inputs, tokens)
+                if not refused:
+                    said = {"role": "assistant", "content": [{"type": "text", "text": "".join(answer)}]}
+                    self.messages += [*turn, said]
 
     def _identify(self, inputs: Inputs) -> np.ndarray:
         """What each position of a prompt is: uint64[L, 2], (token id, 0), or a digest and a row of an image."""
@@ -109,6 +112,8 @@ class Chat:
     def _reuse(self, inputs: Inputs) -> int:
         """Trim the cache to what it shares with the inputs, all but their last token; return its length."""
         wanted = self._identify(inputs)
+        if depends_on_length(self.model.config.decoder, len(wanted)):
+            self._held = self._held[:0]
         length = min(len(self._held), len(wanted) - 1)
         different = np.flatnonzero((self._held[:length] != wanted[:length]).any(axis=-1))
         length = int(different[0]) if len(different) else length

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -76,19 +77,25 @@ def parse_header(header: bytes, file: Path, data_start: int) -> Header:
     tensors = {}
     try:
         content = json.loads(header)
-        metadata = content.pop("__metadata__", {})
+        metadata = content.pop("__metadata__", None)
         for name, entry in content.items():
             shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+            if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
+                raise ValueError("not a whole number")
             dtype = str(entry["dtype"])
             if dtype not in DTYPES:
                 known = ", ".join(DTYPES)
                 raise CheckpointError(f"{file}: tensor {name} has type {dtype}; MLX reads {known}")
-            if start < 0 or end - start != prod(shape) * DTYPES[dtype][1]:
+            if end - start != prod(shape) * DTYPES[dtype][1]:
                 raise CheckpointError(f"{file}: the header gives {name} another size than its shape {list(shape)}")
             tensors[name] = TensorInfo(file, dtype, shape, data_start + start, data_start + end)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{file} has a broken safetensors header; download it again") from None
-    return tensors, metadata
+    for before, after in pairwise(sorted(tensors.values(), key=lambda info: (info.start, info.end))):
+        if after.start < before.end:
+            raise CheckpointError(f"{file}: two tensors lie in one place; download it again")
+    # A file that MLX saves without metadata says null.
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def read_header(file: Path) -> Header:
@@ -144,7 +151,7 @@ class Checkpoint:
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{index} has no weight_map")
             names = sorted({str(name) for name in weight_map.values()})
-            if any(Path(name).name != name for name in names):
+            if any(Path(name).name != name or "\0" in name for name in names):
                 raise CheckpointError(f"{index} names a file outside its folder")
             return [self.folder / name for name in names]
         single = self.folder / "model.safetensors"
@@ -178,9 +185,11 @@ class Checkpoint:
     @property
     def quantization(self) -> Mapping[str, Any] | None:
         """The quantization of config.json in mlx-lm's form, None where nothing is quantized."""
-        quantization = self.config.get("quantization")
-        if quantization is None and "quantization_config" in self.config:
-            method = self.config["quantization_config"].get("quant_method", "unknown")
+        quantization, other = self.config.get("quantization"), self.config.get("quantization_config")
+        if not isinstance(quantization, Mapping | None) or not isinstance(other, Mapping | None):
+            raise CheckpointError(f"{self.folder}/config.json: quantization must be an object")
+        if quantization is None and other is not None:
+            method = other.get("quant_method", "unknown")
             raise CheckpointError(
                 f"{self.folder} is quantized by '{method}', which MLX does not read; use the original weights"
             )

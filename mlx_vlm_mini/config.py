@@ -7,7 +7,7 @@ Shape letters, used in every comment of this package:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import CheckpointError
 
@@ -15,11 +15,27 @@ Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu", "silu"]
 LayerType = Literal["full_attention", "sliding_attention"]
 
 
+_LARGEST = 10**8  # of any size in a config: far above every model, and products of two still fit 64 bits
+
+
 def _check_sizes(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"config.json: {name} must be a positive whole number, not {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+            raise CheckpointError(f"config.json: {name} must be a whole number from 1 to {_LARGEST}, not {value!r}")
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise CheckpointError(f"config.json: {name} must be a positive number, not {value!r}")
+
+
+def _check_flags(config: object, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise CheckpointError(f"config.json: {name} must be true or false, not {getattr(config, name)!r}")
 
 
 def _check_multiple(config: object, name: str, divisor: str) -> None:
@@ -58,13 +74,14 @@ class VisionConfig:
     def __post_init__(self) -> None:
         _check_sizes(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         _check_sizes(self, "image_size", "patch_size")
+        _check_positive(self, "layer_norm_eps")
         _check_multiple(self, "hidden_size", "num_attention_heads")
         if self.patch_size > self.image_size:
             raise CheckpointError(f"config.json: patch_size {self.patch_size} exceeds image_size {self.image_size}")
         if not self.feature_layers:
             raise CheckpointError("config.json: the list of vision feature layers is empty")
         for layer in self.feature_layers:
-            if not 0 <= layer <= self.num_hidden_layers:
+            if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer <= self.num_hidden_layers:
                 raise CheckpointError(
                     f"config.json: vision feature layer {layer} does not exist; the tower has "
                     f"{self.num_hidden_layers} layers"
@@ -106,6 +123,7 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "input_size", "hidden_size", "num_layers")
+        _check_flags(self, "bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +154,8 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         _check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         _check_sizes(self, "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")
+        _check_positive(self, "rms_norm_eps", "rope_theta")
+        _check_flags(self, "qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings")
         _check_multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim % 2:
             raise CheckpointError(f"config.json: rotary positions need an even head_dim, not {self.head_dim}")
@@ -143,8 +163,11 @@ class DecoderConfig:
             raise CheckpointError(
                 f"config.json: layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers"
             )
-        if "sliding_attention" in self.layer_types and not self.sliding_window:
-            raise CheckpointError("config.json: a sliding_attention layer needs a sliding_window")
+        unknown = set(self.layer_types) - set(get_args(LayerType))
+        if unknown:
+            raise CheckpointError(f"config.json: unknown layer type {unknown.pop()!r}")
+        if "sliding_attention" in self.layer_types:
+            _check_sizes(self, "sliding_window")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,3 +179,7 @@ class VLMConfig:
     projector: ProjectorConfig
     decoder: DecoderConfig
     image_token_id: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image_token_id, int) or self.image_token_id < 0:
+            raise CheckpointError(f"config.json: the image token must be a token id, not {self.image_token_id!r}")

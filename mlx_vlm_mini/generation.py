@@ -53,14 +53,14 @@ def prefill(
 
     Args:
         embeddings: float[1, L, C], the prompt's or the part of it that the cache lacks.
-        step: tokens a chunk. Not applied where a position's rotary angle depends on the prompt's length.
+        step: tokens a chunk. Not applied where rotary angles depend on the prompt's length.
         progress: called with tokens done and tokens in all.
 
     Returns:
         float[1, vocab_size], the logits of the last token; not evaluated.
     """
     total = embeddings.shape[1]
-    if depends_on_length(decoder.config):
+    if depends_on_length(decoder.config, cache[0].offset + total):
         step = total
     done = 0
     while total - done > step:

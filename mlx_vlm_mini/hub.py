@@ -1,5 +1,6 @@
 """A model's name -> a folder on this machine: a folder's path, or a Hub name, downloaded once and then cached."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def find_folder(name: str | Path, *, revision: str | None = None, weights: bool 
         CheckpointError: there is no such folder, or the Hub does not give it.
     """
     if isinstance(name, Path) or not is_hub_name(name):
-        return Path(name).expanduser()
+        return Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises where there is no such user
     with _hub_errors(name, revision):
         from huggingface_hub import snapshot_download
 

@@ -6,6 +6,7 @@ Source of the arithmetic: image_processing_backends.py and image_transforms.py o
 import base64
 import binascii
 import io
+import os
 import re
 import urllib.error
 import urllib.parse
@@ -44,12 +45,12 @@ def open_image(source: ImageSource) -> Image.Image:
         return _to_rgb(source, "the image")
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(bytes(source), "the image bytes")
-    if isinstance(source, str) and source.startswith("data:"):
+    if isinstance(source, str) and re.match("data:", source, re.IGNORECASE):
         return _decode(_read_data_url(source), "the data: URL")
     if isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
         return _decode(_download(source), source)
     if isinstance(source, str | Path):
-        return _decode(_read_file(Path(source).expanduser()), str(source))
+        return _decode(_read_file(Path(os.path.expanduser(source))), str(source))  # noqa: PTH111 - never raises
     if hasattr(source, "__array__") or hasattr(source, "__buffer__") or hasattr(source, "__array_interface__"):
         return _from_array(np.asarray(source))
     raise ImageError(
@@ -73,8 +74,9 @@ def _read_data_url(url: str) -> bytes:
     if not comma:
         raise ImageError("the data: URL has no comma between its header and its data")
     try:
-        if header.endswith(";base64"):
-            return base64.b64decode(urllib.parse.unquote(data), validate=True)
+        if header.lower().endswith(";base64"):
+            text = "".join(urllib.parse.unquote(data).split())
+            return base64.b64decode(text.translate({ord("-"): "+", ord("_"): "/"}), validate=True)
         return urllib.parse.unquote_to_bytes(data)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"the data: URL is not valid base64: {error}") from None
@@ -104,6 +106,8 @@ def _download(url: str) -> bytes:
 def _decode(data: bytes, name: str) -> Image.Image:
     if not data:
         raise ImageError(f"{name} is empty, not an image")
+    if data.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):  # Pillow would run Ghostscript on it
+        raise ImageError(f"{name} is PostScript, not an image that Pillow can read")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's advice on large or odd files; its hard limit stays
@@ -119,6 +123,8 @@ def _decode(data: bytes, name: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if 0 in image.size:
+        raise ImageError(f"{name} is {image.width}x{image.height} pixels large: there is nothing in it")
     try:
         with suppress(Exception):  # a broken EXIF block says nothing about the picture, which is kept as it stands
             image = ImageOps.exif_transpose(image)
@@ -126,6 +132,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
             converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
             return converted if converted is not None else image
+        if image.mode == "La":  # premultiplied, which converts only to this
+            image = image.convert("LA")
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             return _from_array(np.asarray(image))
         if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
@@ -144,6 +152,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
         array = np.moveaxis(array, 0, -1)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)) or not array.size:
         raise ImageError(f"an image array is [height, width] or [height, width, 1, 3 or 4], not {list(array.shape)}")
+    if array.dtype.kind not in "buif":
+        raise ImageError(f"an image array holds numbers, not {array.dtype}")
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.dtype == np.bool_:
@@ -211,41 +221,55 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
     if kind not in _DEFAULTS:
         known = ", ".join(f"{key}ImageProcessor" for key in sorted(_DEFAULTS))
         raise CheckpointError(f"preprocessor_config.json: unknown image processor '{name}' (known: {known})")
-    values = {**_DEFAULTS[kind], **{key: value for key, value in hf.items() if value is not None}}
+    # A flag that is null means off, another value that is null its default, as in the reference.
+    given = {key: value or False if key.startswith("do_") else value for key, value in hf.items()}
+    values = {**_DEFAULTS[kind], **{key: value for key, value in given.items() if value is not None}}
+    for key in ("do_resize", "do_center_crop", "do_pad", "do_rescale", "do_normalize"):
+        if not isinstance(values[key], bool):
+            raise CheckpointError(f"preprocessor_config.json: {key} must be true or false, not {values[key]!r}")
     crop = _as_size(values["crop_size"], square=True) if values["do_center_crop"] else None
     if crop is not None and not {"height", "width"} <= crop.keys():
         raise CheckpointError(f"preprocessor_config.json: crop_size needs height and width, not {dict(crop)}")
     if values["resample"] not in list(Image.Resampling):
         raise CheckpointError(f"preprocessor_config.json: resample {values['resample']} is none of Pillow's filters")
+    mean, std = (_as_channels(values[key], key) for key in ("image_mean", "image_std"))
+    if 0 in std:
+        raise CheckpointError("preprocessor_config.json: image_std must not be 0")
     normalize, padded = values["do_normalize"], kind == "Llava" and values["do_pad"]
     return ImageSettings(
         size=_as_size(values["size"], square=False) if values["do_resize"] else None,
         resample=values["resample"],
         crop_size=(crop["height"], crop["width"]) if crop is not None else None,
-        pad_color=tuple(int(x * 255) for x in _as_channels(values["image_mean"])) if padded else None,
-        rescale_factor=values["rescale_factor"] if values["do_rescale"] else None,
-        image_mean=_as_channels(values["image_mean"]) if normalize else None,
-        image_std=_as_channels(values["image_std"]) if normalize else None,
+        pad_color=tuple(int(x * 255) for x in mean) if padded else None,
+        rescale_factor=_as_number(values["rescale_factor"], "rescale_factor") if values["do_rescale"] else None,
+        image_mean=mean if normalize else None,
+        image_std=std if normalize else None,
     )
 
 
 def _as_size(size: Any, *, square: bool) -> Mapping[str, int]:
-    if isinstance(size, int):
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return {"height": size, "width": size} if square else {"shortest_edge": size}
     if isinstance(size, list | tuple) and len(size) == 2:
-        return {"height": size[0], "width": size[1]}
+        size = {"height": size[0], "width": size[1]}
     if isinstance(size, Mapping):
         given = {key: value for key, value in size.items() if value is not None}
-        if given and all(isinstance(value, int) and value > 0 for value in given.values()):
+        if given and all(isinstance(value, int) and value is not True and value > 0 for value in given.values()):
             return given
     raise CheckpointError(f"preprocessor_config.json: {size!r} is not an image size in pixels")
 
 
-def _as_channels(value: Any) -> tuple[float, ...]:
-    channels = (value,) * 3 if isinstance(value, int | float) else tuple(value)
+def _as_number(value: Any, name: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < float("inf"):
+        raise CheckpointError(f"preprocessor_config.json: {name} must be a number, not {value!r}")
+    return value
+
+
+def _as_channels(value: Any, name: str) -> tuple[float, ...]:
+    channels = value if isinstance(value, list | tuple) else (value,) * 3
     if len(channels) != 3:
-        raise CheckpointError(f"preprocessor_config.json: a mean or std has 3 channels, not {len(channels)}")
-    return channels
+        raise CheckpointError(f"preprocessor_config.json: {name} has 3 channels, not {len(channels)}")
+    return tuple(_as_number(channel, name) for channel in channels)
 
 
 def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
@@ -258,6 +282,8 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
         image = _pad_to_square(image, settings.pad_color)
     if settings.size is not None:
         target = _target_size(image.width, image.height, settings.size)
+        if min(target) < 1:
+            raise ImageError(f"an image of {image.width}x{image.height} pixels is too narrow for this model")
         image = image.resize(target, resample=Image.Resampling(settings.resample))
     array = np.asarray(image)
     if settings.crop_size is not None:

@@ -73,7 +73,10 @@ def eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int
     for source in (read_json(file) if file.is_file() else {}, checkpoint.config, text):
         found = source.get("eos_token_id")
         if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
+            ids = found if isinstance(found, list) else [found]
+            if not all(isinstance(token, int) for token in ids):
+                raise CheckpointError(f"{checkpoint.folder}: eos_token_id must be a token id or a list, not {found!r}")
+            return frozenset(ids)
     eos = tokenizer.token_to_id(tokenizer.special_tokens.get("eos_token", ""))
     return frozenset() if eos is None else frozenset([eos])
 

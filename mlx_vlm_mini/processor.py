@@ -90,16 +90,23 @@ class Processor:
         """
         messages = to_messages(prompt, images)
         prepared = [self.prepare(part["image"]) for part in images_of(messages)]
-        before, *after = self.chat_template.render(messages).split(self.image_token)
-        text = before
-        for image, rest in zip(prepared, after, strict=True):
-            text += self.family.image_text(self.config, self.image_token, len(image.pixel_values)) + rest
+        text, *rest = self.chat_template.render(messages)
+        slots = [False] * text.count(self.image_token)  # of each image token in the text: whether it is an image's
+        for image, piece in zip(prepared, rest, strict=True):
+            expanded = self.family.image_text(self.config, self.image_token, len(image.pixel_values))
+            slots += [True] * expanded.count(self.image_token) + [False] * piece.count(self.image_token)
+            text += expanded + piece
         ids = np.array(self.tokenizer.encode_prompt(text), dtype=np.int32)
         if not len(ids):
             raise PromptError("the prompt is empty: the chat template gives no text for these messages")
+        places = np.flatnonzero(ids == self.config.image_token_id)
+        if len(places) != len(slots):
+            raise PromptError(f"the text has {len(slots)} times {self.image_token}, its tokens {len(places)} times")
+        is_slot = np.zeros(len(ids), dtype=bool)
+        is_slot[places] = slots
         return Inputs(
             input_ids=mx.array(ids)[None],
             pixel_values=mx.array(np.concatenate([image.pixel_values for image in prepared])) if prepared else None,
-            slots=ids == self.config.image_token_id,
+            slots=is_slot,
             digests=tuple(digest for image in prepared for digest in image.digests),
         )

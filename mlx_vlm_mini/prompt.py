@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
 from .image import ImageSource
 
@@ -14,6 +15,9 @@ Message = dict[str, Any]
 
 Prompt = str | Sequence[Any]
 """Text; texts and images in order; or OpenAI-style messages."""
+
+
+_WRITTEN = "\ue000image\ue001"  # in place of an image token that the assistant wrote, while the template renders
 
 
 def to_messages(prompt: Prompt, images: Sequence[ImageSource] = ()) -> list[Message]:
@@ -102,15 +106,16 @@ def find_chat_template(folder: Path) -> str | None:
     """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except ValueError:
+            raise CheckpointError(f"{file} is not UTF-8 text") from None
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            try:
-                template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-            except (ValueError, AttributeError):
-                raise CheckpointError(f"{folder / name} is not a JSON object") from None
+            template = read_json(folder / name).get("chat_template")
             if isinstance(template, list):
-                template = {entry.get("name"): entry.get("template") for entry in template}
+                entries = [entry for entry in template if isinstance(entry, dict)]
+                template = {entry.get("name"): entry.get("template") for entry in entries}
             if isinstance(template, Mapping):
                 template = template.get("default")
             if isinstance(template, str):
@@ -153,29 +158,40 @@ class ChatTemplate:
         except PromptError:
             return ""
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The prompt's text, `image_token` once for each image.
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[str]:
+        """The prompt's text, cut where the images stand: one piece more than there are images.
+
+        An `image_token` that the assistant wrote stays text: it holds no image's place.
 
         Raises:
             PromptError: the template refuses the messages, or has not as many places as they hold images.
         """
-        plain = [{**message, "content": self._content(message["content"])} for message in messages]
-        text = self._render(plain, add_generation_prompt=add_generation_prompt)
-        places, images = text.count(self.image_token), len(images_of(messages))
-        if places != images:
+        plain = [
+            {**message, "content": self._content(message["content"], written=message["role"] == "assistant")}
+            for message in messages
+        ]
+        pieces = self._render(plain, add_generation_prompt=add_generation_prompt).split(self.image_token)
+        images = len(images_of(messages))
+        if len(pieces) - 1 != images:
             raise PromptError(
-                f"the chat template's text has {places} places for an image ({self.image_token}), "
+                f"the chat template's text has {len(pieces) - 1} places for an image ({self.image_token}), "
                 f"the messages hold {images} images"
             )
-        return text
+        return [piece.replace(_WRITTEN, self.image_token) for piece in pieces]
 
-    def _content(self, content: Any) -> Any:
+    def _content(self, content: Any, *, written: bool) -> Any:
         """Content in a form that the template takes, without the images themselves."""
-        if isinstance(content, str):
-            return content if self._takes_text else [{"type": "text", "text": content}]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if written:
+            parts = [
+                {**part, "text": part["text"].replace(self.image_token, _WRITTEN)} if part["type"] == "text" else part
+                for part in parts
+            ]
+        if isinstance(content, str) and self._takes_text:
+            return parts[0]["text"]
         if self._takes_parts:
-            return [part if part["type"] == "text" else {"type": "image"} for part in content]
-        return "".join(part["text"] if part["type"] == "text" else f"{self.image_token}\n" for part in content)
+            return [part if part["type"] == "text" else {"type": "image"} for part in parts]
+        return "".join(part["text"] if part["type"] == "text" else f"{self.image_token}\n" for part in parts)
 
     def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
@@ -184,8 +200,10 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self.variables
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise PromptError(f"the chat template refuses these messages: {error}") from None
+        except RecursionError:
+            raise PromptError("the chat template never ends: it calls itself") from None
 
 
 def _environment() -> Any:

@@ -19,6 +19,10 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor"),
 }
+_NUMBERS = (
+    "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale",
+    "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor",
+)  # fmt: skip
 
 
 class LongRoPE(nn.Module):
@@ -51,9 +55,17 @@ def rope_type(scaling: Mapping[str, Any] | None) -> str:
     return {"su": "longrope", "mrope": "default"}.get(name, name)
 
 
-def depends_on_length(config: DecoderConfig) -> bool:
-    """Whether a position's angle depends on the length of the whole prompt, which then goes through in one piece."""
-    return rope_type(config.rope_scaling) in ("dynamic", "longrope")
+def depends_on_length(config: DecoderConfig, length: int) -> bool:
+    """Whether the angles of a sequence of this length are others than those of its beginning alone.
+
+    Then a prompt cannot be read in pieces, nor can keys that were cached for a shorter one be used again.
+    """
+    scaling = config.rope_scaling or {}
+    limit = {
+        "dynamic": config.max_position_embeddings,
+        "longrope": scaling.get("original_max_position_embeddings") or config.max_position_embeddings,
+    }.get(rope_type(scaling))
+    return limit is not None and length > limit
 
 
 def make_rope(config: DecoderConfig) -> Any:
@@ -69,6 +81,7 @@ def make_rope(config: DecoderConfig) -> Any:
     missing = [key for key in _NEEDS[name] if scaling.get(key) is None]
     if missing:
         raise CheckpointError(f"config.json: rope scaling '{name}' lacks {', '.join(missing)}")
+    _check_numbers(name, scaling, dims)
     if scaling.get("partial_rotary_factor", 1.0) != 1.0 or not scaling.get("truncate", True):
         raise CheckpointError("config.json: partial_rotary_factor and truncate=false are not supported in rope scaling")
     scaling.pop("type", None)
@@ -83,6 +96,20 @@ def make_rope(config: DecoderConfig) -> Any:
     if name == "yarn":
         rope.mscale = _yarn_scale(scaling)
     return rope
+
+
+def _check_numbers(name: str, scaling: Mapping[str, Any], dims: int) -> None:
+    def positive(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+    for key, value in scaling.items():
+        if key in ("short_factor", "long_factor"):
+            if not isinstance(value, list) or len(value) != dims // 2 or not all(map(positive, value)):
+                raise CheckpointError(f"config.json: rope scaling '{name}' needs {dims // 2} positive numbers as {key}")
+        elif key in _NUMBERS and value is not None and not positive(value):
+            raise CheckpointError(f"config.json: rope scaling '{name}' needs a positive number as {key}, not {value!r}")
+    if name == "llama3" and scaling.get("low_freq_factor", 1.0) == scaling.get("high_freq_factor", 4.0):
+        raise CheckpointError("config.json: rope scaling 'llama3' needs different low_freq_factor and high_freq_factor")
 
 
 def _yarn_scale(scaling: Mapping[str, Any]) -> float:

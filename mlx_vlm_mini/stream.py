@@ -96,11 +96,11 @@ class Options:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("max_tokens", 1, float("inf")), ("temperature", 0, float("inf")), ("top_p", 0, 1), ("min_p", 0, 1),
-            ("top_k", 0, float("inf")), ("prefill_step", 1, float("inf")),
+            ("top_k", 0, float("inf")), ("prefill_step", 1, float("inf")), ("seed", 0, 2**64 - 1),
         ):  # fmt: skip
             value = getattr(self, name)
-            if not low <= value <= high:
-                limit = f"between {low} and {high}" if high == 1 else f"{low} or more"
+            if value is not None and not low <= value <= high:
+                limit = f"{low} or more" if high == float("inf") else f"between {low} and {high}"
                 raise PromptError(f"{name} must be {limit}, not {value}")
 
     @property
@@ -108,11 +108,12 @@ class Options:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         return tuple(stop for stop in stops if stop)
 
-    def make_sampler(self) -> Sampler:
+    def make_sampler(self, vocab_size: int) -> Sampler:
         if self.sampler is not None:
             return self.sampler
+        top_k = self.top_k if self.top_k < vocab_size else 0  # mlx-lm refuses what would leave nothing out
         sampler: Sampler = borrow("sample_utils").make_sampler(
-            temp=self.temperature, top_p=self.top_p, min_p=self.min_p, top_k=self.top_k
+            temp=self.temperature, top_p=self.top_p, min_p=self.min_p, top_k=top_k
         )
         return sampler
 
@@ -176,7 +177,7 @@ def stream_inputs(
             cache,
             prompt=inputs.input_ids[0],
             max_tokens=options.max_tokens,
-            sampler=options.make_sampler(),
+            sampler=options.make_sampler(model.config.decoder.vocab_size),
             logits_processors=options.make_logits_processors(),
         )
         for token in tokens:

@@ -3,7 +3,6 @@
 transformers' AutoTokenizer would import torch wherever it is installed; the file alone decides here.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from .errors import CheckpointError
+from .checkpoint import read_json
+from .errors import CheckpointError, PromptError
 
 _CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -31,7 +31,16 @@ class Tokenizer:
         self.special_tokens = special_tokens
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with the special tokens of the file's post-processor around them or without."""
+        """Token ids of a text, with the special tokens of the file's post-processor around them or without.
+
+        Raises:
+            PromptError: the text holds what no UTF-8 gives (a lone surrogate).
+        """
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise PromptError("the prompt is not valid UTF-8 text") from None
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -109,43 +118,40 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise CheckpointError(f"{file} is broken: {str(error).splitlines()[0]}") from None
     backend.no_truncation()
     backend.no_padding()
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings, more = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
     special = dict(_CLASS_DEFAULTS.get(str(settings.get("tokenizer_class", "")).removesuffix("Fast"), {}))
-    for source in (_read_json(folder / "special_tokens_map.json"), settings):
+    for source in (more, settings):
         for key, value in source.items():
             text = _text_of(value)
             if key.endswith("_token") and isinstance(text, str):
                 special[key] = text
-    _add_missing(backend, settings.get("added_tokens_decoder") or {}, folder)
+    try:
+        _add_tokens(backend, settings, list(special.values()), folder)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/tokenizer_config.json is malformed: {error!r}") from None
     return Tokenizer(backend, special)
 
 
-def _add_missing(backend: Backend, added: dict[str, Any], folder: Path) -> None:
-    """Add the tokens that only tokenizer_config.json lists, which take the next free ids."""
+def _add_tokens(backend: Backend, settings: dict[str, Any], special: list[str], folder: Path) -> None:
+    """Add the tokens that only tokenizer_config.json lists, which take the next free ids, and its flags to all."""
+    added = settings.get("added_tokens_decoder") or {}
     for token_id, entry in sorted(added.items(), key=lambda item: int(item[0])):
         text = _text_of(entry)
-        if not isinstance(text, str) or backend.token_to_id(text) is not None:
+        if not isinstance(text, str):
             continue
         options = {key: entry[key] for key in ("lstrip", "rstrip", "normalized", "single_word") if key in entry}
-        token = AddedToken(text, **options)
-        if entry.get("special", False):
-            backend.add_special_tokens([token])
-        else:
-            backend.add_tokens([token])
+        token = AddedToken(text, special=bool(entry.get("special", False)), **options)
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(text) != int(token_id):
             raise CheckpointError(
                 f"{folder}/tokenizer_config.json gives '{text}' the id {token_id}, "
-                f"tokenizer.json has {backend.token_to_id(text)} next"
+                f"tokenizer.json {backend.token_to_id(text)}"
             )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold a JSON object")
-    return content
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    for entry in [*special, *(extra.values() if isinstance(extra, dict) else extra)]:
+        text = _text_of(entry)
+        if isinstance(text, str) and backend.token_to_id(text) is None:
+            backend.add_special_tokens([text])

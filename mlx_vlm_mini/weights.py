@@ -43,8 +43,7 @@ def match_names(
     """Match a checkpoint's tensors to ours.
 
     Returns:
-        Our names to theirs, and their names that the model does not use: dropped by the family, or of vision blocks
-        behind the last one whose features are read.
+        Our names to theirs, and their names that the family drops.
 
     Raises:
         CheckpointError: a tensor is unknown, or two have one meaning.
@@ -57,7 +56,7 @@ def match_names(
         except KeyError:
             unknown.append(name)
             continue
-        if target is None or _is_idle(target, config):
+        if target is None:
             unused.append(name)
         elif target in ours:
             raise CheckpointError(f"the checkpoint has both {ours[target]} and {name}, which mean the same tensor")
@@ -69,6 +68,7 @@ def match_names(
 
 
 def _is_idle(name: str, config: VLMConfig) -> bool:
+    """Whether a tensor belongs to a vision block behind the last one whose features are read, which is not built."""
     match = re.match(r"vision\.blocks\.(\d+)\.", name)
     return match is not None and config.vision.depth <= int(match[1]) < config.vision.num_hidden_layers
 
@@ -113,30 +113,55 @@ def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) ->
     Raises:
         CheckpointError: a tensor is missing, superfluous or of another shape.
     """
-    model = VLM(config)
+    layers = max(config.vision.num_hidden_layers, config.decoder.num_hidden_layers)
+    if layers > len(checkpoint.tensors):  # before a model of a billion layers is built
+        raise CheckpointError(
+            f"config.json asks for {layers} layers, {checkpoint.folder} has {len(checkpoint.tensors)} tensors in all"
+        )
+    try:
+        model = VLM(config)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"config.json asks for a model that MLX cannot build: {error}") from None
     if any(name.endswith(".scales") for name in ours):
         try:
             nn.quantize(model, class_predicate=quantization_of(ours, checkpoint.quantization))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"config.json: quantization does not fit the model: {error}") from None
-    expected = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
+    expected = dict(tree_flatten(model.parameters()))
+    block = [name for name in expected if name.startswith("vision.blocks.0.")]
+    if not any(name.endswith(".scales") for name in block):  # quantized ones may each be so in their own way
+        for number in range(config.vision.depth, config.vision.num_hidden_layers):
+            expected |= {name.replace(".0.", f".{number}.", 1): expected[name] for name in block}
     missing = [name for name in expected if name not in ours]
     if missing:
-        raise CheckpointError(f"{checkpoint.folder} lacks {_list(missing)}")
-    extra = [theirs for name, theirs in ours.items() if name not in expected]
+        raise CheckpointError(f"{checkpoint.folder} lacks {_list([_their_name(name, ours) for name in missing])}")
+    extra = [theirs for name, theirs in ours.items() if name not in expected and not _is_idle(name, config)]
     if extra:
         raise CheckpointError(f"{checkpoint.folder} has {_list(extra)}, which config.json has no place for")
-    for name, shape in expected.items():
+    for name, array in expected.items():
         info = checkpoint.tensors[ours[name]]
         stored = info.shape
         if name in CONVOLUTIONS and not checkpoint.is_mlx and len(stored) == 4:
             stored = (stored[0], *stored[2:], stored[1])
-        if stored != shape:
+        if stored != array.shape:
             raise CheckpointError(
-                f"{checkpoint.folder}: {ours[name]} has shape {list(info.shape)}, config.json asks for {list(shape)}"
+                f"{checkpoint.folder}: {ours[name]} has shape {list(info.shape)}, "
+                f"config.json asks for {list(array.shape)}"
                 + (" (out, height, width, in)" if name in CONVOLUTIONS else "")
             )
+        if info.is_float != mx.issubdtype(array.dtype, mx.floating):
+            kind = "whole numbers" if array.dtype != mx.float32 else "floating-point numbers"
+            raise CheckpointError(f"{checkpoint.folder}: {ours[name]} has type {info.dtype} instead of {kind}")
     return model
+
+
+def _their_name(name: str, ours: Mapping[str, str]) -> str:
+    """What a missing tensor would be called in this checkpoint, judged by a sibling in another layer or part."""
+    pattern = _NUMBER.sub("{}", name)
+    for sibling, theirs in ours.items():
+        if _NUMBER.sub("{}", sibling) == pattern:
+            return _NUMBER.sub("{}", theirs).format(*_NUMBER.findall(name))
+    return name
 
 
 def to_mlx_layout(name: str, array: mx.array, checkpoint: Checkpoint) -> mx.array:
@@ -150,6 +175,8 @@ def load_weights(model: VLM, ours: Mapping[str, str], checkpoint: Checkpoint, dt
     """Read the tensors into the model, floats as `dtype`, packed ones as they are."""
     arrays = []
     for name, theirs in ours.items():
+        if _is_idle(name, model.config):
+            continue
         array = to_mlx_layout(name, checkpoint.read(theirs), checkpoint)
         arrays.append((name, array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array))
     model.load_weights(arrays)

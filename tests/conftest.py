@@ -58,5 +58,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
         value = value + (1 if "norm" in name and name.endswith("weight") else 0)
         value = value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
         tensors[names[name]] = mx.contiguous(value).astype(mx.bfloat16)
+        if "blocks.1." in name:  # the last block, whose output nothing reads, is in the file all the same
+            tensors[names[name.replace("blocks.1.", "blocks.2.")]] = tensors[names[name]]
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
     return folder

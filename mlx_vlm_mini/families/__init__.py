@@ -42,7 +42,7 @@ def find_family(hf: Mapping[str, Any]) -> Family:
         CheckpointError: no family has this `model_type`.
     """
     model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         what = "has no model_type" if model_type is None else f"says model_type '{model_type}'"
         raise CheckpointError(f"config.json {what}; this version knows: {known}")

@@ -30,6 +30,7 @@ WEIGHTS: Mapping[str, str | None] = {
     "multi_modal_projector.linear_2": "projector.layers.1",
     "model.multi_modal_projector.linear_1": "projector.layers.0",
     "model.multi_modal_projector.linear_2": "projector.layers.1",
+    **llama_weights("language_model."),
     **llama_weights("language_model.model."),
     **llama_weights("model.language_model."),
     "language_model.lm_head": "decoder.lm_head",
@@ -47,15 +48,15 @@ CHAT_TEMPLATE = (  # LLaVA-1.5's prompt, as its authors and llava-hf give it
 
 
 def config(hf: Mapping[str, Any]) -> VLMConfig:
-    text, vision = hf.get("text_config") or {}, hf.get("vision_config") or _VISION_DEFAULTS
+    text, vision = hf.get("text_config") or {}, hf.get("vision_config")
     strategy = hf.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
         raise CheckpointError(
             f"config.json: vision_feature_select_strategy '{strategy}' is neither 'default' nor 'full'"
         )
-    decoder = text_decoder(text, tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)))
+    decoder = text_decoder(text, tie_word_embeddings=hf.get("tie_word_embeddings", False))
     tower = vision_tower(
-        vision,
+        _VISION_DEFAULTS if vision is None else vision,
         feature_layers=hf.get("vision_feature_layer", -2),
         drop_first_feature=strategy == "default",
     )
@@ -70,7 +71,7 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
             bias=hf.get("multimodal_projector_bias", True),
         ),
         decoder=decoder,
-        image_token_id=hf.get("image_token_index", hf.get("image_token_id", 32000)),
+        image_token_id=hf.get("image_token_id", hf.get("image_token_index", 32000)),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 
 from mlx_vlm_mini.config import Activation, DecoderConfig, LayerType, VisionConfig
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.rope import rope_type
 
 _CLIP = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -37,8 +38,14 @@ _QWEN2 = {
 _DECODERS = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2}
 
 
+_SAME_ACTIVATION = {
+    "swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "gelu_python": "gelu",
+}  # fmt: skip
+
+
 def activation(name: str) -> Activation:
-    """A config's activation name, checked."""
+    """A config's activation name, checked; other names of the same function are translated."""
+    name = _SAME_ACTIVATION.get(name, name)
     if name not in get_args(Activation):
         known = ", ".join(sorted(get_args(Activation)))
         raise CheckpointError(f"config.json: activation '{name}' is not supported (known: {known})")
@@ -88,8 +95,8 @@ def text_decoder(hf: Mapping[str, Any], *, tie_word_embeddings: bool = False) ->
         raise CheckpointError(f"config.json: decoder '{model_type}' is not supported (known: {known})")
     values = {**_DECODERS[model_type], **hf}
     heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
-    rope = dict(values.get("rope_scaling") or {}) | dict(values.get("rope_parameters") or {})
-    theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
+    rope = _rope(values)
+    theta = rope.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
     layer_types = _layer_types(model_type, values)
     sliding = "sliding_attention" in layer_types
     return DecoderConfig(
@@ -103,15 +110,26 @@ def text_decoder(hf: Mapping[str, Any], *, tie_word_embeddings: bool = False) ->
         hidden_act=activation(values["hidden_act"]),
         rms_norm_eps=values["rms_norm_eps"],
         max_position_embeddings=values["max_position_embeddings"],
-        rope_theta=float(theta),
+        rope_theta=theta,
         rope_scaling=rope or None,
         qkv_bias=model_type == "qwen2" or (model_type == "llama" and values["attention_bias"]),
         o_bias=model_type == "llama" and values["attention_bias"],
         mlp_bias=model_type == "llama" and values["mlp_bias"],
         layer_types=layer_types,
         sliding_window=values["sliding_window"] if sliding else None,
-        tie_word_embeddings=tie_word_embeddings or bool(values["tie_word_embeddings"]),
+        tie_word_embeddings=tie_word_embeddings or values["tie_word_embeddings"],
     )
+
+
+def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The rope scaling, with what some configs write beside it (Phi-3's original length)."""
+    rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
+    original = values.get("original_max_position_embeddings")
+    if original is not None and rope_type(rope) in ("llama3", "yarn", "longrope"):
+        rope["original_max_position_embeddings"] = original
+    if values.get("partial_rotary_factor") is not None:
+        rope.setdefault("partial_rotary_factor", values["partial_rotary_factor"])
+    return rope
 
 
 def _layer_types(model_type: str, values: Mapping[str, Any]) -> tuple[LayerType, ...]:
@@ -165,4 +183,5 @@ def llama_weights(prefix: str) -> dict[str, str | None]:
     names: dict[str, str | None] = {prefix + name: f"decoder.{name}" for name in ("embed_tokens", "norm")}
     names |= {prefix + "layers.{}." + name: "decoder.layers.{}." + name for name in _LAYER_MODULES}
     names[prefix + "layers.{}.self_attn.rotary_emb.inv_freq"] = None
+    names[prefix + "rotary_emb.inv_freq"] = None
     return names

@@ -90,7 +90,10 @@ def test_what_configs_say_and_leave_out(hf, expected):
         ),
         ({"text_config": {"model_type": "mamba"}}, "decoder 'mamba' is not supported .known: llama, mistral, qwen2"),
         ({"text_config": {"hidden_act": "swish9"}}, "activation 'swish9'"),
-        ({"text_config": {"num_hidden_layers": -1}}, "num_hidden_layers must be a positive whole number, not -1"),
+        (
+            {"text_config": {"num_hidden_layers": -1}},
+            "num_hidden_layers must be a whole number from 1 to 100000000, not -1",
+        ),
         ({"text_config": {"num_attention_heads": 6, "num_key_value_heads": 4}}, "is not a multiple of"),
         ({"vision_feature_layer": 40}, "vision feature layer 40 does not exist; the tower has 24"),
         ({"vision_feature_layer": []}, "list of vision feature layers is empty"),
@@ -119,11 +122,13 @@ def test_rope_scalings_that_are_not_known(scaling, message):
 
 
 def test_a_scaling_that_depends_on_the_length_is_known_as_such():
-    def dependent(scaling: dict[str, Any]) -> bool:
-        return depends_on_length(llava.config({"text_config": {"rope_scaling": scaling}}).decoder)
+    def limit(scaling: dict[str, Any]) -> list[int]:
+        decoder = llava.config({"text_config": {"rope_scaling": scaling, "max_position_embeddings": 64}}).decoder
+        return [length for length in (1, 16, 17, 64, 65, 9999) if depends_on_length(decoder, length)]
 
-    assert dependent({"type": "dynamic", "factor": 2.0})
-    assert not dependent({"type": "linear", "factor": 2.0})
+    assert limit({"type": "dynamic", "factor": 2.0}) == [65, 9999]
+    assert limit({"rope_type": "longrope", "original_max_position_embeddings": 16}) == [17, 64, 65, 9999]
+    assert limit({"type": "linear", "factor": 2.0}) == limit({}) == []
 
 
 @pytest.mark.parametrize("config", [VisionConfig, ProjectorConfig, DecoderConfig, VLMConfig])

@@ -53,7 +53,9 @@ def test_a_missing_tensor(copy_of):
     tensors = tensors_of(folder)
     del tensors[QUERY]
     save(folder, tensors)
-    with pytest.raises(CheckpointError, match=r"lacks 1 tensor \(decoder.layers.1.self_attn.q_proj.weight\)"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1 tensor \(language_model.model.layers.1.self_attn.q_proj.weight\)"
+    ):
         load(folder)
 
 
