@@ -144,11 +144,12 @@ def _add_tokens(backend: Backend, settings: dict[str, Any], special: list[str], 
             continue
         options = {key: entry[key] for key in ("lstrip", "rstrip", "normalized", "single_word") if key in entry}
         token = AddedToken(text, special=bool(entry.get("special", False)), **options)
+        known = backend.token_to_id(text) is not None
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        if backend.token_to_id(text) != int(token_id):
+        if not known and backend.token_to_id(text) != int(token_id):
             raise CheckpointError(
                 f"{folder}/tokenizer_config.json gives '{text}' the id {token_id}, "
-                f"tokenizer.json {backend.token_to_id(text)}"
+                f"the next free one in tokenizer.json is {backend.token_to_id(text)}"
             )
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     for entry in [*special, *(extra.values() if isinstance(extra, dict) else extra)]:

@@ -73,6 +73,9 @@ def test_stdin_gives_the_prompt_or_an_image():
     assert piped.stdout == text
     assert run(*ASK, "-i", "-", "--max-tokens", 5, input=PHOTO.read_bytes()).stdout == text
     assert run("generate", PLAIN, "-p", "-", "-i", "-", input="x").exit_code == 2
+    for command in (["generate", PLAIN, "-p", "-"], ["chat", PLAIN]):
+        refused = run(*command, input=b"\xff\xfe\n")
+        assert "not valid UTF-8" in refused.stderr and refused.stdout == ""
 
 
 def test_a_conversation():
@@ -142,6 +145,8 @@ def test_what_is_not_quantized_is_listed(tmp_path, wide):
         (["generate", PLAIN, "-p", "x", "-i", PLAIN / "config.json"], "is not an image that Pillow can read"),
         (["generate", PLAIN, "-p", "<image> x"], "the chat template's text has 1 places for an image"),
         (["generate", "-p", "x"], "this version bundles no model"),
+        (["generate", PLAIN, "-p", "a\udcff"], "not valid UTF-8"),
+        (["generate", "~nobody-of-this-name/x", "-p", "x"], "folder not found"),
         (["chat", "/no/such"], "folder not found: /no/such"),
         (["info", "/no/such"], "folder not found: /no/such"),
         (["convert", "/no/such", "/tmp/never"], "folder not found: /no/such"),

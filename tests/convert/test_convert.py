@@ -166,7 +166,7 @@ def test_a_failure_leaves_nothing(tmp_path, wide):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_stopped_process_leaves_no_destination(tmp_path, wide, sent):
     """After SIGKILL at most the hidden work folder is left."""
     code = (
@@ -192,6 +192,14 @@ def test_what_cannot_be_quantized_is_said(tmp_path, wide):
     convert(wide, tmp_path / "four", bits=4)
     with pytest.raises(CheckpointError, match="is already quantized"):
         convert(tmp_path / "four", tmp_path / "eight", bits=8)
+
+
+def test_a_folder_that_could_not_answer_is_refused_before_the_work(tmp_path, copy_of):
+    folder = copy_of()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no tokenizer.json"):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_code_is_not_copied(tmp_path, copy_of):

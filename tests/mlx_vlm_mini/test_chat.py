@@ -1,7 +1,9 @@
 """Conversations: a later turn equals a fresh run of the whole, and nothing is reused that should not be."""
 
+import json
 from itertools import pairwise
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import PHOTO, SHAPES
@@ -57,6 +59,54 @@ def test_another_picture_of_the_same_size_is_not_the_same(llava):
     assert chunks[-1].stats.cached_tokens < 9
     check(chat, chat.messages[:-1], chunks)
     assert [chunk.logprob for chunk in chunks] != pytest.approx(one, abs=1e-3)
+
+
+ROPES = [
+    {"rope_type": "dynamic", "factor": 3.0},
+    {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 10,
+        "long_factor": [3.0] * 10,
+        "original_max_position_embeddings": 40,
+    },
+]
+
+
+@pytest.mark.parametrize("scaling", ROPES, ids=lambda scaling: scaling["rope_type"])
+def test_keys_turned_for_a_shorter_conversation_are_not_used_again(copy_of, scaling):
+    """The second turn passes the length at which the angles of all positions change."""
+    folder = copy_of()
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"rope_scaling": scaling, "max_position_embeddings": 40}
+    (folder / "config.json").write_text(json.dumps(config))
+    chat = Chat(*load(folder), max_tokens=5)
+    for turn in ([PHOTO, "What?"], "And now?", "Why?"):
+        chunks = list(chat.send(turn))
+        check(chat, chat.messages[:-1], chunks)
+    assert chunks[-1].stats.cached_tokens == 0
+
+
+def test_an_answer_may_contain_the_image_token(llava):
+    """Spelled by the model from ordinary tokens; what it says is history, not a picture."""
+    model, processor = llava
+    spelled = iter(processor.tokenizer.encode("see <imag", add_special_tokens=False)[:9])
+    chat = Chat(model, processor, max_tokens=4)
+    list(chat.send([PHOTO, "Hi"], sampler=lambda logprobs: mx.array([next(spelled)])))
+    chat.messages[-1]["content"][0]["text"] = "I see <image> and <image>."
+    chunks = list(chat.send([SHAPES, "Go on"]))
+    check(chat, chat.messages[:-1], chunks)
+    inputs = processor(chat.messages[:-1])
+    assert int(inputs.slots.sum()) == 18 and int((inputs.input_ids == model.config.image_token_id).sum()) == 20
+
+
+def test_clearing_in_the_middle_of_an_answer_forgets_it(llava):
+    chat = Chat(*llava, max_tokens=5)
+    answer = chat.send("Hi")
+    next(answer)
+    chat.clear()
+    answer.close()
+    assert chat.messages == []
+    check(chat, [{"role": "user", "content": "Hi"}], list(chat.send("Hi")))
 
 
 @pytest.mark.parametrize("after", [1, 3])

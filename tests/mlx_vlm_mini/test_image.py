@@ -45,6 +45,8 @@ PNG = encoded(Image.fromarray(PIXELS))
         mx.array(PIXELS),
         "data:image/png;base64," + base64.b64encode(PNG).decode(),
         "data:;base64," + base64.b64encode(PNG).decode(),
+        "DATA:image/png;BASE64," + base64.encodebytes(PNG).decode(),
+        "data:;base64," + base64.urlsafe_b64encode(PNG).decode(),
     ],
     ids=lambda source: type(source).__name__,
 )
@@ -142,6 +144,10 @@ JPEG = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40
         (np.zeros((0, 4, 3)), "[0, 4, 3]"),
         (np.full((2, 2, 3), -1.0), "from -1 to -1"),
         (np.full((2, 2, 3), np.nan), "from nan to nan"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "is PostScript"),
+        ("~nobody-of-this-name/x.png", "image not found"),
+        (np.array([["a"]]), "holds numbers"),
+        (Image.new("RGB", (0, 5)), "0x5 pixels"),
         (17, "cannot open an image from int"),
         ("http://127.0.0.1:9/x.png", "cannot download"),
     ],
@@ -226,6 +232,16 @@ def test_padding_keeps_the_whole_picture_in_the_middle():
     np.testing.assert_array_equal(values[:, 1:3], np.full((5, 2, 3), 255.0))
 
 
+def test_a_flag_that_is_null_is_off():
+    assert image_settings({"do_resize": None, "do_normalize": None, "resample": None}, "CLIP").size is None
+
+
+def test_a_picture_too_narrow_to_resize():
+    settings = image_settings({"size": {"max_height": 20, "max_width": 20}, "do_center_crop": False}, "CLIP")
+    with pytest.raises(ImageError, match="1x500 pixels is too narrow"):
+        preprocess(Image.new("RGB", (1, 500)), settings)
+
+
 def test_class_defaults_and_old_forms():
     clip = image_settings({"feature_extractor_type": "CLIPFeatureExtractor", "size": 336, "crop_size": 336}, "Siglip")
     assert clip.size == {"shortest_edge": 336} and clip.crop_size == (336, 336) and clip.resample == 3
@@ -239,7 +255,7 @@ def test_class_defaults_and_old_forms():
         ({"image_processor_type": "FancyImageProcessor"}, "unknown image processor 'FancyImageProcessor'"),
         ({"size": "large"}, "'large' is not an image size"),
         ({"size": {"shortest_edge": -3}}, "is not an image size"),
-        ({"image_mean": [0.5, 0.5]}, "3 channels, not 2"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean has 3 channels, not 2"),
         ({"resample": 99}, "resample 99"),
     ],
 )

@@ -127,6 +127,16 @@ def test_an_image_token_in_the_text_is_no_image(llava):
         processor("What does <image> mean?")
 
 
+def test_text_that_is_no_text(llava):
+    with pytest.raises(PromptError, match="not valid UTF-8"):
+        llava[1]("a\udcff")
+
+
+def test_a_template_that_calls_itself():
+    with pytest.raises(PromptError, match="never ends"):
+        template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}").render(user("Hi"))
+
+
 def test_slots_and_features_must_agree(llava):
     model, processor = llava
     inputs = processor("Hi", [PHOTO])

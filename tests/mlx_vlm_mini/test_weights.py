@@ -74,6 +74,62 @@ def test_a_superfluous_layer(copy_of):
         load(folder)
 
 
+def test_integers_are_no_weights(copy_of):
+    folder = copy_of()
+    tensors = tensors_of(folder)
+    save(folder, {**tensors, QUERY: tensors[QUERY].astype(mx.int32)})
+    with pytest.raises(CheckpointError, match="q_proj.weight has type I32 instead of floating-point numbers"):
+        load(folder)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_the_vision_block_that_nobody_reads_is_checked_too(copy_of, change):
+    folder = copy_of()
+    tensors = tensors_of(folder)
+    name = "vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight"
+    tensors[name] = mx.zeros((3, 3))
+    if change == "missing":
+        del tensors[name]
+    save(folder, tensors)
+    message = f"lacks 1 tensor .{name}" if change == "missing" else f"{name} has shape .3, 3., config.json asks for"
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("part", ["vision_config", "text_config"])
+def test_a_billion_layers_are_refused_at_once(copy_of, part):
+    folder = copy_of()
+    config = json.loads((folder / "config.json").read_text())
+    config[part]["num_hidden_layers"] = 10**8
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="asks for 100000000 layers"):
+        load(folder)
+
+
+def test_a_file_that_mlx_saved_without_metadata(copy_of):
+    folder = copy_of()
+    mx.save_safetensors(str(folder / "new.safetensors"), tensors_of(folder))
+    (folder / "new.safetensors").replace(folder / "model.safetensors")
+    assert (load(folder)[0].decoder.norm.weight == load(PLAIN)[0].decoder.norm.weight).all()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("language_model.model.", "language_model."), ("language_model.", "model.language_model.")]
+)
+def test_more_layouts(copy_of, old, new):
+    """Without `model.`, and a decoder whose head is `lm_head`; buffers of rotary positions are dropped."""
+    folder = copy_of()
+    tensors = {
+        name.replace(old, new) if name != HEAD else "lm_head.weight": array
+        for name, array in tensors_of(folder).items()
+    }
+    if new == "model.language_model.":
+        tensors = {name.replace("model.language_model.model.", new): array for name, array in tensors.items()}
+    save(folder, {**tensors, f"{new}rotary_emb.inv_freq": mx.zeros(10)})
+    inputs = load(PLAIN)[1]("Hi", [PHOTO])
+    assert (load(folder)[0](inputs) == load(PLAIN)[0](inputs)).all()
+
+
 def test_a_wrong_shape_names_both(copy_of):
     folder = copy_of()
     save(folder, {**tensors_of(folder), QUERY: mx.zeros((60, 59))})
@@ -105,6 +161,8 @@ def test_a_truncated_file(copy_of, keep):
         b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}',
         b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
         b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}}',
     ],
 )  # fmt: skip
 def test_a_header_that_lies(copy_of, header):
@@ -198,6 +256,57 @@ def test_files_that_are_missing_or_broken(copy_of, tmp_path):
         load("/no/such")
     with pytest.raises(CheckpointError, match="is a file, not a folder"):
         load(PHOTO)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"quantization": "x"}, "quantization must be an object"),
+        ("config.json", {"model_type": ["llava"]}, "says model_type"),
+        ("generation_config.json", {"eos_token_id": 1.5}, "eos_token_id must be a token id or a list, not 1.5"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "tokenizer_config.json is malformed"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": "y"}}, "tokenizer_config.json is malformed"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "<new>"}}}, "gives '<new>' the id 7"),
+        ("preprocessor_config.json", {"image_std": 0}, "image_std must not be 0"),
+        ("preprocessor_config.json", {"rescale_factor": "x"}, "rescale_factor must be a number"),
+        ("preprocessor_config.json", {"image_mean": "abc"}, "image_mean must be a number"),
+        ("preprocessor_config.json", {"size": 0}, "0 is not an image size"),
+        ("preprocessor_config.json", {"do_resize": "false"}, "do_resize must be true or false"),
+    ],
+)
+def test_files_with_nonsense_in_them(copy_of, file, changes, message):
+    folder = copy_of()
+    edit_json(folder / file, **changes)
+    if "quantization" in changes:
+        save(folder, {**tensors_of(folder), QUERY.replace("weight", "scales"): mx.zeros((60, 1))})
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+def test_deeply_nested_json(copy_of):
+    for name in ("config.json", "tokenizer_config.json", "chat_template.json"):
+        folder = copy_of()
+        (folder / name).write_text("[" * 100000)
+        with pytest.raises(CheckpointError, match=name):
+            load(folder)
+        shutil.rmtree(folder)
+
+
+def test_tokens_that_only_tokenizer_config_lists(copy_of):
+    folder = copy_of()
+    content = {
+        "content": "<new>",
+        "special": True,
+        "lstrip": True,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+    }
+    edit_json(
+        folder / "tokenizer_config.json", added_tokens_decoder={"422": content}, additional_special_tokens=["<other>"]
+    )
+    tokenizer = load(folder)[1].tokenizer
+    assert tokenizer.encode("a  <new><other>", add_special_tokens=False)[-2:] == [422, 423]
 
 
 def test_an_unknown_family_lists_the_known_ones(copy_of):
