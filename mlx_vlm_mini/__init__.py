@@ -5,6 +5,7 @@ The public names are `load`, `generate`, `stream_generate` and `Chat`. They are 
 the function.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ _HOME = {"Chat": ".chat", "generate": ".stream", "load": ".loading", "stream_gen
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if "mlx.core" not in sys.modules:
+        import_module(".blas", __name__).use_openblas()  # works only before anything imports mlx.core
     value = globals()[name] = getattr(import_module(_HOME[name], __name__), name)
     return value
 

@@ -74,7 +74,7 @@ def vision_tower(hf: Mapping[str, Any], *, feature_layers: int | list[int], drop
         class_token=clip,
         patch_bias=not clip,
         pre_norm=clip,
-        feature_layers=tuple(layer + depth + 1 if layer < 0 else layer for layer in layers),
+        feature_layers=tuple(layer + depth + 1 if -depth - 1 <= layer < 0 else layer for layer in layers),
         drop_first_feature=drop_first_feature,
     )
 

@@ -1,0 +1,34 @@
+"""OpenBLAS: loaded before MLX or not at all, and the same answers with it."""
+
+import json
+import subprocess
+import sys
+
+from checkpoints import PHOTO, PLAIN
+
+from mlx_vlm_mini.blas import use_openblas
+
+ANSWER = (
+    "import json, sys; from mlx_vlm_mini import load, stream_generate\n"
+    f"chunks = stream_generate(*load({str(PLAIN)!r}), 'Hi', images=[{str(PHOTO)!r}], max_tokens=8)\n"
+    "print(json.dumps([[chunk.token for chunk in chunks], 'libopenblas' in open('/proc/self/maps').read()]))"
+)
+
+
+def run(code: str) -> object:
+    return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def test_it_is_too_late_once_mlx_is_imported():
+    assert "mlx.core" in sys.modules and use_openblas() is False
+
+
+def test_the_answer_is_the_same_with_it_and_without():
+    """Where it is installed, the first public name loads it; where MLX is imported before, it stays out."""
+    installed = run("import json; from mlx_vlm_mini.blas import use_openblas; print(json.dumps(use_openblas()))")
+    if sys.platform == "linux":
+        (tokens, loaded), (expected, loaded_late) = run(ANSWER), run("import mlx.core\n" + ANSWER)
+        assert tokens == expected
+        assert (loaded, loaded_late) == (installed, False)
+    else:
+        assert installed is False
