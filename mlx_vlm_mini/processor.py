@@ -12,7 +12,7 @@ from .errors import CheckpointError, PromptError
 from .families import Family
 from .image import ImageSettings, ImageSource, open_image
 from .model import Inputs
-from .prompt import ChatTemplate, Prompt, images_of, to_messages
+from .prompt import ChatTemplate, Message, Prompt, images_of, to_messages
 from .tokenizer import Tokenizer
 
 
@@ -77,6 +77,22 @@ class Processor:
         pixels = self.family.pixels(open_image(source), self.image_settings)
         return PreparedImage(pixels, tuple(hashlib.sha256(row.tobytes()).digest() for row in pixels))
 
+    def expand(
+        self, messages: Sequence[Message], prepared: Sequence[PreparedImage], *, add_generation_prompt: bool = True
+    ) -> tuple[str, list[bool]]:
+        """The prompt's text with an image token for every feature row, and of each whether it is an image's.
+
+        Args:
+            prepared: the images of the messages, in order.
+        """
+        text, *rest = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        slots = [False] * text.count(self.image_token)
+        for image, piece in zip(prepared, rest, strict=True):
+            expanded = self.family.image_text(self.config, self.image_token, len(image.pixel_values))
+            slots += [True] * expanded.count(self.image_token) + [False] * piece.count(self.image_token)
+            text += expanded + piece
+        return text, slots
+
     def __call__(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Inputs:
         """Everything `model()` needs to answer a prompt, ready for prefill.
 
@@ -90,12 +106,7 @@ class Processor:
         """
         messages = to_messages(prompt, images)
         prepared = [self.prepare(part["image"]) for part in images_of(messages)]
-        text, *rest = self.chat_template.render(messages)
-        slots = [False] * text.count(self.image_token)  # of each image token in the text: whether it is an image's
-        for image, piece in zip(prepared, rest, strict=True):
-            expanded = self.family.image_text(self.config, self.image_token, len(image.pixel_values))
-            slots += [True] * expanded.count(self.image_token) + [False] * piece.count(self.image_token)
-            text += expanded + piece
+        text, slots = self.expand(messages, prepared)
         ids = np.array(self.tokenizer.encode_prompt(text), dtype=np.int32)
         if not len(ids):
             raise PromptError("the prompt is empty: the chat template gives no text for these messages")

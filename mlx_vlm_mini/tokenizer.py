@@ -49,6 +49,12 @@ class Tokenizer:
         bos = self.special_tokens.get("bos_token")
         return self.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a whole prompt as `encode_prompt` gives them, and where each token's text begins and ends."""
+        bos = self.special_tokens.get("bos_token")
+        encoding = self.backend.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids beyond the vocabulary give nothing."""
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -37,6 +37,22 @@ def rename(name: str, weights: Mapping[str, str | None]) -> str | None:
     return target.format(*numbers) + ("" if pattern in weights else f".{parameter}")
 
 
+def hub_name(name: str, weights: Mapping[str, str | None]) -> str:
+    """What one of our tensors is called on the Hub: by the first entry of the map that gives it.
+
+    Raises:
+        KeyError: the map gives no such tensor.
+    """
+    numbers, (module, _, parameter) = _NUMBER.findall(name), name.rpartition(".")
+    for theirs, ours in weights.items():
+        if ours is None or ours.count("{}") > len(numbers):
+            continue
+        if ours.format(*numbers) in (name, module):
+            whole = theirs.format(*numbers)
+            return whole if ours.format(*numbers) == name else f"{whole}.{parameter}"
+    raise KeyError(name)
+
+
 def match_names(
     names: Iterable[str], weights: Mapping[str, str | None], config: VLMConfig
 ) -> tuple[dict[str, str], list[str]]:
@@ -162,6 +178,11 @@ def _their_name(name: str, ours: Mapping[str, str]) -> str:
         if _NUMBER.sub("{}", sibling) == pattern:
             return _NUMBER.sub("{}", theirs).format(*_NUMBER.findall(name))
     return name
+
+
+def to_torch_layout(name: str, array: mx.array) -> mx.array:
+    """A tensor of the model, by our name, with convolution kernels as (out, in, h, w)."""
+    return array.transpose(0, 3, 1, 2) if name in CONVOLUTIONS else array
 
 
 def to_mlx_layout(name: str, array: mx.array, checkpoint: Checkpoint) -> mx.array:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("mlx_vlm_mini", "convert", "cli")
+FOLDERS = ("mlx_vlm_mini", "convert", "train", "cli")
 # What a module of the library may import, from the first room to the last (design.md).
 ORDER = (
     "errors", "blas", "borrow", "config", "activation", "attention", "rope", "vision", "projector", "decoder", "model",
@@ -32,7 +32,7 @@ def tracked(pattern: str = "") -> list[str]:
 
 def imports(file: Path) -> Iterator[str]:
     """Absolute names of what a file imports, `TYPE_CHECKING` blocks included."""
-    package = {"mlx_vlm_mini": "mlx_vlm_mini", "convert": "mlx_vlm_mini.convert", "cli": "mlx_vlm_mini.cli"}
+    package = {folder: f"mlx_vlm_mini.{folder}" for folder in FOLDERS} | {"mlx_vlm_mini": "mlx_vlm_mini"}
     parts = file.relative_to(ROOT).parent.parts
     here = ".".join((package[parts[0]], *parts[1:]))
     for node in ast.walk(ast.parse(file.read_text())):
@@ -51,11 +51,13 @@ FILES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_imports_go_one_way(file):
     found = set(imports(file))
-    forbidden = {"cli", "convert", "torch", "torchvision", "transformers", "cv2"}
+    forbidden = {"cli", "convert", "train", "torch", "torchvision", "transformers", "cv2"}
     assert not {name for name in found if name.partition(".")[0] in forbidden}
     folder = file.relative_to(ROOT).parts[0]
     if folder != "cli":
         assert not {name for name in found if name.startswith("mlx_vlm_mini.cli")}
+    if folder != "train" and folder != "cli":
+        assert not {name for name in found if name.startswith("mlx_vlm_mini.train")}
     if folder == "mlx_vlm_mini":
         assert not {name for name in found if name.split(".")[0] == "click" or name.startswith("mlx_vlm_mini.convert")}
         room = file.relative_to(ROOT / "mlx_vlm_mini").with_suffix("").parts[0]
@@ -120,7 +122,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    moved = {"cli": "mlx_vlm_mini/cli", "convert": "mlx_vlm_mini/convert", "mlx_vlm_mini": "mlx_vlm_mini"}
+    moved = {folder: f"mlx_vlm_mini/{folder}" for folder in FOLDERS} | {"mlx_vlm_mini": "mlx_vlm_mini"}
     package = [name.split("/", 1) for name in tracked() if name.split("/")[0] in FOLDERS]
     assert names == {f"{moved[folder]}/{rest}" for folder, rest in package}
 

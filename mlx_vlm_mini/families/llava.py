@@ -30,8 +30,8 @@ WEIGHTS: Mapping[str, str | None] = {
     "multi_modal_projector.linear_2": "projector.layers.1",
     "model.multi_modal_projector.linear_1": "projector.layers.0",
     "model.multi_modal_projector.linear_2": "projector.layers.1",
-    **llama_weights("language_model."),
     **llama_weights("language_model.model."),
+    **llama_weights("language_model."),
     **llama_weights("model.language_model."),
     "language_model.lm_head": "decoder.lm_head",
     "lm_head": "decoder.lm_head",
@@ -66,7 +66,7 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
         projector=ProjectorConfig(
             input_size=tower.feature_size,
             hidden_size=decoder.hidden_size,
-            num_layers=2,
+            num_layers={"mlp": 2, "linear": 1}[hf.get("projector_type", "mlp")],  # the key is ours, of `compose`
             hidden_act=activation(hf.get("projector_hidden_act", "gelu")),
             bias=hf.get("multimodal_projector_bias", True),
         ),

@@ -1,0 +1,45 @@
+"""`mlx-vlm-mini eval`: how often a model answers right, and whether it looks at the pictures."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import loading_options
+from .status import Status
+
+
+@click.command("eval")
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), help="JSONL of conversations, each with its `kind`."
+)
+@loading_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(model: str, data: Path, revision: str | None, dtype: Any, as_json: bool) -> None:
+    """Ask MODEL the questions of a JSONL file and count exact matches, with the pictures and with blank ones.
+
+    \b
+    Example:
+      mlx-vlm-mini eval my-llava --data test/scenes.jsonl
+    """
+    from mlx_vlm_mini import load
+    from mlx_vlm_mini.train.evaluate import evaluate
+    from mlx_vlm_mini.train.examples import read_examples
+
+    with Status() as status:
+        examples = read_examples(data)
+        status.show(f"loading {model}")
+        vlm, processor = load(model, revision=revision, dtype=dtype)
+        scores = evaluate(
+            vlm, processor, examples, progress=lambda done, total: status.show(f"asked {done} of {total}")
+        )
+    if as_json:
+        click.echo(json.dumps({kind: asdict(score) for kind, score in scores.items()}))
+        return
+    click.echo(f"{'kind':<12} {'questions':>9} {'right':>8} {'blank':>8}")
+    for kind, score in scores.items():
+        right, blank = (f"{100 * part / score.questions:.1f} %" for part in (score.right, score.right_blank))
+        click.echo(f"{kind:<12} {score.questions:>9} {right:>8} {blank:>8}")

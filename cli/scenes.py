@@ -1,0 +1,36 @@
+"""`mlx-vlm-mini scenes`: pictures of simple objects with questions, to train on or to test with."""
+
+from pathlib import Path
+
+import click
+
+from .status import Status
+
+
+@click.command("scenes")
+@click.argument("destination", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--count", type=click.IntRange(1), default=1000, show_default=True, help="Lines to write.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed, the same set.")
+@click.option("--most", type=click.IntRange(1, 4), default=4, show_default=True, help="Objects in a picture at most.")
+@click.option(
+    "--pairs", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Share of lines with two pictures."
+)
+@click.option("--single", is_flag=True, help="One question a line, with its kind, as `eval` wants it.")
+def command(destination: Path, count: int, seed: int, most: int, pairs: float, single: bool) -> None:
+    """Write pictures of simple objects and conversations about them into the new folder OUT.
+
+    \b
+    Example:
+      mlx-vlm-mini scenes scenes-train --count 20000 --seed 1
+    """
+    from mlx_vlm_mini.errors import CheckpointError
+    from mlx_vlm_mini.train.scenes import write_scenes
+
+    if destination.exists():
+        raise CheckpointError(f"{destination} exists; name another folder or remove it first")
+    with Status() as status:
+        write_scenes(
+            destination, count, seed=seed, most=most, pairs=pairs, single=single,
+            progress=lambda done, total: status.show(f"drawing: {done} of {total}"),
+        )  # fmt: skip
+    click.echo(f"{destination / 'scenes.jsonl'}: {count} lines")

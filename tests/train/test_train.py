@@ -1,0 +1,448 @@
+"""Training: what is learned from, the stages, going on after a kill, adapters, and what is written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import PHOTO, PLAIN, SHAPES
+from click.testing import CliRunner
+from mlx.utils import tree_flatten
+from PIL import Image
+from reference import GOLDEN
+
+from mlx_vlm_mini import load
+from mlx_vlm_mini.cli.main import main
+from mlx_vlm_mini.errors import CheckpointError, PromptError
+from mlx_vlm_mini.train.evaluate import evaluate
+from mlx_vlm_mini.train.examples import collate, encode, read_examples
+from mlx_vlm_mini.train.lora import fuse_adapters, load_adapters
+from mlx_vlm_mini.train.scenes import Scene, Thing, describe, draw, questions, random_scene, write_scenes
+from mlx_vlm_mini.train.trainer import Settings, Trainer, batch_loss, order
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder / "train", 24, seed=1)
+    write_scenes(folder / "test", 12, seed=2, single=True)
+    return folder
+
+
+def write(file: Path, *lines: object) -> Path:
+    file.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return file
+
+
+def talk(*contents: object) -> dict:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
+
+
+# Scenes
+
+
+def test_a_scene_is_described_as_it_is_drawn():
+    things = (Thing("circle", "red", "large", 0.3, 0.3), Thing("square", "blue", "small", 1.5, 0.8))
+    scene = Scene(things, 200, 100, (128, 128, 128), 0.0)
+    assert describe(scene) == "A large red circle at the top left and a small blue square at the bottom right."
+    pixels = np.asarray(draw(scene, np.random.default_rng(0))).astype(int)
+    assert pixels.shape == (100, 200, 3)
+    assert np.abs(pixels[30, 30] - (214, 40, 40)).max() < 40 and np.abs(pixels[80, 150] - (36, 90, 214)).max() < 40
+    assert pixels[5, 195].tolist() == [128, 128, 128]
+
+
+def test_questions_have_one_right_answer():
+    """Answers are checked against the scene by another way than the one that made them."""
+    for number in range(200):
+        rng = np.random.default_rng([9, number])
+        scene = random_scene(rng)
+        words = [thing.name.split() for thing in scene.things]
+        for kind, question, answer in questions(scene, rng):
+            asked = question.strip("?.").split()
+            if kind == "colour":
+                (color,) = (color for color, shape in words if shape in asked)
+                assert answer == f"{color.capitalize()}."
+            if kind == "presence":
+                there = any(color in asked and shape in asked for color, shape in words)
+                assert answer == ("Yes." if there else "No.")
+            if kind == "count":
+                of = [shape for _, shape in words if f"{shape}s" in asked] if "object" not in question else words
+                assert answer == ["Zero.", "One.", "Two.", "Three.", "Four."][len(of)]
+
+
+def test_things_do_not_overlap_and_stand_out():
+    for number in range(100):
+        scene = random_scene(np.random.default_rng([3, number]))
+        side = min(scene.width, scene.height)
+        for i, one in enumerate(scene.things):
+            radius = {"small": 0.1, "large": 0.2}[one.size]
+            assert radius <= one.x <= scene.width / side - radius and radius <= one.y <= scene.height / side - radius
+            for other in scene.things[:i]:
+                assert np.hypot(one.x - other.x, one.y - other.y) > radius + {"small": 0.1, "large": 0.2}[other.size]
+
+
+def test_a_longer_set_begins_with_a_shorter_one(tmp_path, scenes):
+    write_scenes(tmp_path / "more", 30, seed=1)
+    longer, shorter = (folder / "scenes.jsonl" for folder in (tmp_path / "more", scenes / "train"))
+    assert longer.read_text().startswith(shorter.read_text())
+    for file in (scenes / "train" / "images").iterdir():
+        assert file.read_bytes() == (tmp_path / "more" / "images" / file.name).read_bytes()
+
+
+# Data
+
+
+def test_only_what_the_assistant_says_is_learned(tmp_path, llava):
+    _, processor = llava
+    image = {"type": "image", "image": str(PHOTO)}
+    file = write(
+        tmp_path / "data.jsonl",
+        talk([image, {"type": "text", "text": "What is it?"}], "A house.", "Where?", "Under the sky."),
+    )
+    (example,) = read_examples(file)
+    encoded = encode(processor, example)
+    said = processor.tokenizer.decode(
+        [int(token) for token in encoded.input_ids[encoded.answer]], skip_special_tokens=False
+    )
+    assert said.split() == ["A", "house.", "Under", "the", "sky.", "</s>"]
+    assert int(encoded.slots.sum()) == 9 and not (encoded.slots & encoded.answer).any()
+    inputs = processor([*example.messages])
+    np.testing.assert_array_equal(
+        np.array(inputs.input_ids[0])[: encoded.slots.nonzero()[0][-1]],
+        encoded.input_ids[: encoded.slots.nonzero()[0][-1]],
+    )
+
+
+@pytest.mark.parametrize("name", ["llava-siglip-qwen2", "llava-clip-mistral"])
+def test_other_chat_templates_show_their_answers_too(name, tmp_path):
+    _, processor = load(GOLDEN / name)
+    file = write(
+        tmp_path / "data.jsonl", talk([{"type": "text", "text": "How many?"}], [{"type": "text", "text": "Three."}])
+    )
+    encoded = encode(processor, read_examples(file)[0])
+    said = processor.tokenizer.decode(
+        [int(token) for token in encoded.input_ids[encoded.answer]], skip_special_tokens=False
+    )
+    end = {"llava-siglip-qwen2": "<|im_end|>", "llava-clip-mistral": "</s>"}[name]
+    assert said.strip().startswith("Three.") and end in said and "How" not in said
+
+
+def test_llavas_own_form_is_read(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(PHOTO.read_bytes())
+    line = {
+        "id": "1",
+        "image": "a.jpg",
+        "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A house."}],
+    }
+    (example,) = read_examples(write(tmp_path / "data.jsonl", line))
+    assert example.messages[0]["content"] == [
+        {"type": "image", "image": tmp_path / "a.jpg"},
+        {"type": "text", "text": "What is it?"},
+    ]
+    assert example.messages[1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not a line of training data"),
+        ("[1]", "not a line of training data"),
+        ({"messages": []}, "the prompt is empty"),
+        (talk("Hi"), "the assistant says nothing"),
+        (talk([{"type": "image", "image": "none.png"}], "x"), "image not found"),
+        (talk([{"type": "image", "image": "bad.png"}], "x"), "is not an image"),
+        (
+            {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]},
+            "more <image> than images",
+        ),
+        (
+            {"image": "a", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "x"}]},
+            "have no <image>",
+        ),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
+    (tmp_path / "bad.png").write_text("no image")
+    file = write(tmp_path / "data.jsonl", talk("Hi", "Yes."), "", line)
+    with pytest.raises(PromptError, match=message) as error:
+        read_examples(file)
+    assert str(error.value).startswith(f"{file}:3: ")
+
+
+def test_padding_and_neighbours_change_nothing(scenes, llava):
+    """The loss of a batch is the sum of the losses of its examples."""
+    model, processor = llava
+    examples = [encode(processor, example) for example in read_examples(scenes / "train" / "scenes.jsonl")[:3]]
+    together, count = batch_loss(model, *collate(examples, 9, pad_rows=4).arrays)
+    alone = [batch_loss(model, *collate([example], 9, pad_length=1).arrays) for example in examples]
+    assert (
+        int(count.item())
+        == sum(int(each.item()) for _, each in alone)
+        == sum(int(e.answer[1:].sum()) for e in examples)
+    )
+    assert float(together.item()) == pytest.approx(sum(float(loss.item()) for loss, _ in alone), rel=1e-4)
+
+
+def test_every_pass_shows_every_example_once():
+    steps = [order(step, 10, 4, 7) for step in range(5)]
+    shown = [index for step in steps for index in step]
+    assert sorted(shown[:10]) == sorted(shown[10:]) == list(range(10)) and shown[:10] != shown[10:]
+    assert order(3, 10, 4, 7) == steps[3] != order(3, 10, 4, 8)
+
+
+# The loop
+
+
+def trainer(folder: Path, scenes: Path, model=None, **settings) -> Trainer:
+    loaded, processor = load(PLAIN) if model is None else (model, load(PLAIN)[1])
+    examples = read_examples(scenes / "test" / "scenes.jsonl")
+    chosen = {"steps": 6, "batch_size": 2, "warmup": 2, "checkpoint_every": 2, **settings}
+    return Trainer(loaded, processor, examples, folder, Settings(**chosen), valid=examples[:2])
+
+
+def test_it_learns_to_tell_two_pictures_apart(tmp_path):
+    """The same question about two pictures, answered by looking: right with them, wrong with blank ones."""
+
+    def ask(name: Path, answer: str) -> dict:
+        return talk([{"type": "image", "image": str(name)}, {"type": "text", "text": "What?"}], answer)
+
+    examples = read_examples(write(tmp_path / "data.jsonl", ask(PHOTO, "A house."), ask(SHAPES, "Two shapes.")))
+    model, processor = load(PLAIN)
+    assert evaluate(model, processor, examples)["all"].right == 0
+    settings = Settings(steps=40, batch_size=2, warmup=4, learning_rate=3e-3, checkpoint_every=40)
+    losses = [progress.loss for progress in Trainer(model, processor, examples, tmp_path / "run", settings).run()]
+    assert losses[-1] < 0.1 < losses[0]
+    score = evaluate(model, processor, examples)["all"]
+    assert (score.questions, score.right) == (2, 2) and score.right_blank < 2
+
+
+@pytest.mark.parametrize("stage", ["projector", "full", "lora"])
+def test_only_what_a_stage_names_changes(tmp_path, scenes, stage):
+    before = dict(tree_flatten(load(PLAIN)[0].parameters()))
+    run = trainer(tmp_path / "run", scenes, stage=stage)
+    list(run.run())
+    after = dict(tree_flatten(run.model.parameters()))
+    changed = {
+        name.partition(".")[0] for name, array in before.items() if name in after and not (after[name] == array).all()
+    }
+    assert changed == {"projector": {"projector"}, "full": {"vision", "projector", "decoder"}, "lora": set()}[stage]
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path, scenes):
+    one, two = (trainer(tmp_path / str(n), scenes, batch_size=4 // n, accumulate=n, steps=3) for n in (1, 2))
+    losses = [[progress.loss for progress in run.run()] for run in (one, two)]
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["full", "lora"])
+def test_a_resumed_run_takes_the_same_trajectory(tmp_path, scenes, stage):
+    whole = [progress.loss for progress in trainer(tmp_path / "whole", scenes, stage=stage).run()]
+    running = trainer(tmp_path / "cut", scenes, stage=stage).run()
+    for _ in range(5):  # two checkpoints, and a step after the second
+        next(running)
+    running.close()
+    again = trainer(tmp_path / "cut", scenes, stage=stage)
+    assert again.step == 4
+    np.testing.assert_allclose([progress.loss for progress in again.run()], whole[4:], atol=1e-5)
+    logged = [json.loads(line)["loss"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose(logged, whole, atol=1e-5)
+    with pytest.raises(CheckpointError, match="another learning_rate"):
+        trainer(tmp_path / "cut", scenes, stage=stage, learning_rate=1.0)
+
+
+def test_kill_9_in_the_middle(tmp_path, scenes):
+    arguments = [
+        "train", str(PLAIN), "--data", str(scenes / "train" / "scenes.jsonl"), "--steps", "12", "--batch-size", "2",
+        "--warmup", "2", "--checkpoint-every", "2",
+    ]  # fmt: skip
+    program = [str(Path(sys.executable).with_name("mlx-vlm-mini")), *arguments, "--output"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run([*program, str(whole)], check=True, capture_output=True)
+    with subprocess.Popen([*program, str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 60
+        while not (cut / "log.jsonl").exists() or len((cut / "log.jsonl").read_text().splitlines()) < 5:
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+    assert not (cut / "model").exists()
+    resumed = subprocess.run([*program, str(cut)], check=True, capture_output=True, text=True)
+    assert "going on at step" in resumed.stderr
+    curves = [
+        [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, cut)
+    ]
+    assert len(curves[0]) == 12
+    np.testing.assert_allclose(curves[0], curves[1], atol=1e-5)
+
+
+def test_adapters_fused_or_apart_give_the_same(tmp_path, scenes):
+    output = tmp_path / "run"
+    arguments = [
+        "train",
+        PLAIN,
+        "--data",
+        scenes / "train" / "scenes.jsonl",
+        "--stage",
+        "lora",
+        "--steps",
+        4,
+        "--warmup",
+        1,
+        "--batch-size",
+        2,
+        "--output",
+        output,
+    ]
+    assert CliRunner().invoke(main, [str(argument) for argument in arguments]).exit_code == 0
+    config = json.loads((output / "adapters" / "adapter_config.json").read_text())
+    assert config["fine_tune_type"] == "lora" and config["lora_parameters"]["rank"] == 8
+    model, processor = load(PLAIN)
+    inputs = processor("What is it?", [PHOTO])
+    plain = np.array(model(inputs))
+    load_adapters(model, output / "adapters")
+    adapted, fused = np.array(model(inputs)), np.array(load(output / "model")[0](inputs))
+    np.testing.assert_allclose(adapted, fused, atol=1e-3)
+    assert np.abs(adapted - plain).max() > 0.01
+    fuse_adapters(model)
+    np.testing.assert_allclose(np.array(model(inputs)), adapted, atol=1e-3)
+    with pytest.raises(CheckpointError, match="holds adapters for another model"):
+        load_adapters(load(GOLDEN / "llava-siglip-qwen2")[0], output / "adapters")
+
+
+# Composing and measuring
+
+
+def compose(tmp_path: Path, *options: object) -> Path:
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    text = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 400,
+    }
+    for name, config in (("vision.json", vision), ("text.json", text)):
+        (tmp_path / name).write_text(json.dumps(config))
+    arguments = [
+        "compose",
+        tmp_path / "out",
+        "--vision",
+        tmp_path / "vision.json",
+        "--decoder",
+        tmp_path / "text.json",
+        "--tokenizer",
+        PLAIN,
+        *options,
+    ]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(("projector", "layers"), [("mlp", 2), ("linear", 1)])
+def test_two_configs_make_a_model(tmp_path, projector, layers):
+    folder = compose(tmp_path, "--projector", projector)
+    model, processor = load(folder)
+    assert len(model.projector.layers) == layers
+    assert model.config.decoder.vocab_size == 421 and processor.image_token == "<image>"
+    text = processor.expand(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}], [], add_generation_prompt=False
+    )[0]
+    assert text == "<s>USER: Hi ASSISTANT: Yes.</s>"
+    wide = processor("Hi", [Image.new("RGB", (90, 30), "red")])
+    assert wide.pixel_values.shape == (1, 32, 32, 3) and model(wide).shape[-1] == 421
+    again = compose(tmp_path / "again" if (tmp_path / "again").mkdir() is None else tmp_path, "--projector", projector)
+    assert (load(again)[0](wide) == model(wide)).all()
+
+
+def test_parts_of_a_checkpoint_are_taken_over(tmp_path):
+    """The decoder and the tower of a golden, cut out as files of their own."""
+    source = load(PLAIN)[0]
+    tensors = dict(mx.load(str(PLAIN / "model.safetensors")))
+    config = json.loads((PLAIN / "config.json").read_text())
+    for name, old, new, part in (
+        ("tower", "vision_tower.vision_model.", "vision_model.", "vision_config"),
+        ("text", "language_model.", "", "text_config"),
+    ):
+        (tmp_path / name).mkdir()
+        cut = {new + theirs.removeprefix(old): array for theirs, array in tensors.items() if theirs.startswith(old)}
+        mx.save_safetensors(str(tmp_path / name / "model.safetensors"), cut, {"format": "pt"})
+        (tmp_path / name / "config.json").write_text(json.dumps(config[part]))
+    arguments = [
+        "compose",
+        tmp_path / "out",
+        "--vision",
+        tmp_path / "tower",
+        "--decoder",
+        tmp_path / "text",
+        "--tokenizer",
+        PLAIN,
+    ]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    model, _ = load(tmp_path / "out")
+    pixels = mx.random.normal((1, 42, 42, 3))
+    np.testing.assert_allclose(np.array(model.vision(pixels)), np.array(source.vision(pixels)), atol=1e-5)
+    hidden = mx.random.normal((1, 5, 60))
+    np.testing.assert_allclose(np.array(model.decoder(hidden)), np.array(source.decoder(hidden)), atol=1e-5)
+
+
+def test_eval_counts_exact_matches(tmp_path, monkeypatch):
+    image = {"type": "image", "image": str(SHAPES)}
+    lines = [
+        {**talk([image, {"type": "text", "text": f"{number}?"}], answer), "kind": kind}
+        for number, answer, kind in ((1, "Red.", "colour"), (2, "Two.", "count"), (3, "One.", "count"))
+    ]
+    examples = read_examples(write(tmp_path / "data.jsonl", *lines))
+    blank = []
+
+    def answer(model, processor, messages, **options):
+        picture, question = messages[0]["content"]
+        blank.append(isinstance(picture["image"], np.ndarray))
+        return " Red.\n" if blank[-1] else {"1?": "Red.", "2?": "Two.", "3?": "one"}[question["text"]]
+
+    monkeypatch.setattr("mlx_vlm_mini.train.evaluate.generate", answer)
+    scores = evaluate(*load(PLAIN), examples)
+    assert {kind: (score.questions, score.right, score.right_blank) for kind, score in scores.items()} == {
+        "colour": (1, 1, 1), "count": (2, 1, 0), "all": (3, 2, 1),
+    }  # fmt: skip
+    assert list(scores) == ["colour", "count", "all"] and blank == [False, True] * 3
+
+
+def test_the_whole_way_in_the_terminal(tmp_path, scenes):
+    folder = compose(tmp_path)
+    run = tmp_path / "run"
+
+    def invoke(*arguments: object) -> str:
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    data = ("--data", scenes / "train" / "scenes.jsonl")
+    assert "trained for 3 steps on 24 conversations" in invoke(
+        "train", folder, *data, "--steps", 3, "--batch-size", 2, "--output", run, "--dtype", "float16"
+    )
+    assert "every tensor has its place" in invoke("info", run / "model", "--check")
+    table = invoke("eval", run / "model", "--data", scenes / "test" / "scenes.jsonl")
+    assert (
+        table.splitlines()[0].split() == ["kind", "questions", "right", "blank"] and "all                 12" in table
+    )
+    assert (
+        invoke("scenes", tmp_path / "more", "--count", 3, "--single")
+        == f"{tmp_path / 'more' / 'scenes.jsonl'}: 3 lines\n"
+    )

@@ -1,0 +1,74 @@
+"""What a model knows: exact match per kind of question, with the picture and with a blank one in its place."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from mlx_vlm_mini.model import VLM
+from mlx_vlm_mini.processor import Processor
+from mlx_vlm_mini.prompt import Message, images_of
+from mlx_vlm_mini.stream import generate
+
+from .examples import Example
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers among the questions of a kind: with the pictures, and with blank ones."""
+
+    questions: int
+    right: int
+    right_blank: int
+
+
+def evaluate(
+    model: VLM,
+    processor: Processor,
+    examples: Sequence[Example],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Score]:
+    """Ask the last question of every example and compare with its answer, white space at the ends aside.
+
+    A model that answers as well with blank pictures does not look at them.
+
+    Returns:
+        A score for each kind, in the order of their names, and "all" at the end.
+    """
+    counts = {what: Counter[str]() for what in ("questions", "right", "right_blank")}
+    for number, example in enumerate(examples, start=1):
+        last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+        expected = _text(example.messages[last]).strip()
+        asked = list(example.messages[:last])
+        for kind in (example.kind or "unnamed", "all"):
+            counts["questions"][kind] += 1
+        for what, messages in (("right", asked), ("right_blank", [_blank(message) for message in asked])):
+            limit = len(processor.tokenizer.encode(expected)) + 8
+            if generate(model, processor, messages, max_tokens=limit).strip() == expected:
+                for kind in (example.kind or "unnamed", "all"):
+                    counts[what][kind] += 1
+        if progress is not None:
+            progress(number, len(examples))
+    kinds = [*sorted(kind for kind in counts["questions"] if kind != "all"), "all"]
+    return {kind: Score(*(counts[what][kind] for what in ("questions", "right", "right_blank"))) for kind in kinds}
+
+
+def _text(message: Message) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _blank(message: Message) -> Message:
+    """The message with a plain grey picture of the same size for each of its own."""
+    if not images_of([message]):
+        return message
+    parts = []
+    for part in message["content"]:
+        if part["type"] == "image":
+            with Image.open(part["image"]) as image:
+                part = {**part, "image": np.full((image.height, image.width, 3), 128, dtype=np.uint8)}
+        parts.append(part)
+    return {**message, "content": parts}

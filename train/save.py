@@ -1,0 +1,58 @@
+"""Writing a model that was made or trained here as a checkpoint folder that other tools load, too."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_vlm_mini.checkpoint import Checkpoint
+from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.hub import SMALL_FILES
+from mlx_vlm_mini.loading import Plan
+from mlx_vlm_mini.weights import to_torch_layout
+
+
+def save_tensors(file: Path, tensors: Mapping[str, mx.array], dtype: mx.Dtype | None) -> None:
+    """Write tensors by the Hub's names in torch's layout, floats as `dtype`."""
+    cast = {
+        name: array.astype(dtype) if dtype is not None and mx.issubdtype(array.dtype, mx.floating) else array
+        for name, array in tensors.items()
+    }
+    mx.save_safetensors(str(file), {name: mx.contiguous(array) for name, array in cast.items()}, {"format": "pt"})
+
+
+def save_trained(planned: Plan, folder: Path, dtype: mx.Dtype | None = None) -> None:
+    """Write a trained model beside the small files of the checkpoint that it came from.
+
+    Tensors that the model does not use are taken over, so that the folder is whole for other tools.
+
+    Args:
+        planned: the checkpoint as it was loaded; its model is the trained one.
+        dtype: type of the tensors in the file; by default each has the source's.
+
+    Raises:
+        CheckpointError: the source is quantized.
+    """
+    source: Checkpoint = planned.checkpoint
+    if source.quantization is not None:
+        raise CheckpointError(f"{source.folder} is quantized: train the original weights")
+    trained = dict(tree_flatten(planned.model.parameters()))
+    names = {theirs: ours for ours, theirs in planned.ours.items()}
+    tensors = {}
+    for theirs in source.tensors:
+        ours = names.get(theirs, "")
+        if ours in trained:
+            array = to_torch_layout(ours, trained[ours])
+            stored = source.read(theirs).dtype
+            tensors[theirs] = array.astype(stored) if dtype is None else array
+        else:
+            array = source.read(theirs)
+            tensors[theirs] = array.transpose(0, 3, 1, 2) if source.is_mlx and array.ndim == 4 else array
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "model.safetensors", tensors, dtype)
+    for pattern in SMALL_FILES:
+        for file in sorted(source.folder.glob(pattern)):
+            if file.name != "model.safetensors.index.json":
+                shutil.copyfile(file, folder / file.name)

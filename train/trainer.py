@@ -1,0 +1,274 @@
+"""The training loop: AdamW with warm-up and cosine decay, and checkpoints from which a killed run goes on as if nothing
+had happened.
+
+Stages follow LLaVA (arXiv:2304.08485): first the projector alone, then more.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_vlm_mini.errors import CheckpointError, PromptError
+from mlx_vlm_mini.model import VLM
+from mlx_vlm_mini.processor import Processor
+
+from .examples import Batch, Example, collate, encode
+from .lora import add_adapters
+
+Stage = Literal["projector", "full", "lora"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to train. Two runs with equal settings and data take the same trajectory.
+
+    Attributes:
+        stage: what learns: the projector alone, everything, or adapters on the decoder.
+        steps: optimizer steps; the learning rate reaches its end there.
+        batch_size: examples a step; `accumulate` such batches make one step.
+        learning_rate: at its highest, after `warmup` steps; falls to a tenth along a cosine.
+        weight_decay: of AdamW, on matrices and kernels only.
+        max_grad_norm: gradients are scaled down to this norm.
+        seed: of the order of the examples, and of fresh adapters.
+        checkpoint_every: steps between checkpoints, and between validations.
+        rank, scale: of the adapters.
+    """
+
+    stage: Stage = "full"
+    steps: int = 1000
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    checkpoint_every: int = 200
+    rank: int = 8
+    scale: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "rank"):
+            if getattr(self, name) < 1:
+                raise PromptError(f"{name} must be 1 or more, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of training, as it is logged.
+
+    Attributes:
+        loss: mean negative log-likelihood of the assistant's tokens in this step.
+        valid_loss: the same on the validation examples, where they were just measured.
+        tokens_per_s: tokens read, images' and paddings' not counted twice, since the run began.
+        left_s: seconds to the end at this rate.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    valid_loss: float | None
+    tokens_per_s: float
+    left_s: float
+
+
+def batch_loss(
+    model: VLM, input_ids: mx.array, targets: mx.array, features_at: mx.array, pixel_values: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Negative log-likelihood of a batch's targets, summed, and their number; see `Batch`."""
+    embeddings = model.decoder.embed_tokens(input_ids)
+    if pixel_values.shape[0]:
+        features = model.projector(model.vision(pixel_values))
+        features = features.reshape(-1, features.shape[-1])
+        embeddings = mx.where((features_at >= 0)[..., None], features[mx.maximum(features_at, 0)], embeddings)
+    logits = model.decoder.logits(model.decoder(embeddings)).astype(mx.float32)
+    counted = targets >= 0
+    losses = nn.losses.cross_entropy(logits, mx.maximum(targets, 0))
+    return (losses * counted).sum(), counted.sum()
+
+
+def order(step: int, count: int, size: int, seed: int) -> list[int]:
+    """Indices of a step's examples: an endless row of shuffled passes over all, cut into steps."""
+    positions = range(step * size, (step + 1) * size)
+    passes = {position // count for position in positions}
+    shuffled = {number: np.random.default_rng([seed, number]).permutation(count) for number in passes}
+    return [int(shuffled[position // count][position % count]) for position in positions]
+
+
+class Trainer:
+    """Trains a model on examples, with everything needed to go on later in `folder`.
+
+    Args:
+        folder: holds `checkpoint/`, `log.jsonl` and `settings.json` of the run.
+
+    Raises:
+        CheckpointError: the folder holds a run with other settings.
+    """
+
+    def __init__(
+        self,
+        model: VLM,
+        processor: Processor,
+        examples: Sequence[Example],
+        folder: Path,
+        settings: Settings,
+        *,
+        valid: Sequence[Example] = (),
+    ) -> None:
+        self.model, self.processor, self.settings = model, processor, settings
+        self.examples, self.valid = examples, valid
+        self.folder = folder
+        self.step = 0
+        choose_trainable(model, settings)
+        self.optimizer = _optimizer(settings)
+        self.optimizer.init(model.trainable_parameters())
+        self._tokens = 0
+        self._gradients, self._update = self._compile()
+        self._resume()
+
+    def _compile(self) -> tuple[Any, Any]:
+        model, optimizer, settings = self.model, self.optimizer, self.settings
+        value_and_grad = nn.value_and_grad(model, batch_loss)
+
+        def gradients(*arrays: mx.array) -> Any:
+            return value_and_grad(model, *arrays)
+
+        def update(sums: Any, count: mx.array) -> None:
+            mean = tree_map(lambda gradient: gradient / count, sums)
+            mean, _ = optim.clip_grad_norm(mean, settings.max_grad_norm)
+            optimizer.update(model, mean)
+
+        state = [model.state, *(part.state for part in optimizer.optimizers)]
+        if mx.default_device().type != mx.DeviceType.gpu:
+            return gradients, update  # on a CPU compiling takes 9 s a shape and makes a step no faster (2.2 s, 2.0 s)
+        # Differentiating puts tracers into the model, so its state is an output, too.
+        compiled = mx.compile(gradients, inputs=model.state, outputs=model.state)
+        return compiled, mx.compile(update, inputs=state, outputs=state)
+
+    def run(self) -> Iterator[Progress]:
+        """Train to the end, from the last checkpoint on; yields after each step."""
+        begin, first = time.perf_counter(), self.step
+        with ThreadPoolExecutor(1) as loader:  # the next batches are opened and encoded while this step computes
+            waiting = loader.submit(self._batches, self.step)
+            while self.step < self.settings.steps:
+                batches = waiting.result()
+                if self.step + 1 < self.settings.steps:
+                    waiting = loader.submit(self._batches, self.step + 1)
+                loss = self._train(batches)
+                self.step += 1
+                due = self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps
+                valid_loss = self.validate() if due and self.valid else None
+                elapsed = time.perf_counter() - begin
+                left = elapsed / (self.step - first) * (self.settings.steps - self.step)
+                progress = Progress(self.step, self.settings.steps, loss, valid_loss, self._tokens / elapsed, left)
+                with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+                    log.write(json.dumps({"step": self.step, "loss": loss, "valid_loss": valid_loss}) + "\n")
+                if due:
+                    self._save()
+                yield progress
+
+    def validate(self) -> float:
+        """Mean negative log-likelihood of the assistant's tokens in the validation examples."""
+        size = self.settings.batch_size
+        total, count = 0.0, 0
+        for start in range(0, len(self.valid), size):
+            loss, tokens = batch_loss(self.model, *self._batch(self.valid[start : start + size]).arrays)
+            total += cast(float, loss.item())
+            count += cast(int, tokens.item())
+        return total / max(count, 1)
+
+    def _batches(self, step: int) -> list[Batch]:
+        settings = self.settings
+        chosen = order(step, len(self.examples), settings.batch_size * settings.accumulate, settings.seed)
+        return [
+            self._batch([self.examples[index] for index in chosen[start : start + settings.batch_size]])
+            for start in range(0, len(chosen), settings.batch_size)
+        ]
+
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        encoded = [encode(self.processor, example) for example in examples]
+        return collate(encoded, self.model.config.vision.num_features, pad_rows=max(len(examples) // 2, 1))
+
+    def _train(self, batches: Sequence[Batch]) -> float:
+        sums, loss, count = None, mx.array(0.0), mx.array(0)
+        for batch in batches:
+            (batch_sum, batch_count), gradients = self._gradients(*batch.arrays)
+            loss, count = loss + batch_sum, count + batch_count
+            sums = gradients if sums is None else tree_map(mx.add, sums, gradients)
+            mx.eval(sums, loss, count)
+            self._tokens += cast(int, (batch.input_ids != 0).sum().item())
+        self._update(sums, mx.maximum(count, 1))
+        mx.eval(self.model.state, self.optimizer.state)
+        return cast(float, loss.item()) / max(cast(int, count.item()), 1)
+
+    def _save(self) -> None:
+        """Replace the checkpoint by one of now; at no moment is there neither the old nor the new one."""
+        new, current, old = (self.folder / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        mx.save_safetensors(str(new / "model.safetensors"), dict(tree_flatten(self.model.trainable_parameters())))
+        mx.save_safetensors(str(new / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state)))
+        (new / "step.json").write_text(json.dumps({"step": self.step}), encoding="utf-8")
+        shutil.rmtree(old, ignore_errors=True)
+        if current.exists():
+            current.rename(old)
+        new.rename(current)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _resume(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file, settings = self.folder / "settings.json", {**asdict(self.settings), "examples": len(self.examples)}
+        current, old = self.folder / "checkpoint", self.folder / "checkpoint.old"
+        if not current.exists() and old.exists():  # killed between the two renames of _save
+            old.rename(current)
+        if not current.exists():
+            file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            (self.folder / "log.jsonl").write_text("", encoding="utf-8")
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before != settings:
+            changed = ", ".join(sorted(key for key in settings if before.get(key) != settings[key]))
+            raise CheckpointError(f"{self.folder} holds a run with another {changed}: finish it, or train elsewhere")
+        self.step = json.loads((current / "step.json").read_text(encoding="utf-8"))["step"]
+        self.model.load_weights(str(current / "model.safetensors"), strict=False)
+        state = cast(dict[str, mx.array], mx.load(str(current / "optimizer.safetensors")))
+        self.optimizer.state = tree_unflatten(list(state.items()))
+        self._gradients, self._update = self._compile()
+        log = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[: self.step]
+        (self.folder / "log.jsonl").write_text("".join(line + "\n" for line in log), encoding="utf-8")
+
+
+def choose_trainable(model: VLM, settings: Settings) -> None:
+    """Freeze what does not learn in a stage; add the adapters that do."""
+    if settings.stage == "full":
+        model.unfreeze()
+    elif settings.stage == "lora":
+        mx.random.seed(settings.seed)
+        add_adapters(model, settings.rank, settings.scale)
+    else:
+        model.freeze()
+        model.projector.unfreeze()
+
+
+def _optimizer(settings: Settings) -> Any:
+    """AdamW (arXiv:1711.05101) whose weight decay leaves norms, biases and embeddings of single rows alone."""
+    rest = max(settings.steps - settings.warmup, 1)
+    schedule: Callable[..., Any] = optim.cosine_decay(settings.learning_rate, rest, settings.learning_rate / 10)
+    if settings.warmup:
+        rise = optim.linear_schedule(0.0, settings.learning_rate, settings.warmup)
+        schedule = optim.join_schedules([rise, schedule], [settings.warmup])
+    betas = [0.9, 0.98]
+    matrices = optim.AdamW(schedule, betas=betas, weight_decay=settings.weight_decay, bias_correction=True)
+    others = optim.AdamW(schedule, betas=betas, weight_decay=0.0, bias_correction=True)
+    return optim.MultiOptimizer([matrices, others], [lambda name, weight: weight.ndim > 1])
