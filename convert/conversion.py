@@ -135,7 +135,7 @@ def _copy_small_files(checkpoint: Checkpoint, work: Path) -> None:
     """Tokenizer, processor and templates; never code."""
     for pattern in SMALL_FILES:
         for file in sorted(checkpoint.folder.glob(pattern)):
-            if file.name not in ("config.json", "model.safetensors.index.json"):
+            if file.name != "config.json" and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, work / file.name)
 
 

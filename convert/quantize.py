@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from mlx_vlm_mini.checkpoint import DTYPES, TensorInfo
 from mlx_vlm_mini.loading import Plan
+from mlx_vlm_mini.pickled import Pickled
 from mlx_vlm_mini.weights import CONVOLUTIONS, to_mlx_layout
 
 _NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
@@ -76,11 +77,11 @@ def plan_outputs(
     return outputs, skipped
 
 
-def _float_type(info: TensorInfo, dtype: mx.Dtype | None) -> mx.Dtype:
+def _float_type(info: TensorInfo | Pickled, dtype: mx.Dtype | None) -> mx.Dtype:
     return DTYPES[info.dtype][0] if dtype is None or not info.is_float else dtype
 
 
-def _cast(plan: Plan, name: str, ours: str, info: TensorInfo, dtype: mx.Dtype | None) -> Output:
+def _cast(plan: Plan, name: str, ours: str, info: TensorInfo | Pickled, dtype: mx.Dtype | None) -> Output:
     target = _float_type(info, dtype)
     shape = info.shape
     # A patch projection that the model itself does not read has no name of ours and stays as it is.
@@ -93,7 +94,11 @@ def _cast(plan: Plan, name: str, ours: str, info: TensorInfo, dtype: mx.Dtype | 
     return Output(((name, _NAMES[target], shape),), make)
 
 
-def _quantized(plan: Plan, name: str, info: TensorInfo, quantization: Quantization, dtype: mx.Dtype | None) -> Output:
+def _cast(
+    plan: Plan, name: str, ours: str, info: TensorInfo | Pickled, dtype: mx.Dtype | None
+) -> Output:
+    plan: Plan, name: str, info: TensorInfo | Pickled, quantization: Quantization, dtype: mx.Dtype | None
+) -> Output:
     target = _float_type(info, dtype)
     module = name.removesuffix(".weight")
     rows, columns = info.shape

@@ -1,4 +1,4 @@
-"""A checkpoint folder: its JSON files, and its tensors by the headers of its safetensors files.
+"""A checkpoint folder: its JSON files, and its tensors by the headers of its files.
 
 Format: https://huggingface.co/docs/safetensors: 8 bytes with the header's length, a JSON header, then the tensors.
 """
@@ -16,6 +16,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from .errors import CheckpointError
+from .pickled import Pickled, read_pickled
 
 _HEADER_LIMIT = 100 * 2**20  # bytes, the format's own limit
 
@@ -45,8 +46,8 @@ class TensorInfo:
         return self.dtype in ("F32", "F16", "BF16")
 
 
-Header = tuple[dict[str, TensorInfo], dict[str, str]]
-"""Of a safetensors file: its tensors by name, and its metadata."""
+Header = tuple[Mapping[str, TensorInfo | Pickled], dict[str, str]]
+"""Of a file: its tensors by name, and its metadata."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def parse_header(header: bytes, file: Path, data_start: int) -> Header:
+def parse_header(header: bytes, file: Path, data_start: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of a safetensors header whose data begins `data_start` bytes into the file.
 
     Raises:
@@ -98,7 +99,7 @@ def parse_header(header: bytes, file: Path, data_start: int) -> Header:
     return tensors, metadata if isinstance(metadata, dict) else {}
 
 
-def read_header(file: Path) -> Header:
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of a safetensors file; reads nothing but the header.
 
     Raises:
@@ -142,34 +143,44 @@ class Checkpoint:
 
     @cached_property
     def _headers(self) -> list[Header]:
-        return self.headers if self.headers is not None else [read_header(file) for file in self._files()]
+        if self.headers is not None:
+            return self.headers
+        return [
+            (read_pickled(file), {"format": "pt"}) if file.suffix == ".bin" else read_header(file)
+            for file in self._files()
+        ]
 
     def _files(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{index} has no weight_map")
-            names = sorted({str(name) for name in weight_map.values()})
-            if any(Path(name).name != name or "\0" in name for name in names):
-                raise CheckpointError(f"{index} names a file outside its folder")
-            return [self.folder / name for name in names]
-        single = self.folder / "model.safetensors"
-        files = [single] if single.is_file() else sorted(self.folder.glob("model*.safetensors"))
-        if not files:
-            pickles = sorted(self.folder.glob("*.bin"))
-            hint = f" (this version does not read {pickles[0].name})" if pickles else ""
-            raise CheckpointError(f"{self.folder} has no model.safetensors{hint}")
-        return files
+        """The files of tensors: safetensors where there are any, else PyTorch's."""
+        for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+            index, single = self.folder / f"{stem}.{suffix}.index.json", self.folder / f"{stem}.{suffix}"
+            files = self._indexed(index) if index.is_file() else [single]
+            if not index.is_file() and not single.is_file():
+                files = sorted(self.folder.glob(f"{stem}*.{suffix}"))
+            if files:
+                return files
+        raise CheckpointError(f"{self.folder} has neither model.safetensors nor pytorch_model.bin")
+
+    def _indexed(self, index: Path) -> list[Path]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+        if any(Path(name).name != name or "\0" in name for name in names):
+            raise CheckpointError(f"{index} names a file outside its folder")
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{self.folder / missing[0]} is missing; download it again")
+        return [self.folder / name for name in names]
 
     @cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
+    def tensors(self) -> Mapping[str, TensorInfo | Pickled]:
         """Every tensor by its name in the checkpoint.
 
         Raises:
             CheckpointError: a file is missing or broken, or two files hold one name.
         """
-        found: dict[str, TensorInfo] = {}
+        found: dict[str, TensorInfo | Pickled] = {}
         for tensors, _ in self._headers:
             for name, info in tensors.items():
                 if name in found:
@@ -209,7 +220,10 @@ class Checkpoint:
 
     def read(self, name: str) -> mx.array:
         """A tensor, read when it is evaluated; no reference to it is kept here, so its memory is the caller's."""
-        file = self.tensors[name].file
+        info = self.tensors[name]
+        if isinstance(info, Pickled):
+            return info.read()
+        file = info.file
         if name not in self._arrays.get(file, {}):
             self._arrays[file] = cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
         return self._arrays[file].pop(name)

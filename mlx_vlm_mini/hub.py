@@ -13,6 +13,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 """Everything but the weights: configs, tokenizers, chat templates."""
 WEIGHT_FILES = ("model*.safetensors",)
+PICKLED_FILES = ("pytorch_model*.bin",)
+"""Fetched where there are no others."""
 
 
 def is_hub_name(name: str) -> bool:
@@ -74,7 +76,10 @@ def find_folder(name: str | Path, *, revision: str | None = None, weights: bool 
         from huggingface_hub import snapshot_download
 
         patterns = [*SMALL_FILES, *(WEIGHT_FILES if weights else ())]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        if weights and not any(folder.glob(WEIGHT_FILES[0])):
+            snapshot_download(name, revision=revision, allow_patterns=[*PICKLED_FILES])
+        return folder
 
 
 def fetch_headers(name: str, *, revision: str | None = None) -> list[Header]:
@@ -87,7 +92,7 @@ def fetch_headers(name: str, *, revision: str | None = None) -> list[Header]:
         from huggingface_hub import HfApi
 
         metadata = HfApi().get_safetensors_metadata(name, revision=revision)
-    headers = []
+    headers: list[Header] = []
     for file, part in metadata.files_metadata.items():
         tensors = {
             key: TensorInfo(Path(file), info.dtype, tuple(info.shape), *info.data_offsets)

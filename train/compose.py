@@ -17,7 +17,7 @@ from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint, read_json
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families import llava
 from mlx_vlm_mini.families.parts import clip_weights, llama_weights
-from mlx_vlm_mini.hub import find_folder
+from mlx_vlm_mini.hub import PICKLED_FILES, WEIGHT_FILES, find_folder
 from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.weights import hub_name, rename, to_mlx_layout, to_torch_layout
@@ -113,7 +113,7 @@ def _open_part(name: str | Path) -> Checkpoint:
     if path.suffix == ".json" and path.is_file():
         return Checkpoint(path.parent, read_json(path), headers=[])
     checkpoint = open_checkpoint(find_folder(name))
-    if not any(checkpoint.folder.glob("*.safetensors")) and not any(checkpoint.folder.glob("*.bin")):
+    if not any(file for pattern in (*WEIGHT_FILES, *PICKLED_FILES) for file in checkpoint.folder.glob(pattern)):
         checkpoint.headers = []
     return checkpoint
 

@@ -54,5 +54,5 @@ def save_trained(planned: Plan, folder: Path, dtype: mx.Dtype | None = None) -> 
     save_tensors(folder / "model.safetensors", tensors, dtype)
     for pattern in SMALL_FILES:
         for file in sorted(source.folder.glob(pattern)):
-            if file.name != "model.safetensors.index.json":
+            if not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)

@@ -362,6 +362,23 @@ def with_pictures(messages: list[dict[str, Any]], pictures: Path) -> tuple[list[
     return plain, opened
 
 
+def save_pickled(folder: Path) -> None:
+    """A `.bin` file with tensors of every kind that occurs in one, and the same as numpy arrays."""
+    import torch
+
+    generator = torch.Generator().manual_seed(5)
+    whole = torch.randn(4, 6, generator=generator)
+    tensors = {
+        "whole": whole, "transposed": whole.t(), "row": whole[1], "strided": whole[:, 1:5:2], "scalar": torch.tensor(3.5),
+        "repeated": whole[:1].expand(3, 6), "empty": torch.zeros(0, 3), "parameter": torch.nn.Parameter(whole[2].clone()),
+        "bfloat16": whole.bfloat16(), "float16": whole.half(), "int64": torch.arange(5), "uint8": torch.arange(5).byte(),
+        "bool": torch.tensor([True, False]),
+    }  # fmt: skip
+    torch.save(tensors, folder / "tensors.bin")
+    arrays = {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
+    np.savez_compressed(folder / "tensors.npz", **arrays)
+
+
 class Reference:
     """A checkpoint folder opened by transformers in float32."""
 
@@ -432,6 +449,7 @@ def expected_outputs(name: str, golden: Path = GOLDEN) -> dict[str, np.ndarray]:
 def regenerate() -> None:
     """Rewrite tests/golden/."""
     make_pictures(GOLDEN)
+    save_pickled(GOLDEN)
     for name, spec in SPECS.items():
         folder = GOLDEN / name
         shutil.rmtree(folder, ignore_errors=True)

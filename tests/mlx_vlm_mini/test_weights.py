@@ -183,10 +183,10 @@ def test_a_missing_shard_and_an_index_that_points_elsewhere(copy_of):
         load(folder)
 
 
-def test_only_pickles(copy_of):
+def test_no_tensors_at_all(copy_of):
     folder = copy_of()
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"has no model.safetensors .*pytorch_model.bin"):
+    (folder / "model.safetensors").rename(folder / "training_args.bin")
+    with pytest.raises(CheckpointError, match=r"has neither model.safetensors nor pytorch_model.bin"):
         load(folder)
 
 
