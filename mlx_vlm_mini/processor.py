@@ -11,7 +11,7 @@ from .config import VLMConfig
 from .errors import CheckpointError, PromptError
 from .families import Family
 from .image import ImageSettings, ImageSource, open_image
-from .model import Inputs
+from .model import InputImage, Inputs
 from .prompt import ChatTemplate, Prompt, images_of, to_messages
 from .tokenizer import Tokenizer
 
@@ -22,11 +22,15 @@ class PreparedImage:
 
     Attributes:
         pixel_values: float32[B, height, width, 3], one row or one a tile.
-        digests: SHA-256 of each row's pixels.
+        size: height and width in pixels, as it was opened.
+        text: what stands for it in the prompt.
+        digest: SHA-256 of its size and all its pixels.
     """
 
     pixel_values: np.ndarray
-    digests: tuple[bytes, ...]
+    size: tuple[int, int]
+    text: str
+    digest: bytes
 
 
 class Processor:
@@ -74,8 +78,12 @@ class Processor:
                 "the checkpoint has neither preprocessor_config.json nor an image_processor in processor_config.json, "
                 "so how it takes images is unknown: copy the file from the original repository"
             )
-        pixels = self.family.pixels(open_image(source), self.image_settings)
-        return PreparedImage(pixels, tuple(hashlib.sha256(row.tobytes()).digest() for row in pixels))
+        image = open_image(source)
+        size = image.height, image.width
+        pixels = self.family.pixels(image, self.image_settings)
+        text = self.family.image_text(self.config, self.image_settings, self.image_token, size)
+        digest = hashlib.sha256(repr(size).encode() + pixels.tobytes()).digest()
+        return PreparedImage(pixels, size, text, digest)
 
     def __call__(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Inputs:
         """Everything `model()` needs to answer a prompt, ready for prefill.
@@ -92,10 +100,13 @@ class Processor:
         prepared = [self.prepare(part["image"]) for part in images_of(messages)]
         text, *rest = self.chat_template.render(messages)
         slots = [False] * text.count(self.image_token)  # of each image token in the text: whether it is an image's
+        given: list[InputImage] = []
         for image, piece in zip(prepared, rest, strict=True):
-            expanded = self.family.image_text(self.config, self.image_token, len(image.pixel_values))
-            slots += [True] * expanded.count(self.image_token) + [False] * piece.count(self.image_token)
-            text += expanded + piece
+            tokens = image.text.count(self.image_token)
+            slots += [True] * tokens + [False] * piece.count(self.image_token)
+            text += image.text + piece
+            rows = len(image.pixel_values)
+            given.append(InputImage(rows=rows, tokens=tokens, size=image.size, digest=image.digest))
         ids = np.array(self.tokenizer.encode_prompt(text), dtype=np.int32)
         if not len(ids):
             raise PromptError("the prompt is empty: the chat template gives no text for these messages")
@@ -108,5 +119,5 @@ class Processor:
             input_ids=mx.array(ids)[None],
             pixel_values=mx.array(np.concatenate([image.pixel_values for image in prepared])) if prepared else None,
             slots=is_slot,
-            digests=tuple(digest for image in prepared for digest in image.digests),
+            images=tuple(given),
         )
