@@ -226,10 +226,11 @@ def test_numbers_of_tokens_equal_the_reference():
         patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
     )  # fmt: skip
     assert [list(size) for size in LLAVA_NEXT_PINPOINTS] == processor.image_processor.image_grid_pinpoints
-    sizes = [(899, 1024), (480, 640), (336, 336), (200, 300), (2000, 300), *sizes_of_images(500)]
+    named = [(899, 1024), (480, 640), (336, 336), (200, 300), (2000, 300), (220, 1056), (88, 55)]
+    sizes = [*named, *sizes_of_images(500)]
     expected = processor._get_num_multimodal_tokens(sizes)["num_image_tokens"]
     assert [count_tokens(size, LLAVA_NEXT_PINPOINTS, tile_size=336, side=24) for size in sizes] == expected
-    assert expected[:5] == [2634, 2340, 1176, 1464, 1368]
+    assert expected[: len(named)] == [2634, 2340, 1176, 1464, 1368, 1744, 984]
 
 
 @pytest.mark.parametrize("pinpoints", [None, [[24, 24]], [[72, 72], [24, 48]]])
