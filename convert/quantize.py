@@ -94,9 +94,7 @@ def _cast(plan: Plan, name: str, ours: str, info: TensorInfo | Pickled, dtype: m
     return Output(((name, _NAMES[target], shape),), make)
 
 
-def _cast(
-    plan: Plan, name: str, ours: str, info: TensorInfo | Pickled, dtype: mx.Dtype | None
-) -> Output:
+def _quantized(
     plan: Plan, name: str, info: TensorInfo | Pickled, quantization: Quantization, dtype: mx.Dtype | None
 ) -> Output:
     target = _float_type(info, dtype)

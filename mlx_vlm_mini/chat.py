@@ -98,15 +98,14 @@ class Chat:
                     self.messages += [*turn, said]
 
     def _identify(self, inputs: Inputs) -> np.ndarray:
-        """What each position of a prompt is: uint64[L, 2], (token id, 0), or a digest and a row of an image."""
+        """What each position of a prompt is: uint64[L, 2], (token id, 0), or an image's digest and a row of it."""
         ids = np.array(inputs.input_ids[0]).astype(np.uint64)
         identity = np.stack([ids, np.zeros_like(ids)], axis=-1)
-        per_image = self.model.config.vision.num_features
         slots = np.flatnonzero(inputs.slots)
-        for number, digest in enumerate(inputs.digests):
-            rows = slots[number * per_image : (number + 1) * per_image]
-            identity[rows, 0] = np.uint64(int.from_bytes(digest[:8], "little"))
-            identity[rows, 1] = np.arange(1, len(rows) + 1, dtype=np.uint64)
+        for image in inputs.images:
+            own, slots = slots[: image.tokens], slots[image.tokens :]
+            identity[own, 0] = np.uint64(int.from_bytes(image.digest[:8], "little"))
+            identity[own, 1] = np.arange(1, len(own) + 1, dtype=np.uint64)
         return identity
 
     def _reuse(self, inputs: Inputs) -> int:

@@ -99,7 +99,7 @@ class VisionConfig:
 
     @property
     def num_features(self) -> int:
-        """Feature rows that one image gives, and so the number of its tokens in the prompt."""
+        """Feature rows that one image, or one tile of it, gives."""
         return self.num_positions - self.drop_first_feature
 
     @property
@@ -179,7 +179,15 @@ class VLMConfig:
     projector: ProjectorConfig
     decoder: DecoderConfig
     image_token_id: int
+    image_grid_pinpoints: tuple[tuple[int, int], ...] | None
+    """Heights and widths in pixels that an image's tiles may fill (`anyres`); None: an image is one row of pixels."""
 
     def __post_init__(self) -> None:
+        patches = (self.vision.image_size // self.vision.patch_size) ** 2
+        if self.image_grid_pinpoints is not None and self.vision.num_features != patches:
+            raise CheckpointError(
+                f"config.json: tiles need a feature for each of their {patches} patches, and vision_config with "
+                f"vision_feature_select_strategy gives {self.vision.num_features}"
+            )
         if not isinstance(self.image_token_id, int) or self.image_token_id < 0:
             raise CheckpointError(f"config.json: the image token must be a token id, not {self.image_token_id!r}")

@@ -4,6 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from .anyres import count_tokens
 from .checkpoint import open_checkpoint
 from .hub import fetch_headers, find_folder, is_hub_name
 from .loading import load_processor, plan, read_config
@@ -41,14 +42,22 @@ def describe(name: str | Path, *, revision: str | None = None, check: bool = Fal
         except KeyError:
             ours = None
         part = "unused" if ours is None else ours.partition(".")[0]
+        if part not in (*PARTS, "unused"):  # what stands between the towers, an image's newline say
+            part = "projector"
         weights[part] += checkpoint.num_weights(theirs)
         sizes[part] += info.nbytes
         types.add(info.dtype)
     vision, decoder = config.vision, config.decoder
+    pinpoints, side = config.image_grid_pinpoints, vision.image_size // vision.patch_size
+    if pinpoints is None:
+        image_tokens = {"image_tokens": vision.num_features}
+    else:  # most where an image fills its tiles
+        counts = [count_tokens(size, [size], tile_size=vision.image_size, side=side) for size in pinpoints]
+        image_tokens = {"max_image_tokens": max(counts)}
     shapes: dict[str, dict[str, Any]] = {
         "vision": {
             "hidden_size": vision.hidden_size, "layers": vision.num_hidden_layers, "heads": vision.num_attention_heads,
-            "image_size": vision.image_size, "patch_size": vision.patch_size, "image_tokens": vision.num_features,
+            "image_size": vision.image_size, "patch_size": vision.patch_size, **image_tokens,
         },
         "projector": {"hidden_size": config.projector.hidden_size, "layers": config.projector.num_layers},
         "decoder": {

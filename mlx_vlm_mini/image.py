@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from .anyres import Tiling, read_pinpoints
 from .errors import CheckpointError, ImageError
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
@@ -187,6 +188,8 @@ class ImageSettings:
     rescale_factor: float | None
     image_mean: tuple[float, ...] | None
     image_std: tuple[float, ...] | None
+    tiling: Tiling | None
+    """How an image is cut first, what stands above then being done to each piece; None: it stays whole."""
 
 
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -196,9 +199,12 @@ _CLIP_DEFAULTS: dict[str, Any] = {
     "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True, "image_mean": _OPENAI_MEAN, "image_std": _OPENAI_STD,
 }  # fmt: skip
+LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIP": _CLIP_DEFAULTS,
     "Llava": _CLIP_DEFAULTS,
+    "LlavaNext": {
+        **_CLIP_DEFAULTS, "image_grid_pinpoints": LLAVA_NEXT_PINPOINTS},
     "Siglip": {
         **_CLIP_DEFAULTS, "size": {"height": 224, "width": 224}, "do_center_crop": False, "crop_size": None,
         "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5),
@@ -244,7 +250,22 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         rescale_factor=_as_number(values["rescale_factor"], "rescale_factor") if values["do_rescale"] else None,
         image_mean=mean if normalize else None,
         image_std=std if normalize else None,
+        tiling=_tiling(values) if kind == "LlavaNext" else None,
     )
+
+
+def _tiling(values: Mapping[str, Any]) -> Tiling:
+    """The tiles have the size of the crop, whether or not one is made, as in the reference."""
+    size, crop = _as_size(values["size"], square=False), _as_size(values["crop_size"], square=True)
+    short = size.get("shortest_edge")
+    base, tile_size = (size.get("height", short), size.get("width", short)), crop.get("height")
+    if base[0] is None or base[1] is None or tile_size is None:
+        raise CheckpointError(
+            "preprocessor_config.json: tiles need crop_size as height and width, and size as height and width or "
+            f"shortest_edge, not {dict(crop)} and {dict(size)}"
+        )
+    pinpoints = read_pinpoints(values["image_grid_pinpoints"], tile_size, "preprocessor_config.json")
+    return Tiling(pinpoints=pinpoints, tile_size=tile_size, base_size=(base[0], base[1]))
 
 
 def _as_size(size: Any, *, square: bool) -> Mapping[str, int]:

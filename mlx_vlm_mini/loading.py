@@ -81,11 +81,11 @@ def eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int
     return frozenset() if eos is None else frozenset([eos])
 
 
-def find_image_settings(folder: Path) -> ImageSettings | None:
+def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> ImageSettings | None:
     """How the checkpoint takes images; None where no file says it.
 
     Raises:
-        CheckpointError: a file is broken.
+        CheckpointError: a file is broken, or speaks of another family's images.
     """
     processor, image = folder / "processor_config.json", folder / "preprocessor_config.json"
     settings = read_json(processor).get("image_processor") if processor.is_file() else None
@@ -94,9 +94,16 @@ def find_image_settings(folder: Path) -> ImageSettings | None:
     if settings is None:
         return None
     try:
-        return image_settings(settings, default_type="Llava")
+        found = image_settings(settings, default_type=family.IMAGE_PROCESSOR)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder}: the image processor's settings are malformed: {error!r}") from None
+    if (found.tiling is None) != (config.image_grid_pinpoints is None):
+        cuts, takes = ("no tiles", "needs them") if found.tiling is None else ("tiles", "takes none")
+        raise CheckpointError(
+            f"{folder}: the image processor gives {cuts}, family '{config.family}' {takes}: copy "
+            "preprocessor_config.json from the original repository"
+        )
+    return found
 
 
 def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> Processor:
@@ -111,7 +118,7 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
         family,
         tokenizer=tokenizer,
         chat_template=find_chat_template(checkpoint.folder) or family.CHAT_TEMPLATE,
-        image_settings=find_image_settings(checkpoint.folder),
+        image_settings=find_image_settings(checkpoint.folder, family, config),
         eos_token_ids=eos_token_ids(checkpoint, tokenizer),
     )
 

@@ -8,12 +8,30 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .anyres import pack
 from .borrow import borrow
 from .config import VLMConfig
 from .decoder import Decoder
 from .errors import PromptError
 from .projector import Projector
 from .vision import VisionTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputImage:
+    """One image of a prompt.
+
+    Attributes:
+        rows: its rows of `pixel_values`.
+        tokens: its slots in the prompt.
+        size: height and width in pixels, as it was opened.
+        digest: SHA-256 of its size and all its pixels, by which a cache tells images apart.
+    """
+
+    rows: int
+    tokens: int
+    size: tuple[int, int]
+    digest: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +43,13 @@ class Inputs:
         pixel_values: float32[B, height, width, 3], normalised; B rows over all images, in the prompt's order. None for
             text alone.
         slots: bool[L] (numpy): true where a row of image features replaces the token's embedding.
-        digests: one a row of `pixel_values`: SHA-256 of its pixels, by which a cache tells images apart.
+        images: in the prompt's order; their rows and slots follow one another.
     """
 
     input_ids: mx.array
     pixel_values: mx.array | None
     slots: np.ndarray
-    digests: tuple[bytes, ...] = ()
+    images: tuple[InputImage, ...] = ()
 
 
 class VLM(nn.Module):
@@ -48,6 +66,8 @@ class VLM(nn.Module):
         self.vision = VisionTransformer(config.vision)
         self.projector = Projector(config.projector)
         self.decoder = Decoder(config.decoder)
+        if config.image_grid_pinpoints is not None:
+            self.image_newline = mx.zeros(config.decoder.hidden_size)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -60,7 +80,7 @@ class VLM(nn.Module):
         return [cache() for _ in self.decoder.layers]
 
     def embed_images(self, pixel_values: mx.array) -> mx.array:
-        """Encode and project images one by one, so that memory does not grow with their number.
+        """Encode and project rows of pixels one by one, so that memory does not grow with their number.
 
         Args:
             pixel_values: float[B, height, width, 3].
@@ -74,6 +94,26 @@ class VLM(nn.Module):
             mx.eval(embeddings[-1])
         return mx.concatenate(embeddings)
 
+    def arrange(self, features: mx.array, image: InputImage) -> mx.array:
+        """The embeddings of an image's rows, float[rows, P, C], as they stand in its slots: float[tokens, C].
+
+        Raises:
+            PromptError: they are not as many as its slots.
+        """
+        pinpoints = self.config.image_grid_pinpoints
+        if pinpoints is None:
+            features = features.flatten(0, 1)
+        else:
+            tile_size = self.config.vision.image_size
+            features = pack(features, self.image_newline, image.size, pinpoints, tile_size=tile_size)
+        if len(features) != image.tokens:
+            height, width = image.size
+            raise PromptError(
+                f"the prompt has {image.tokens} tokens for an image of {width}x{height} pixels, the image gives "
+                f"{len(features)}"
+            )
+        return features
+
     def embed(self, inputs: Inputs, start: int = 0) -> mx.array:
         """Embeddings of the prompt from token `start` on, image features in their slots.
 
@@ -84,19 +124,25 @@ class VLM(nn.Module):
 
         Raises:
             PromptError: the number of slots differs from the number of feature rows.
+            CheckpointError: the image processor cuts tiles otherwise than config.json says.
         """
         embeddings = self.decoder.embed_tokens(inputs.input_ids[:, start:])
         count = int(inputs.slots.sum())
-        images = 0 if inputs.pixel_values is None else inputs.pixel_values.shape[0]
-        per_image = self.config.vision.num_features
-        if count != images * per_image:
-            raise PromptError(f"the prompt has {count} image tokens, the images give {images * per_image}")
+        given = sum(image.tokens for image in inputs.images)
+        if count != given:
+            raise PromptError(f"the prompt has {count} image tokens, the images give {given}")
         positions = np.flatnonzero(inputs.slots[start:])
         if inputs.pixel_values is None or not len(positions):
             return embeddings
-        needed = -(-len(positions) // per_image)
-        features = self.embed_images(inputs.pixel_values[-needed:])
-        features = features.reshape(-1, features.shape[-1])[-len(positions) :]
+        arranged: list[mx.array] = []  # of the last image first
+        end, missing = inputs.pixel_values.shape[0], len(positions)
+        for image in reversed(inputs.images):
+            if missing <= 0:
+                break
+            features = self.embed_images(inputs.pixel_values[end - image.rows : end])
+            arranged.append(self.arrange(features, image))
+            end, missing = end - image.rows, missing - image.tokens
+        features = mx.concatenate(arranged[::-1])[-len(positions) :]
         embeddings[:, mx.array(positions)] = features.astype(embeddings.dtype)
         return embeddings
 

@@ -11,7 +11,7 @@ from .config import VLMConfig
 from .errors import CheckpointError, PromptError
 from .families import Family
 from .image import ImageSettings, ImageSource, open_image
-from .model import Inputs
+from .model import InputImage, Inputs
 from .prompt import ChatTemplate, Message, Prompt, images_of, to_messages
 from .tokenizer import Tokenizer
 
@@ -22,11 +22,15 @@ class PreparedImage:
 
     Attributes:
         pixel_values: float32[B, height, width, 3], one row or one a tile.
-        digests: SHA-256 of each row's pixels.
+        size: height and width in pixels, as it was opened.
+        text: what stands for it in the prompt.
+        digest: SHA-256 of its size and all its pixels.
     """
 
     pixel_values: np.ndarray
-    digests: tuple[bytes, ...]
+    size: tuple[int, int]
+    text: str
+    digest: bytes
 
 
 class Processor:
@@ -74,8 +78,12 @@ class Processor:
                 "the checkpoint has neither preprocessor_config.json nor an image_processor in processor_config.json, "
                 "so how it takes images is unknown: copy the file from the original repository"
             )
-        pixels = self.family.pixels(open_image(source), self.image_settings)
-        return PreparedImage(pixels, tuple(hashlib.sha256(row.tobytes()).digest() for row in pixels))
+        image = open_image(source)
+        size = image.height, image.width
+        pixels = self.family.pixels(image, self.image_settings)
+        text = self.family.image_text(self.config, self.image_settings, self.image_token, size)
+        digest = hashlib.sha256(repr(size).encode() + pixels.tobytes()).digest()
+        return PreparedImage(pixels, size, text, digest)
 
     def expand(
         self, messages: Sequence[Message], prepared: Sequence[PreparedImage], *, add_generation_prompt: bool = True
@@ -88,9 +96,8 @@ class Processor:
         text, *rest = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
         slots = [False] * text.count(self.image_token)
         for image, piece in zip(prepared, rest, strict=True):
-            expanded = self.family.image_text(self.config, self.image_token, len(image.pixel_values))
-            slots += [True] * expanded.count(self.image_token) + [False] * piece.count(self.image_token)
-            text += expanded + piece
+            slots += [True] * image.text.count(self.image_token) + [False] * piece.count(self.image_token)
+            text += image.text + piece
         return text, slots
 
     def __call__(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Inputs:
@@ -107,6 +114,15 @@ class Processor:
         messages = to_messages(prompt, images)
         prepared = [self.prepare(part["image"]) for part in images_of(messages)]
         text, slots = self.expand(messages, prepared)
+        given = [
+            InputImage(
+                rows=len(image.pixel_values),
+                tokens=image.text.count(self.image_token),
+                size=image.size,
+                digest=image.digest,
+            )
+            for image in prepared
+        ]
         ids = np.array(self.tokenizer.encode_prompt(text), dtype=np.int32)
         if not len(ids):
             raise PromptError("the prompt is empty: the chat template gives no text for these messages")
@@ -119,5 +135,5 @@ class Processor:
             input_ids=mx.array(ids)[None],
             pixel_values=mx.array(np.concatenate([image.pixel_values for image in prepared])) if prepared else None,
             slots=is_slot,
-            digests=tuple(digest for image in prepared for digest in image.digests),
+            images=tuple(given),
         )

@@ -14,9 +14,10 @@ from PIL import Image
 from reference import CASES, GOLDEN, SPECS, Reference, expected_outputs
 
 from mlx_vlm_mini import Chat, load
-from mlx_vlm_mini.families import llava
+from mlx_vlm_mini.anyres import count_tokens, pack
+from mlx_vlm_mini.families import llava, llava_next
 from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.image import image_settings, open_image, preprocess
+from mlx_vlm_mini.image import LLAVA_NEXT_PINPOINTS, image_settings, open_image, preprocess
 from mlx_vlm_mini.rope import make_rope
 
 pytestmark = pytest.mark.reference
@@ -120,6 +121,7 @@ VARIANTS = {
     "other eps": ("llava-clip-llama", {"rms_norm_eps": 0.1}, {"layer_norm_eps": 0.1}, {}),
     "no window": ("llava-clip-mistral", {"sliding_window": None}, {}, {}),
     "window of two": ("llava-clip-mistral", {"sliding_window": 2}, {}, {}),
+    "tiles, the last layer": ("llava-next-clip-mistral", {}, {}, {"vision_feature_layer": -1}),
     "windows in the last layers": ("llava-siglip-qwen2", {
         "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}, {}, {}),
@@ -180,6 +182,75 @@ def test_pixels_equal_the_reference(kind, settings):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         expected = reference(image)["pixel_values"][0].transpose(1, 2, 0)
         np.testing.assert_allclose(preprocess(image, ours), expected, atol=1e-5)
+
+
+TILINGS = [
+    {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}},
+    {"size": {"height": 24, "width": 24}, "crop_size": 24, "do_center_crop": False, "do_resize": False, "resample": 2},
+    {"size": 30, "crop_size": 24, "image_mean": 0.4, "image_std": [0.1, 0.2, 0.3]},
+    {"size": 30, "crop_size": {"height": 24, "width": 24}, "do_center_crop": False, "do_rescale": False},
+]
+
+
+@pytest.mark.parametrize("settings", TILINGS)
+def test_tiles_equal_the_reference(settings):
+    from reference import make_image_processor
+
+    settings = {**settings, "image_grid_pinpoints": [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]}
+    reference = make_image_processor("LlavaNext", settings)
+    ours = image_settings(settings, "LlavaNext")
+    rng = np.random.default_rng(2)
+    for _ in range(40):
+        height, width = rng.integers(1, 110, 2)
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        expected = np.moveaxis(reference(image)["pixel_values"][0], 1, -1)
+        np.testing.assert_allclose(llava_next.pixels(image, ours), expected, atol=1e-5, rtol=1e-6)
+
+
+def sizes_of_images(number):
+    """Heights and widths: most like photos, some extreme, and ties."""
+    rng = np.random.default_rng(3)
+    photos = np.exp(rng.uniform(np.log(100), np.log(4000), (number - 100, 2))).astype(int)
+    extreme = rng.integers(1, 12, (50, 2)) * rng.integers(1, 900, (50, 2))
+    squares = np.repeat(rng.integers(1, 3000, (50, 1)), 2, axis=1)
+    return [tuple(map(int, size)) for size in np.concatenate([photos, extreme, squares])]
+
+
+def test_numbers_of_tokens_equal_the_reference():
+    """With LLaVA-NeXT's own pinpoints, tiles of 336 pixels and patches of 14."""
+    from reference import make_image_processor, make_tokenizer
+    from transformers import LlavaNextProcessor
+
+    processor = LlavaNextProcessor(
+        make_image_processor("LlavaNext", {"size": {"shortest_edge": 336}}), make_tokenizer("llama"),
+        patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+    assert [list(size) for size in LLAVA_NEXT_PINPOINTS] == processor.image_processor.image_grid_pinpoints
+    named = [(899, 1024), (480, 640), (336, 336), (200, 300), (2000, 300), (220, 1056), (88, 55)]
+    sizes = [*named, *sizes_of_images(500)]
+    expected = processor._get_num_multimodal_tokens(sizes)["num_image_tokens"]
+    assert [count_tokens(size, LLAVA_NEXT_PINPOINTS, tile_size=336, side=24) for size in sizes] == expected
+    assert expected[: len(named)] == [2634, 2340, 1176, 1464, 1368, 1744, 984]
+
+
+@pytest.mark.parametrize("pinpoints", [None, [[24, 24]], [[72, 72], [24, 48]]])
+def test_packed_features_equal_the_reference(pinpoints, tmp_path):
+    """A pinpoint of a single tile among them."""
+    import torch
+
+    changes = {} if pinpoints is None else {"image_grid_pinpoints": pinpoints}
+    folder = variant("llava-next-clip-mistral", tmp_path / "model", **changes)
+    reference = Reference(folder)
+    config = load(folder)[0].config
+    newline = torch.arange(2.0)
+    for size in sizes_of_images(150):
+        tiles = reference.count_tiles(size)
+        features = torch.arange(tiles * 16 * 2.0).reshape(tiles, 16, 2)
+        (expected,), _ = reference.model.model.pack_image_features([features], [size], "default", newline)
+        packed = pack(
+            mx.array(features.numpy()), mx.array(newline.numpy()), size, config.image_grid_pinpoints, tile_size=24
+        )
+        np.testing.assert_array_equal(np.array(packed), expected.numpy())
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV"])

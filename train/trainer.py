@@ -113,7 +113,7 @@ class Trainer:
         folder: holds `checkpoint/`, `log.jsonl` and `settings.json` of the run.
 
     Raises:
-        CheckpointError: the folder holds a run with other settings.
+        CheckpointError: the folder holds a run with other settings, or the model is of a family that cannot be trained.
     """
 
     def __init__(
@@ -126,6 +126,8 @@ class Trainer:
         *,
         valid: Sequence[Example] = (),
     ) -> None:
+        if model.config.image_grid_pinpoints is not None:
+            raise CheckpointError(f"family '{model.config.family}' cuts images into tiles, which cannot be trained yet")
         self.model, self.processor, self.settings = model, processor, settings
         self.examples, self.valid = examples, valid
         self.folder = folder

@@ -10,7 +10,7 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.image import ImageSettings
 
-from . import llava
+from . import llava, llava_next
 
 
 class Family(Protocol):
@@ -22,17 +22,20 @@ class Family(Protocol):
     CHAT_TEMPLATE: str
     """Jinja template for checkpoints that carry none."""
 
+    IMAGE_PROCESSOR: str
+    """The image processor's class where its settings name none, without `ImageProcessor`."""
+
     def config(self, hf: Mapping[str, Any]) -> VLMConfig:
         """config.json in our terms."""
 
     def pixels(self, image: Image.Image, settings: ImageSettings) -> np.ndarray:
         """An RGB image as float32[B, height, width, 3]: one row, or one a tile."""
 
-    def image_text(self, config: VLMConfig, image_token: str, rows: int) -> str:
-        """What stands for an image in the prompt's text, one `image_token` a feature row."""
+    def image_text(self, config: VLMConfig, settings: ImageSettings, image_token: str, size: tuple[int, int]) -> str:
+        """What stands in the prompt's text for an image of `size`, height and width: one `image_token` an embedding."""
 
 
-FAMILIES: dict[str, Family] = {"llava": llava}
+FAMILIES: dict[str, Family] = {"llava": llava, "llava_next": llava_next}
 
 
 def find_family(hf: Mapping[str, Any]) -> Family:

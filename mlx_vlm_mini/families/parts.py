@@ -1,12 +1,13 @@
 """Parts that several families are composed of: their configs with class defaults, and their tensors' names.
 
-Source: configuration_{clip,siglip,llama,mistral,qwen2}.py and modeling_*.py of huggingface/transformers.
+Source: configuration_*.py and modeling_*.py of clip, siglip, llama, mistral, qwen2, llava and llava_next in
+huggingface/transformers.
 """
 
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
-from mlx_vlm_mini.config import Activation, DecoderConfig, LayerType, VisionConfig
+from mlx_vlm_mini.config import Activation, DecoderConfig, LayerType, ProjectorConfig, VisionConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.rope import rope_type
 
@@ -185,3 +186,56 @@ def llama_weights(prefix: str) -> dict[str, str | None]:
     names[prefix + "layers.{}.self_attn.rotary_emb.inv_freq"] = None
     names[prefix + "rotary_emb.inv_freq"] = None
     return names
+
+
+_LLAVA_VISION = {  # of a config without vision_config: CLIP-L/14 at 336 pixels
+    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+
+LLAVA_WEIGHTS: Mapping[str, str | None] = {
+    **clip_weights("vision_tower.vision_model."),
+    **clip_weights("vision_tower."),
+    **clip_weights("model.vision_tower.vision_model."),
+    **clip_weights("model.vision_tower."),
+    "multi_modal_projector.linear_1": "projector.layers.0",
+    "multi_modal_projector.linear_2": "projector.layers.1",
+    "model.multi_modal_projector.linear_1": "projector.layers.0",
+    "model.multi_modal_projector.linear_2": "projector.layers.1",
+    **llama_weights("language_model.model."),
+    **llama_weights("language_model."),
+    **llama_weights("model.language_model."),
+    "language_model.lm_head": "decoder.lm_head",
+    "lm_head": "decoder.lm_head",
+}
+"""Of the Hub's files, of transformers since 4.52 in memory, and of what transformers 5 writes."""
+
+
+def llava_config(hf: Mapping[str, Any], family: str) -> VLMConfig:
+    """config.json of a LLaVA: CLIP or SigLIP, an MLP of two layers, and Llama, Mistral or Qwen2."""
+    text, vision = hf.get("text_config") or {}, hf.get("vision_config")
+    strategy = hf.get("vision_feature_select_strategy", "default")
+    if strategy not in ("default", "full"):
+        raise CheckpointError(
+            f"config.json: vision_feature_select_strategy '{strategy}' is neither 'default' nor 'full'"
+        )
+    decoder = text_decoder(text, tie_word_embeddings=hf.get("tie_word_embeddings", False))
+    tower = vision_tower(
+        _LLAVA_VISION if vision is None else vision,
+        feature_layers=hf.get("vision_feature_layer", -2),
+        drop_first_feature=strategy == "default",
+    )
+    return VLMConfig(
+        family=family,
+        vision=tower,
+        projector=ProjectorConfig(
+            input_size=tower.feature_size,
+            hidden_size=decoder.hidden_size,
+            num_layers={"mlp": 2, "linear": 1}[hf.get("projector_type", "mlp")],  # the key is ours, of `compose`
+            hidden_act=activation(hf.get("projector_hidden_act", "gelu")),
+            bias=hf.get("multimodal_projector_bias", True),
+        ),
+        decoder=decoder,
+        image_token_id=hf.get("image_token_id", hf.get("image_token_index", 32000)),
+        image_grid_pinpoints=None,
+    )

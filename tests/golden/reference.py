@@ -1,4 +1,4 @@
-"""Tiny random LLaVA checkpoints made, saved and answered by the reference: transformers 5.23 on torch 2.13.
+"""Tiny random checkpoints made, saved and answered by the reference: transformers 5.23 on torch 2.13.
 
     python tests/golden/reference.py        rewrites this folder: pictures, checkpoints and expected outputs
 
@@ -93,6 +93,7 @@ class Spec:
     shards: int = 1
     config: Callable[[dict[str, Any]], None] = lambda config: None
     seed: int = 0
+    family: str = "llava"
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -189,6 +190,32 @@ SPECS = {
         image_processor=("CLIP", dict(size={"height": 30, "width": 30}, do_center_crop=False)),
         tokenizer="llama", chat_template=VICUNA, template_file="chat_template.jinja",
         rename=memory_names, shards=2, seed=4),
+    "llava-next-clip-mistral": Spec(  # photo.jpg: 2 x 1 tiles, bars above and below; shapes.png: 1 x 2, bars at the sides
+        vision=("clip_vision_model", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=3, num_attention_heads=3, image_size=24, patch_size=6)),
+        text=("mistral", dict(
+            hidden_size=52, intermediate_size=70, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
+            head_dim=12, sliding_window=None, rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+        llava=dict(image_grid_pinpoints=[[24, 48], [48, 24], [72, 24], [24, 72]]),
+        image_processor=("LlavaNext", dict(
+            size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24},
+            image_grid_pinpoints=[[24, 48], [48, 24], [72, 24], [24, 72]])),
+        tokenizer="llama", chat_template=INSTRUCT, template_file="chat_template.json",
+        rename=hub_names, config=sparse, seed=5, family="llava_next"),
+    "llava-next-siglip-qwen2": Spec(  # photo.jpg: 4 x 4 tiles, bars at the sides; shapes.png: 3 x 4, above and below
+        vision=("siglip_vision_model", dict(
+            hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=5, image_size=24, patch_size=8,
+            vision_use_head=True)),
+        text=("qwen2", dict(
+            hidden_size=56, intermediate_size=80, num_hidden_layers=3, num_attention_heads=7, num_key_value_heads=1,
+            max_position_embeddings=512, rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+        llava=dict(
+            vision_feature_layer=[-1, 1], vision_feature_select_strategy="full", image_grid_pinpoints=[[24, 48], [72, 96], [96, 96]]),
+        image_processor=("LlavaNext", dict(
+            size={"height": 24, "width": 24}, crop_size={"height": 24, "width": 24}, image_mean=[0.5, 0.4, 0.3],
+            image_grid_pinpoints=[[24, 48], [72, 96], [96, 96]])),
+        tokenizer="qwen2", chat_template=CHATML, template_file="chat_template.jinja",
+        rename=memory_names, shards=2, seed=7, family="llava_next"),
 }  # fmt: skip
 
 
@@ -254,29 +281,32 @@ def make_tokenizer(kind: str) -> Any:
 def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     classes = {
         "CLIP": CLIPImageProcessorPil,
         "Siglip": SiglipImageProcessorPil,
         "Llava": LlavaImageProcessorPil,
+        "LlavaNext": LlavaNextImageProcessorPil,
     }
     return classes[kind](**options)
 
 
 def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
-    """A LLaVA with random weights in which no norm, bias or embedding is at a neutral value."""
+    """A model with random weights in which no norm, bias or embedding is at a neutral value."""
     import torch
-    from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     (vision_type, vision), (text_type, text) = spec.vision, spec.text
-    config = LlavaConfig(
+    config = AutoConfig.for_model(
+        spec.family,
         vision_config=AutoConfig.for_model(vision_type, **vision),
         text_config=AutoConfig.for_model(text_type, vocab_size=vocab_size, **text),
         image_token_index=image_token_id,
         **spec.llava,
     )
-    model = LlavaForConditionalGeneration(config).eval()
+    model = AutoModelForImageTextToText.from_config(config).eval()
     generator = torch.Generator().manual_seed(spec.seed)
 
     def noise(tensor: Any) -> Any:
@@ -296,7 +326,7 @@ def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
 def save(spec: Spec, folder: Path) -> None:
     """Write a checkpoint folder in the layout that the spec asks for."""
     from safetensors.torch import load_file, save_file
-    from transformers import LlavaProcessor
+    from transformers import LlavaNextProcessor, LlavaProcessor
 
     folder.mkdir(parents=True)
     tokenizer = make_tokenizer(spec.tokenizer)
@@ -327,7 +357,7 @@ def save(spec: Spec, folder: Path) -> None:
 
     kind, options = spec.image_processor
     clip = spec.vision[0] == "clip_vision_model"
-    processor = LlavaProcessor(
+    processor = {"llava": LlavaProcessor, "llava_next": LlavaNextProcessor}[spec.family](
         image_processor=make_image_processor(kind, options),
         tokenizer=tokenizer,
         patch_size=spec.vision[1]["patch_size"],
@@ -384,14 +414,21 @@ class Reference:
 
     def __init__(self, folder: Path, chat_template: str | None = None) -> None:
         import torch
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
         warnings.filterwarnings("ignore")
-        self.model = LlavaForConditionalGeneration.from_pretrained(
+        self.model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
         self.chat_template = chat_template
+
+    def count_tiles(self, size: Any) -> int:
+        """Rows of pixels of a LLaVA-NeXT image of this height and width."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config = self.model.config
+        return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
     def answer(self, messages: list[dict[str, Any]], pictures: Path, steps: int = STEPS) -> dict[str, np.ndarray]:
         """Prompt ids, pixels, and `steps` tokens decoded greedily with the cache.
@@ -409,7 +446,8 @@ class Reference:
             text=text, images=opened or None, return_tensors="pt",
             add_special_tokens=not (bos and text.startswith(bos)),
         )  # fmt: skip
-        inputs = {key: inputs[key] for key in ("input_ids", "pixel_values", "attention_mask") if key in inputs}
+        names = ("input_ids", "pixel_values", "image_sizes", "attention_mask")
+        inputs = {key: inputs[key] for key in names if key in inputs}
         ids = inputs["input_ids"]
         rows, tokens = [], []
         with torch.no_grad():
@@ -432,7 +470,12 @@ class Reference:
             "logprobs": np.stack(rows),
         }
         if opened:
-            answer["pixel_values"] = np.moveaxis(inputs["pixel_values"].numpy(), 1, -1)
+            pixels = inputs["pixel_values"].numpy()
+            if pixels.ndim == 5:  # tiles, padded to the number of the image with most
+                pixels = np.concatenate(
+                    [image[: self.count_tiles(size)] for image, size in zip(pixels, inputs["image_sizes"], strict=True)]
+                )
+            answer["pixel_values"] = np.moveaxis(pixels, 1, -1)
         return answer
 
 

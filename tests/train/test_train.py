@@ -223,6 +223,12 @@ def test_it_learns_to_tell_two_pictures_apart(tmp_path):
     assert (score.questions, score.right) == (2, 2) and score.right_blank < 2
 
 
+def test_a_family_with_tiles_is_refused(tmp_path):
+    model, processor = load(GOLDEN / "llava-next-clip-mistral")
+    with pytest.raises(CheckpointError, match="family 'llava_next' cuts images into tiles"):
+        Trainer(model, processor, [], tmp_path, Settings())
+
+
 @pytest.mark.parametrize("stage", ["projector", "full", "lora"])
 def test_only_what_a_stage_names_changes(tmp_path, scenes, stage):
     before = dict(tree_flatten(load(PLAIN)[0].parameters()))
@@ -359,6 +365,8 @@ def test_two_configs_make_a_model(tmp_path, projector, layers):
     folder = compose(tmp_path, "--projector", projector)
     model, processor = load(folder)
     assert len(model.projector.layers) == layers
+    names = set(mx.load(str(folder / "model.safetensors")))
+    assert {"language_model.model.norm.weight", "vision_tower.vision_model.pre_layrnorm.weight"} <= names  # the Hub's
     assert model.config.decoder.vocab_size == 421 and processor.image_token == "<image>"
     text = processor.expand(
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}], [], add_generation_prompt=False

@@ -1,0 +1,128 @@
+"""Any resolution: an image -> itself squashed and its tiles, and their features -> one sequence.
+
+Sources: LLaVA-NeXT (llava-vl.github.io/blog/2024-01-30-llava-next); image_processing_utils.py, image_transforms.py and
+models/llava_next of huggingface/transformers.
+
+Sizes are (height, width). A pinpoint is a size in pixels that tiles fill.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, isqrt
+from typing import Any
+
+import mlx.core as mx
+from PIL import Image
+
+from .errors import CheckpointError
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How an image processor cuts: all in pixels."""
+
+    pinpoints: tuple[Size, ...]
+    tile_size: int
+    base_size: Size
+    """Of the whole image, squashed, which comes before its tiles."""
+
+
+def read_pinpoints(value: Any, tile_size: int, file: str) -> tuple[Size, ...]:
+    """`image_grid_pinpoints` of a JSON file, checked.
+
+    Raises:
+        CheckpointError: it is no list of sizes, or tiles do not fill one of them.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise CheckpointError(f"{file}: image_grid_pinpoints must be a list of [height, width], not {value!r}")
+    for pinpoint in value:
+        pair = isinstance(pinpoint, list | tuple) and len(pinpoint) == 2
+        if not pair or not all(type(side) is int and side > 0 and side % tile_size == 0 for side in pinpoint):
+            raise CheckpointError(
+                f"{file}: image_grid_pinpoints has {pinpoint!r}, which is no [height, width] that tiles of "
+                f"{tile_size}x{tile_size} pixels fill"
+            )
+    return tuple((height, width) for height, width in value)
+
+
+def choose_pinpoint(size: Size, pinpoints: Sequence[Size]) -> Size:
+    """The pinpoint that keeps most of an image's pixels; the smallest of several, the first of equal ones."""
+    height, width = size
+
+    def rank(pinpoint: Size) -> tuple[int, int]:
+        scale = min(pinpoint[1] / width, pinpoint[0] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, -pinpoint[0] * pinpoint[1]
+
+    return max(pinpoints, key=rank)
+
+
+def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
+    """The image squashed to `base_size`, then its tiles row by row: fitted into the pinpoint, black bars around it."""
+    height, width = choose_pinpoint((image.height, image.width), tiling.pinpoints)
+    by_width, by_height = width / image.width, height / image.height
+    if by_width < by_height:
+        fitted = width, min(ceil(image.height * by_width), height)
+    else:
+        fitted = min(ceil(image.width * by_height), width), height
+    kernel, side = Image.Resampling(resample), tiling.tile_size
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(image.resize(fitted, resample=kernel), ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
+    corners = [(left, top) for top in range(0, height, side) for left in range(0, width, side)]
+    tiles = [canvas.crop((left, top, left + side, top + side)) for left, top in corners]
+    return [image.resize(tiling.base_size[::-1], resample=kernel), *tiles]
+
+
+def _bars(size: Size, rows: int, columns: int) -> tuple[int, int]:
+    """Rows above (as many below) and columns left (as many right) of a grid of features that show no image."""
+    height, width = size
+    if width / height > columns / rows:
+        return (rows - int(round(height * (columns / width), 7))) // 2, 0
+    return 0, (columns - int(round(width * (rows / height), 7))) // 2
+
+
+def count_tokens(size: Size, pinpoints: Sequence[Size], *, tile_size: int, side: int) -> int:
+    """Tokens of an image in the prompt, from its size alone; `pack` gives as many features.
+
+    Args:
+        size: the image's, in pixels.
+        tile_size: pixels along a tile.
+        side: features along a tile.
+    """
+    rows, columns = (pixels // tile_size * side for pixels in choose_pinpoint(size, pinpoints))
+    above, left = _bars(size, rows, columns)
+    return side * side + (rows - 2 * above) * (columns - 2 * left + 1)
+
+
+def pack(features: mx.array, newline: mx.array, size: Size, pinpoints: Sequence[Size], *, tile_size: int) -> mx.array:
+    """The squashed image's features, then the tiles' as rows of one grid without its bars, each row with a newline.
+
+    Args:
+        features: float[1 + tiles, P, C].
+        newline: float[C].
+        size: the image's, in pixels.
+        tile_size: pixels along a tile.
+
+    Returns:
+        float[tokens, C].
+
+    Raises:
+        CheckpointError: the image came in another number of tiles.
+    """
+    down, across = (pixels // tile_size for pixels in choose_pinpoint(size, pinpoints))
+    count, P, C = features.shape
+    if count != 1 + down * across:
+        raise CheckpointError(
+            f"an image of {size[1]}x{size[0]} pixels has {down * across} tiles by config.json's image_grid_pinpoints, "
+            f"the image processor gives {count - 1}"
+        )
+    side = isqrt(P)
+    rows, columns = down * side, across * side
+    above, left = _bars(size, rows, columns)
+    grid = features[1:].reshape(down, across, side, side, C).transpose(0, 2, 1, 3, 4).reshape(rows, columns, C)
+    grid = grid[above : rows - above, left : columns - left]  # (rows, columns, C), without the bars
+    newlines = mx.broadcast_to(newline.astype(features.dtype), (grid.shape[0], 1, C))
+    lines = mx.concatenate([grid, newlines], axis=1).flatten(0, 1)
+    return mx.concatenate([features[0], lines])
