@@ -1,6 +1,5 @@
 """`mlx-vlm-mini train`: teach a model from conversations with pictures."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def command(
             status.show(line)
             if progress.valid_loss is not None:
                 status.clear()
-                click.echo(f"{line}, validation loss {progress.valid_loss:.4f}", err=not sys.stdout.isatty())
+                click.echo(f"{line}, validation loss {progress.valid_loss:.4f}", err=True)
         planned.model.eval()
         if trainer.settings.stage == "lora":
             save_adapters(planned.model, output / "adapters", trainer.settings.rank, trainer.settings.scale)

@@ -170,12 +170,14 @@ class Batch:
         targets: int32[B, L]: the next token where the assistant says it, else -1.
         features_at: int32[B, L]: at an image's slots the row of all features that stands there, else -1.
         pixel_values: float32[N, height, width, 3] over all examples, padded with black rows.
+        num_tokens: tokens of the examples, without the padding.
     """
 
     input_ids: mx.array
     targets: mx.array
     features_at: mx.array
     pixel_values: mx.array
+    num_tokens: int
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
@@ -205,4 +207,5 @@ def collate(encoded: Sequence[Encoded], num_features: int, *, pad_length: int = 
         stacked = np.concatenate(pixels)
     else:
         stacked = np.zeros((0, 1, 1, 3), np.float32)
-    return Batch(mx.array(ids), mx.array(targets), mx.array(features_at), mx.array(stacked))
+    num_tokens = sum(len(each.input_ids) for each in encoded)
+    return Batch(mx.array(ids), mx.array(targets), mx.array(features_at), mx.array(stacked), num_tokens)

@@ -71,7 +71,7 @@ class Progress:
     Attributes:
         loss: mean negative log-likelihood of the assistant's tokens in this step.
         valid_loss: the same on the validation examples, where they were just measured.
-        tokens_per_s: tokens read, images' and paddings' not counted twice, since the run began.
+        tokens_per_s: tokens read since the run began or went on, images' included, padding not.
         left_s: seconds to the end at this rate.
     """
 
@@ -209,7 +209,7 @@ class Trainer:
             loss, count = loss + batch_sum, count + batch_count
             sums = gradients if sums is None else tree_map(mx.add, sums, gradients)
             mx.eval(sums, loss, count)
-            self._tokens += cast(int, (batch.input_ids != 0).sum().item())
+            self._tokens += batch.num_tokens
         self._update(sums, mx.maximum(count, 1))
         mx.eval(self.model.state, self.optimizer.state)
         return cast(float, loss.item()) / max(cast(int, count.item()), 1)
