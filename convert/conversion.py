@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.hub import SMALL_FILES, find_folder
 from mlx_vlm_mini.loading import DTypeName, load_processor, plan
 
-from .quantize import Quantization, plan_outputs
+from .quantize import Mode, Part, Quantization, choose, plan_outputs
 from .write import write_tensors
 
 
@@ -46,6 +47,8 @@ def convert(
     *,
     bits: int | None = None,
     group_size: int = 64,
+    mode: Mode = "affine",
+    part_bits: Mapping[Part, int | None] | None = None,
     dtype: DTypeName | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -58,8 +61,10 @@ def convert(
     Args:
         source: a checkpoint folder, or a Hub name.
         destination: a folder that does not exist yet, or is empty.
-        bits: 4 or 8 quantizes the decoder's linear layers and embeddings; None quantizes nothing.
+        bits: 2, 3, 4, 5, 6 or 8, of the decoder's linear layers, embeddings and head; None quantizes nothing.
         group_size: weights that share a scale: 32, 64 or 128.
+        mode: "affine", or "mxfp4", "mxfp8", "nvfp4", which have bits and groups of their own.
+        part_bits: bits of single parts: vision, projector, decoder, embeddings, head.
         dtype: type of what stays in floating point; by default as it is.
         revision: branch, tag or commit on the Hub.
         progress: called with bytes written and bytes in all.
@@ -71,14 +76,14 @@ def convert(
     destination = Path(os.path.expanduser(destination))  # noqa: PTH111 - Path's raises where there is no such user
     _check_destination(destination)
     checkpoint = open_checkpoint(find_folder(source, revision=revision))
-    if bits is not None and checkpoint.quantization is not None:
+    quantizations = choose(bits, group_size, mode, part_bits or {})
+    if quantizations and checkpoint.quantization is not None:
         raise CheckpointError(f"{source} is already quantized; quantize the original weights instead")
-    quantization = None if bits is None else Quantization(bits, group_size)
     planned = plan(checkpoint)
     load_processor(checkpoint, planned.family, planned.config)  # what cannot answer is not worth converting
     target: Any = None if dtype is None else getattr(mx, dtype)
-    outputs, skipped = plan_outputs(planned, quantization, target)
-    if quantization is not None and not any(len(output.entries) > 1 for output in outputs):
+    outputs, quantized, skipped = plan_outputs(planned, quantizations, target)
+    if quantizations and not quantized:
         raise CheckpointError(
             f"nothing in {source} can be quantized in groups of {group_size}: no layer's width is a multiple of it"
         )
@@ -98,7 +103,7 @@ def convert(
         work.mkdir(parents=True)
         write_tensors(work, outputs, step)
         _copy_small_files(checkpoint, work)
-        config = _new_config(checkpoint.config, quantization, dtype)
+        config = _new_config(checkpoint.config, quantized, dtype)
         (work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
         plan(open_checkpoint(work))  # a folder that does not load is never shown
         work.replace(destination)
@@ -139,13 +144,18 @@ def _copy_small_files(checkpoint: Checkpoint, work: Path) -> None:
                 shutil.copyfile(file, work / file.name)
 
 
-def _new_config(config: dict[str, Any], quantization: Quantization | None, dtype: DTypeName | None) -> dict[str, Any]:
+def _new_config(
+    config: dict[str, Any], quantized: Mapping[str, Quantization], dtype: DTypeName | None
+) -> dict[str, Any]:
+    """config.json with the new type, and with the commonest quantization and the layers that differ from it."""
     config = dict(config)
     if dtype is not None:
         for key in ("dtype", "torch_dtype"):
             if key in config:
                 config[key] = dtype
-    if quantization is not None:
-        config["quantization"] = quantization.as_config()
-        config["quantization_config"] = quantization.as_config()  # where other MLX tools look
+    if quantized:
+        common, _ = Counter(quantized.values()).most_common(1)[0]
+        own = {name: each.as_config() for name, each in quantized.items() if each != common}
+        config["quantization"] = {**common.as_config(), **own}
+        config["quantization_config"] = config["quantization"]  # where other MLX tools look
     return config

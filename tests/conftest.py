@@ -48,6 +48,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["text_config"] |= {
         "hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
     }  # fmt: skip
+    config["vision_config"] |= {"hidden_size": 96, "intermediate_size": 72}
     (folder / "config.json").write_text(json.dumps(config))
     names = plan(open_checkpoint(PLAIN)).ours
     model = VLM(find_family(config).config(config))

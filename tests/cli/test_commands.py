@@ -114,6 +114,38 @@ def test_info_of_a_quantized_folder(tmp_path, wide):
     assert 5.0 <= described["decoder"]["bits_per_weight"] < 5.2  # 4 bits, and a scale and a bias of 16 bits for 32
 
 
+def test_bits_of_single_parts(tmp_path, wide):
+    """Each option of the command reaches its part."""
+    options = (
+        "-q",
+        4,
+        "--group-size",
+        32,
+        "--vision-bits",
+        8,
+        "--projector-bits",
+        6,
+        "--embedding-bits",
+        5,
+        "--head-bits",
+        3,
+        "--decoder-bits",
+        2,
+    )
+    assert run("convert", wide, tmp_path / "out", *options).exit_code == 0
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    own = {name: entry["bits"] for name, entry in settings.items() if isinstance(entry, dict)}
+    names = (
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1",
+        "multi_modal_projector.linear_2",
+        "language_model.model.embed_tokens",
+        "language_model.lm_head",
+    )
+    assert [own.get(name, settings["bits"]) for name in names] == [8, 6, 5, 3]
+    assert own.get("language_model.model.layers.0.mlp.up_proj", settings["bits"]) == 2
+    assert run("convert", wide, tmp_path / "bad", "--mode", "mxfp4", "-q", 8).exit_code == 1
+
+
 def test_info_check_finds_what_is_broken(copy_of):
     folder = copy_of()
     edit_json(folder / "config.json", vision_feature_select_strategy="full")

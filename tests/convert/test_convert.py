@@ -99,6 +99,49 @@ def test_quantized(bits, group_size, tolerance, tmp_path, wide):
     assert (row.bits, row.group_size) == (bits, group_size)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_every_number_of_bits(bits, tmp_path, wide):
+    report = convert(wide, tmp_path / "out", bits=bits, group_size=32)
+    assert report.skipped == ()
+    model, processor = load(tmp_path / "out")
+    assert model.decoder.embed_tokens.bits == bits
+    assert np.isfinite(np.array(model(processor("Hi", [PHOTO])))).all()
+
+
+@pytest.mark.parametrize(("mode", "bits", "group_size"), [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)])
+def test_floating_point_modes(mode, bits, group_size, tmp_path, wide):
+    convert(wide, tmp_path / "out", mode=mode, part_bits={"vision": 8})
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert {key: settings[key] for key in ("mode", "bits", "group_size")} == {
+        "mode": mode,
+        "bits": bits,
+        "group_size": group_size,
+    }
+    model, _ = load(tmp_path / "out")
+    row = model.decoder.layers[0].mlp.up_proj
+    assert (row.mode, row.bits, row.group_size) == (mode, bits, group_size)
+    difference = np.abs(logprobs(tmp_path / "out") - logprobs(wide)).max()
+    assert 1e-4 < difference < (0.6 if bits == 8 else 4.0)
+    with pytest.raises(CheckpointError, match=f"{mode} has {bits} bits, not 6"):
+        convert(wide, tmp_path / "other", mode=mode, bits=6)
+
+
+def test_parts_may_have_bits_of_their_own(tmp_path, wide):
+    bits = {"vision": 8, "projector": 6, "embeddings": 8, "head": 5}
+    report = convert(wide, tmp_path / "out", bits=4, group_size=32, part_bits=bits)
+    fc2 = [f"vision_tower.vision_model.encoder.layers.{i}.mlp.fc2.weight" for i in range(2)]
+    assert report.skipped == tuple((name, "its width 72 is no multiple of 32") for name in fc2)
+    model, _ = load(tmp_path / "out")
+    block = model.vision.blocks[0]
+    layers = block.attn.q_proj, block.mlp.fc1, model.decoder.embed_tokens, model.decoder.lm_head
+    assert [layer.bits for layer in (*layers, model.decoder.layers[0].mlp.up_proj)] == [8, 8, 8, 5, 4]
+    assert not hasattr(block.mlp.fc2, "bits") and not hasattr(model.vision.patch_embed, "scales")
+    assert model.projector.layers[1].bits == 6
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert settings["language_model.lm_head"] == {"group_size": 32, "bits": 5, "mode": "affine"}
+    assert (settings["bits"], "language_model.model.layers.0.mlp.up_proj" in settings) == (4, False)
+
+
 def test_bits_per_weight_of_a_quantized_folder_counts_its_weights(tmp_path, wide):
     report = convert(wide, tmp_path / "out", bits=4, group_size=32)
     again = convert(tmp_path / "out", tmp_path / "again")
