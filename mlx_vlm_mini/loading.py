@@ -12,8 +12,8 @@ from .config import VLMConfig
 from .errors import CheckpointError
 from .families import Family, find_family
 from .hub import find_folder
-from .image import ImageSettings, image_settings
 from .model import VLM
+from .preprocess import ImageSettings, image_settings
 from .processor import Processor
 from .prompt import find_chat_template
 from .tokenizer import Tokenizer, load_tokenizer

@@ -10,8 +10,9 @@ import numpy as np
 from .config import VLMConfig
 from .errors import CheckpointError, PromptError
 from .families import Family
-from .image import ImageSettings, ImageSource, open_image
+from .image import ImageSource, open_image
 from .model import InputImage, Inputs
+from .preprocess import ImageSettings
 from .prompt import ChatTemplate, Message, Prompt, images_of, to_messages
 from .tokenizer import Tokenizer
 

@@ -17,7 +17,8 @@ from mlx_vlm_mini import Chat, load
 from mlx_vlm_mini.anyres import count_tokens, pack
 from mlx_vlm_mini.families import llava, llava_next
 from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.image import LLAVA_NEXT_PINPOINTS, image_settings, open_image, preprocess
+from mlx_vlm_mini.image import open_image
+from mlx_vlm_mini.preprocess import LLAVA_NEXT_PINPOINTS, image_settings, preprocess
 from mlx_vlm_mini.rope import make_rope
 
 pytestmark = pytest.mark.reference

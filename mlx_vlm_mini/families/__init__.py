@@ -8,7 +8,7 @@ from PIL import Image
 
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.image import ImageSettings
+from mlx_vlm_mini.preprocess import ImageSettings
 
 from . import llava, llava_next
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_vlm_mini.config import VLMConfig
-from mlx_vlm_mini.image import ImageSettings, preprocess
+from mlx_vlm_mini.preprocess import ImageSettings, preprocess
 
 from .parts import LLAVA_WEIGHTS, llava_config
 

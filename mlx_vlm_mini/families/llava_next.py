@@ -16,7 +16,7 @@ from PIL import Image
 from mlx_vlm_mini.anyres import count_tokens, cut, read_pinpoints
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.image import LLAVA_NEXT_PINPOINTS, ImageSettings, preprocess
+from mlx_vlm_mini.preprocess import LLAVA_NEXT_PINPOINTS, ImageSettings, preprocess
 
 from .parts import LLAVA_WEIGHTS, llava_config
 

@@ -16,7 +16,7 @@ from mlx_vlm_mini.anyres import Tiling, choose_pinpoint, count_tokens, cut, pack
 from mlx_vlm_mini.describe import describe
 from mlx_vlm_mini.errors import CheckpointError, ImageError, PromptError
 from mlx_vlm_mini.families import llava_next
-from mlx_vlm_mini.image import LLAVA_NEXT_PINPOINTS, image_settings
+from mlx_vlm_mini.preprocess import LLAVA_NEXT_PINPOINTS, image_settings
 
 NEXT, SHARDED = "llava-next-clip-mistral", "llava-next-siglip-qwen2"
 

@@ -23,6 +23,13 @@ def test_it_is_too_late_once_mlx_is_imported():
     assert "mlx.core" in sys.modules and use_openblas() is False
 
 
+def test_nothing_imports_mlx_before_the_commands_load_a_model():
+    """`generate` and `chat` open their images first; MLX imported by that would keep OpenBLAS out."""
+    modules = ("image", "errors", "blas", "cli.main", "cli.generate", "cli.chat", "cli.options", "cli.status")
+    imports = "".join(f"import mlx_vlm_mini.{module}\n" for module in modules)
+    assert run(f"import json, sys\n{imports}print(json.dumps('mlx.core' in sys.modules))") is False
+
+
 def test_the_answer_is_the_same_with_it_and_without():
     """Where it is installed, the first public name loads it; where MLX is imported before, it stays out."""
     installed = run("import json; from mlx_vlm_mini.blas import use_openblas; print(json.dumps(use_openblas()))")

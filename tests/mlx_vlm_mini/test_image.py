@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_vlm_mini.errors import CheckpointError, ImageError
-from mlx_vlm_mini.image import image_settings, open_image, preprocess
+from mlx_vlm_mini.image import open_image
+from mlx_vlm_mini.preprocess import image_settings, preprocess
 
 PIXELS = np.array(
     [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (10, 20, 30)], [(250, 250, 250), (0, 0, 0)]], dtype=np.uint8

@@ -1,0 +1,205 @@
+"""Images made ready: resized, cropped, padded and normalised as the checkpoint's settings say.
+
+Source of the arithmetic: image_processing_backends.py and image_transforms.py of huggingface/transformers, Pillow path.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .anyres import Tiling, read_pinpoints
+from .errors import CheckpointError, ImageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How a checkpoint prepares its images, from preprocessor_config.json or processor_config.json."""
+
+    size: Mapping[str, int] | None
+    """Target in pixels, by Hugging Face's keys: `height` and `width`, or `shortest_edge`, ...; None: not resized."""
+    resample: int
+    """Pillow's filter number: 1 Lanczos, 2 bilinear, 3 bicubic."""
+    crop_size: tuple[int, int] | None
+    """Height and width of the centre crop; None: not cropped."""
+    pad_color: tuple[int, ...] | None
+    """Colour of the bars that first make the image square (LLaVA's `pad`); None: not padded."""
+    rescale_factor: float | None
+    image_mean: tuple[float, ...] | None
+    image_std: tuple[float, ...] | None
+    tiling: Tiling | None
+    """How an image is cut first, what stands above then being done to each piece; None: it stays whole."""
+
+
+_OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_CLIP_DEFAULTS: dict[str, Any] = {
+    "do_resize": True, "size": {"shortest_edge": 224}, "resample": 3,
+    "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "do_pad": False,
+    "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True, "image_mean": _OPENAI_MEAN, "image_std": _OPENAI_STD,
+}  # fmt: skip
+LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "CLIP": _CLIP_DEFAULTS,
+    "Llava": _CLIP_DEFAULTS,
+    "LlavaNext": {
+        **_CLIP_DEFAULTS, "image_grid_pinpoints": LLAVA_NEXT_PINPOINTS},
+    "Siglip": {
+        **_CLIP_DEFAULTS, "size": {"height": 224, "width": 224}, "do_center_crop": False, "crop_size": None,
+        "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5),
+    },
+}  # fmt: skip
+
+
+def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
+    """Read the settings of an image processor, completed with its class's defaults.
+
+    Args:
+        hf: preprocessor_config.json, or the `image_processor` part of processor_config.json.
+        default_type: the class to assume where the file names none, e.g. "Llava".
+
+    Raises:
+        CheckpointError: the class is unknown or a value is not usable.
+    """
+    name = hf.get("image_processor_type") or hf.get("feature_extractor_type") or default_type
+    kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name)
+    if kind not in _DEFAULTS:
+        known = ", ".join(f"{key}ImageProcessor" for key in sorted(_DEFAULTS))
+        raise CheckpointError(f"preprocessor_config.json: unknown image processor '{name}' (known: {known})")
+    # A flag that is null means off, another value that is null its default, as in the reference.
+    given = {key: value or False if key.startswith("do_") else value for key, value in hf.items()}
+    values = {**_DEFAULTS[kind], **{key: value for key, value in given.items() if value is not None}}
+    for key in ("do_resize", "do_center_crop", "do_pad", "do_rescale", "do_normalize"):
+        if not isinstance(values[key], bool):
+            raise CheckpointError(f"preprocessor_config.json: {key} must be true or false, not {values[key]!r}")
+    crop = _as_size(values["crop_size"], square=True) if values["do_center_crop"] else None
+    if crop is not None and not {"height", "width"} <= crop.keys():
+        raise CheckpointError(f"preprocessor_config.json: crop_size needs height and width, not {dict(crop)}")
+    if values["resample"] not in list(Image.Resampling):
+        raise CheckpointError(f"preprocessor_config.json: resample {values['resample']} is none of Pillow's filters")
+    mean, std = (_as_channels(values[key], key) for key in ("image_mean", "image_std"))
+    if 0 in std:
+        raise CheckpointError("preprocessor_config.json: image_std must not be 0")
+    normalize, padded = values["do_normalize"], kind == "Llava" and values["do_pad"]
+    return ImageSettings(
+        size=_as_size(values["size"], square=False) if values["do_resize"] else None,
+        resample=values["resample"],
+        crop_size=(crop["height"], crop["width"]) if crop is not None else None,
+        pad_color=tuple(int(x * 255) for x in mean) if padded else None,
+        rescale_factor=_as_number(values["rescale_factor"], "rescale_factor") if values["do_rescale"] else None,
+        image_mean=mean if normalize else None,
+        image_std=std if normalize else None,
+        tiling=_tiling(values) if kind == "LlavaNext" else None,
+    )
+
+
+def _tiling(values: Mapping[str, Any]) -> Tiling:
+    """The tiles have the size of the crop, whether or not one is made, as in the reference."""
+    size, crop = _as_size(values["size"], square=False), _as_size(values["crop_size"], square=True)
+    short = size.get("shortest_edge")
+    base, tile_size = (size.get("height", short), size.get("width", short)), crop.get("height")
+    if base[0] is None or base[1] is None or tile_size is None:
+        raise CheckpointError(
+            "preprocessor_config.json: tiles need crop_size as height and width, and size as height and width or "
+            f"shortest_edge, not {dict(crop)} and {dict(size)}"
+        )
+    pinpoints = read_pinpoints(values["image_grid_pinpoints"], tile_size, "preprocessor_config.json")
+    return Tiling(pinpoints=pinpoints, tile_size=tile_size, base_size=(base[0], base[1]))
+
+
+def _as_size(size: Any, *, square: bool) -> Mapping[str, int]:
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return {"height": size, "width": size} if square else {"shortest_edge": size}
+    if isinstance(size, list | tuple) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    if isinstance(size, Mapping):
+        given = {key: value for key, value in size.items() if value is not None}
+        if given and all(isinstance(value, int) and value is not True and value > 0 for value in given.values()):
+            return given
+    raise CheckpointError(f"preprocessor_config.json: {size!r} is not an image size in pixels")
+
+
+def _as_number(value: Any, name: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < float("inf"):
+        raise CheckpointError(f"preprocessor_config.json: {name} must be a number, not {value!r}")
+    return value
+
+
+def _as_channels(value: Any, name: str) -> tuple[float, ...]:
+    channels = value if isinstance(value, list | tuple) else (value,) * 3
+    if len(channels) != 3:
+        raise CheckpointError(f"preprocessor_config.json: {name} has 3 channels, not {len(channels)}")
+    return tuple(_as_number(channel, name) for channel in channels)
+
+
+def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
+    """An RGB image as the vision tower takes it.
+
+    Returns:
+        float32[height, width, 3].
+    """
+    if settings.pad_color is not None:
+        image = _pad_to_square(image, settings.pad_color)
+    if settings.size is not None:
+        target = _target_size(image.width, image.height, settings.size)
+        if min(target) < 1:
+            raise ImageError(f"an image of {image.width}x{image.height} pixels is too narrow for this model")
+        image = image.resize(target, resample=Image.Resampling(settings.resample))
+    array = np.asarray(image)
+    if settings.crop_size is not None:
+        array = _center_crop(array, *settings.crop_size)
+    values = array.astype(np.float32)
+    if settings.rescale_factor is not None:
+        values *= np.float32(settings.rescale_factor)
+    if settings.image_mean is not None and settings.image_std is not None:
+        mean, std = np.array(settings.image_mean, np.float32), np.array(settings.image_std, np.float32)
+        values = (values - mean) / std
+    return values
+
+
+def _target_size(width: int, height: int, size: Mapping[str, int]) -> tuple[int, int]:
+    """Width and height in pixels after resizing. Fractions are cut off, as the reference does."""
+    if "shortest_edge" in size and "longest_edge" in size:
+        short, limit = size["shortest_edge"], size["longest_edge"]
+        exact: float = short
+        if max(width, height) / min(width, height) * short > limit:
+            exact = limit * min(width, height) / max(width, height)
+            short = round(exact)
+        if min(width, height) == short:
+            return width, height
+        if width < height:
+            return short, int(exact * height / width)
+        return int(exact * width / height), short
+    if "shortest_edge" in size:
+        short = size["shortest_edge"]
+        long = int(short * max(width, height) / min(width, height))
+        return (short, long) if width <= height else (long, short)
+    if "max_height" in size and "max_width" in size:
+        scale = min(size["max_height"] / height, size["max_width"] / width)
+        return int(width * scale), int(height * scale)
+    if "height" in size and "width" in size:
+        return size["width"], size["height"]
+    raise CheckpointError(
+        f"preprocessor_config.json: cannot resize by {dict(size)}; height and width, or shortest_edge are needed"
+    )
+
+
+def _pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Cut height x width from the middle; what lies outside a smaller image is black."""
+    rows, columns = array.shape[:2]
+    padded = np.zeros((max(height, rows), max(width, columns), 3), dtype=array.dtype)
+    top, left = ceil((padded.shape[0] - rows) / 2), ceil((padded.shape[1] - columns) / 2)
+    padded[top : top + rows, left : left + columns] = array
+    top, left = (rows - height) // 2 + top, (columns - width) // 2 + left
+    return padded[top : top + height, left : left + width]
