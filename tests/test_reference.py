@@ -5,6 +5,7 @@ pytest -m reference        needs the `reference` extra
 
 import io
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,7 @@ from reference import CASES, GOLDEN, SPECS, Reference, expected_outputs
 
 from mlx_vlm_mini import Chat, load
 from mlx_vlm_mini.anyres import count_tokens, pack
-from mlx_vlm_mini.families import llava, llava_next
+from mlx_vlm_mini.families import llava, llava_next, paligemma
 from mlx_vlm_mini.generation import prefill
 from mlx_vlm_mini.image import LLAVA_NEXT_PINPOINTS, image_settings, open_image, preprocess
 from mlx_vlm_mini.rope import make_rope
@@ -141,6 +142,34 @@ def test_variants(kind, tmp_path):
         edit_json(folder / "processor_config.json", **changes)
     for case in ("two_images", "text" if "text" in SPECS[name].cases else "image"):
         compare(folder, CASES[case], SPECS[name].chat_template)
+
+
+TEXTS = (
+    "a", " lead", "trail ", "two\nlines\n", "<loc0012> and <seg001>x", "naïve 日本 🙂", "tab\there", "<bos>typed", "<eos>", "  a   b",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_prompt_ids_of_paligemma_equal_the_reference(text):
+    _, processor = load(GOLDEN / "paligemma-gemma")
+    reference = Reference(GOLDEN / "paligemma-gemma").processor
+    expected = reference(text="<image>" + text, images=[Image.open(GOLDEN / "shapes.png")], return_tensors="np")
+    inputs = processor(text, [GOLDEN / "shapes.png"])
+    np.testing.assert_array_equal(np.array(inputs.input_ids), expected["input_ids"])
+
+
+@pytest.mark.parametrize("text", [None, "gemma", "gemma2"])
+def test_defaults_of_paligemma_equal_the_reference(text):
+    from transformers import AutoConfig, PaliGemmaConfig
+
+    whole, sparse = PaliGemmaConfig().to_dict(), {}
+    if text is not None:
+        whole["text_config"] = AutoConfig.for_model(text).to_dict()
+        whole["projection_dim"] = whole["text_config"]["hidden_size"]
+        sparse = {"text_config": {"model_type": text}, "projection_dim": whole["projection_dim"]}
+    expected = paligemma.config(whole)
+    plain = replace(expected.decoder, rope_scaling=None)  # where transformers writes {"rope_type": "default"}
+    assert paligemma.config(sparse) == replace(expected, decoder=plain)
 
 
 def test_a_second_turn_equals_the_reference():
