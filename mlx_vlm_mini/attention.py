@@ -14,6 +14,7 @@ def attend(
     values: mx.array,
     *,
     scale: float,
+    softcap: float | None = None,
     mask: Mask = None,
     attentions: list[mx.array] | None = None,
 ) -> mx.array:
@@ -22,6 +23,8 @@ def attend(
     Args:
         queries: float[B, H, L, D].
         keys, values: float[B, H', S, D]; each of the H' heads serves H / H' query heads.
+        softcap: where given, each score s becomes softcap tanh(s / softcap) before the mask (arXiv:2408.00118). The
+            fused attention cannot do that.
         mask: bool[L, S] or bool[B, 1, L, S], true where a query may look; "causal" when the queries are the last L of
             the S positions; None when every query sees every key.
         attentions: where given, the weights float[B, H, L, S] are computed explicitly and appended.
@@ -29,18 +32,21 @@ def attend(
     Returns:
         float[B, H, L, D].
     """
-    if attentions is None:
+    if attentions is None and softcap is None:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     (B, H, L, D), S, groups = queries.shape, keys.shape[2], queries.shape[1] // keys.shape[1]
     queries = (queries * scale).reshape(B, H // groups, groups, L, D)
     scores = queries @ keys[:, :, None].swapaxes(-1, -2)
+    if softcap is not None:
+        scores = softcap * mx.tanh(scores / softcap)
     if isinstance(mask, str):
         mask = mx.arange(S - L, S)[:, None] >= mx.arange(S)
     if mask is not None:
         mask = mask if mask.ndim == 2 else mask[:, None]
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
     weights = mx.softmax(scores, axis=-1, precise=True)
-    attentions.append(weights.reshape(B, H, L, S))
+    if attentions is not None:
+        attentions.append(weights.reshape(B, H, L, S))
     return (weights @ values[:, :, None]).reshape(B, H, L, D)
 
 
@@ -56,11 +62,14 @@ class Attention(nn.Module):
         head_dim: int,
         qkv_bias: bool,
         o_bias: bool,
+        scale: float,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
-        self.scale = head_dim**-0.5
+        self.scale = scale
+        self.softcap = softcap
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
@@ -85,5 +94,5 @@ class Attention(nn.Module):
             q, k = rope(q, offset=offset), rope(k, offset=offset)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        out = attend(q, k, v, scale=self.scale, mask=mask, attentions=attentions)
+        out = attend(q, k, v, scale=self.scale, softcap=self.softcap, mask=mask, attentions=attentions)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))  # (B, L, C)

@@ -11,7 +11,6 @@ from .errors import VLMError
 from .model import VLM, Inputs
 from .processor import Processor
 from .prompt import Message, Prompt, images_of, to_messages
-from .rope import depends_on_length
 from .stream import Chunk, Options, stream_inputs
 
 
@@ -111,7 +110,7 @@ class Chat:
     def _reuse(self, inputs: Inputs) -> int:
         """Trim the cache to what it shares with the inputs, all but their last token; return its length."""
         wanted = self._identify(inputs)
-        if depends_on_length(self.model.config.decoder, len(wanted)):
+        if self.model.decoder.reads_whole(len(wanted)):
             self._held = self._held[:0]
         length = min(len(self._held), len(wanted) - 1)
         different = np.flatnonzero((self._held[:length] != wanted[:length]).any(axis=-1))

@@ -67,6 +67,8 @@ class VisionConfig:
     """A bias in the patch projection (SigLIP)."""
     pre_norm: bool
     """A norm between the embeddings and the first block (CLIP)."""
+    post_norm: bool
+    """A norm behind the last block, of what the projector reads from it."""
     feature_layers: tuple[int, ...]
     drop_first_feature: bool
     """LLaVA's feature strategy `default`: the first row, CLIP's class token, is left out."""
@@ -78,6 +80,7 @@ class VisionConfig:
         _check_multiple(self, "hidden_size", "num_attention_heads")
         if self.patch_size > self.image_size:
             raise CheckpointError(f"config.json: patch_size {self.patch_size} exceeds image_size {self.image_size}")
+        _check_flags(self, "class_token", "patch_bias", "pre_norm", "post_norm", "drop_first_feature")
         if not self.feature_layers:
             raise CheckpointError("config.json: the list of vision feature layers is empty")
         for layer in self.feature_layers:
@@ -86,6 +89,9 @@ class VisionConfig:
                     f"config.json: vision feature layer {layer} does not exist; the tower has "
                     f"{self.num_hidden_layers} layers"
                 )
+
+        if self.post_norm and self.depth < self.num_hidden_layers:
+            raise CheckpointError("config.json: the norm behind the last vision block needs that block to be read")
 
     @property
     def depth(self) -> int:
@@ -127,6 +133,37 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """The decoder's RMS norms."""
+
+    rms_norm_eps: float
+    rms_norm_offset: float = 0.0
+    """Added to the stored weight: Gemma's are around 0 and multiply by 1 + weight."""
+    sandwich: bool = False
+    """Norms behind attention and MLP too, before the residual (Gemma 2)."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "rms_norm_eps")
+        _check_flags(self, "sandwich")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleConfig:
+    """Fixed factors and caps that keep a decoder's numbers in range; a cap c turns x into c tanh(x / c)."""
+
+    embed_scale: float = 1.0
+    """Of the tokens' embeddings, not of image features."""
+    query_pre_attn_scalar: float | None = None
+    """Attention scores are divided by its root; None: by that of `head_dim`."""
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+
+    def __post_init__(self) -> None:
+        optional = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+        _check_positive(self, "embed_scale", *(name for name in optional if getattr(self, name) is not None))
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A pre-norm decoder with grouped-query attention, rotary positions and a gated MLP."""
 
@@ -138,7 +175,8 @@ class DecoderConfig:
     head_dim: int
     intermediate_size: int
     hidden_act: Activation
-    rms_norm_eps: float
+    norms: NormConfig
+    scales: ScaleConfig
     max_position_embeddings: int
     rope_theta: float
     rope_scaling: Mapping[str, Any] | None
@@ -150,12 +188,14 @@ class DecoderConfig:
     sliding_window: int | None
     """Keys that a `sliding_attention` layer sees, the query's own among them."""
     tie_word_embeddings: bool
+    prefix_lm: bool
+    """The prompt's tokens see one another, later ones too; what follows it is causal."""
 
     def __post_init__(self) -> None:
         _check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         _check_sizes(self, "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")
-        _check_positive(self, "rms_norm_eps", "rope_theta")
-        _check_flags(self, "qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings")
+        _check_positive(self, "rope_theta")
+        _check_flags(self, "qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings", "prefix_lm")
         _check_multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim % 2:
             raise CheckpointError(f"config.json: rotary positions need an even head_dim, not {self.head_dim}")

@@ -1,7 +1,8 @@
 """The decoder: embeddings -> logits.
 
 Source: LLaMA (arXiv:2302.13971). Mistral (arXiv:2310.06825) adds grouped queries and a sliding window, Qwen2
-(arXiv:2407.10671) biases on queries, keys and values. Modules are named as Hugging Face names them.
+(arXiv:2407.10671) biases on queries, keys and values, Gemma 2 (arXiv:2408.00118) norms on both sides and caps. Modules
+are named as Hugging Face names them.
 """
 
 from collections.abc import Sequence
@@ -13,10 +14,10 @@ import mlx.nn as nn
 from .activation import ACTIVATIONS
 from .attention import Attention, Mask
 from .config import DecoderConfig
-from .rope import make_rope
+from .rope import depends_on_length, make_rope
 
 
-def causal_mask(num_queries: int, offset: int, window: int | None) -> Mask:
+def causal_mask(num_queries: int, offset: int, window: int | None, prefix: int = 0) -> Mask:
     """What `num_queries` tokens after `offset` cached ones may look at: themselves and what stands before them.
 
     With a window of 3, queries 2 and 3 of 4 tokens see
@@ -25,14 +26,40 @@ def causal_mask(num_queries: int, offset: int, window: int | None) -> Mask:
         2      x x x .
         3      . x x x
 
+    The first `prefix` tokens of all see one another besides, in whatever window (arXiv:1910.10683, fig. 3).
+
     Returns:
         None or "causal" where the fused attention needs no array, else bool[num_queries, offset + num_queries].
     """
-    if window is None or offset + num_queries <= window:
+    total = offset + num_queries
+    if prefix >= total:
+        return None
+    if prefix <= offset and (window is None or total <= window):
         return None if num_queries == 1 else "causal"
-    queries = mx.arange(offset, offset + num_queries)[:, None]
-    keys = mx.arange(offset + num_queries)
-    return (keys <= queries) & (keys > queries - window)
+    queries, keys = mx.arange(offset, total)[:, None], mx.arange(total)
+    seen = (keys <= queries) & (keys > queries - (total if window is None else window))
+    return seen | ((queries < prefix) & (keys < prefix))
+
+
+class OffsetRMSNorm(nn.Module):
+    """RMS norm whose weight is stored without an offset; in float32, as models/gemma of transformers computes it."""
+
+    def __init__(self, dims: int, *, eps: float, offset: float) -> None:
+        super().__init__()
+        self.weight = mx.zeros(dims)
+        self.eps = eps
+        self.offset = offset
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self.weight.astype(mx.float32) + self.offset
+        return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
+
+
+def make_norm(config: DecoderConfig) -> nn.Module:
+    norms = config.norms
+    if norms.rms_norm_offset:
+        return OffsetRMSNorm(config.hidden_size, eps=norms.rms_norm_eps, offset=norms.rms_norm_offset)
+    return nn.RMSNorm(config.hidden_size, eps=norms.rms_norm_eps)
 
 
 class MLP(nn.Module):
@@ -52,7 +79,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = make_norm(config)
         self.self_attn = Attention(
             config.hidden_size,
             num_heads=config.num_attention_heads,
@@ -60,8 +87,10 @@ class DecoderLayer(nn.Module):
             head_dim=config.head_dim,
             qkv_bias=config.qkv_bias,
             o_bias=config.o_bias,
+            scale=(config.scales.query_pre_attn_scalar or config.head_dim) ** -0.5,
+            softcap=config.scales.attn_logit_softcapping,
         )
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
     def __call__(
@@ -71,22 +100,56 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class SandwichLayer(DecoderLayer):
+    """Gemma 2's layer: what attention and MLP give is normed, too.
+
+    `post_attention_layernorm` stands behind the attention here, not in front of the MLP.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.pre_feedforward_layernorm = make_norm(config)
+        self.post_feedforward_layernorm = make_norm(config)
+
+    def __call__(
+        self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: list[mx.array] | None
+    ) -> mx.array:
+        y = self.self_attn(self.input_layernorm(x), mask=mask, rope=rope, cache=cache, attentions=attentions)
+        x = x + self.post_attention_layernorm(y)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
 class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        layer = SandwichLayer if config.norms.sandwich else DecoderLayer
+        self.layers = [layer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = make_norm(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = make_rope(config)
+
+    def embed(self, input_ids: mx.array) -> mx.array:
+        """int[B, L] -> float[B, L, C]: the tokens' embeddings, scaled where the config says so."""
+        embeddings = self.embed_tokens(input_ids)
+        scale = self.config.scales.embed_scale
+        return embeddings if scale == 1 else embeddings * mx.array(scale, dtype=embeddings.dtype)
+
+    def reads_whole(self, length: int) -> bool:
+        """Whether the keys of a prompt of this length depend on all of it.
+
+        Then it cannot be read in pieces, nor can keys that were cached for a shorter one be used again.
+        """
+        return self.config.prefix_lm or depends_on_length(self.config, length)
 
     def __call__(
         self,
         embeddings: mx.array,
         cache: Sequence[Any] | None = None,
         attentions: list[mx.array] | None = None,
+        prefix: int | None = None,
     ) -> mx.array:
         """Run the layers and the final norm; `logits` turns rows of the result into scores.
 
@@ -94,6 +157,8 @@ class Decoder(nn.Module):
             embeddings: float[B, L, C].
             cache: one of mlx-lm's KV caches a layer; these L tokens are appended to it.
             attentions: where given, each layer appends its weights float[B, H, L, S].
+            prefix: tokens of the sequence's beginning that see one another, where the config says `prefix_lm`. By
+                default those of the call that begins the sequence.
 
         Returns:
             float[B, L, C].
@@ -101,9 +166,14 @@ class Decoder(nn.Module):
         config = self.config
         caches: Sequence[Any] = [None] * len(self.layers) if cache is None else cache
         offset = 0 if caches[0] is None else caches[0].offset
+        length = embeddings.shape[1]
+        if not config.prefix_lm:
+            prefix = 0
+        elif prefix is None:
+            prefix = 0 if offset else length
         masks = {
-            "full_attention": causal_mask(embeddings.shape[1], offset, None),
-            "sliding_attention": causal_mask(embeddings.shape[1], offset, config.sliding_window),
+            "full_attention": causal_mask(length, offset, None, prefix),
+            "sliding_attention": causal_mask(length, offset, config.sliding_window, prefix),
         }
         x = embeddings
         for layer, kind, layer_cache in zip(self.layers, config.layer_types, caches, strict=True):
@@ -112,6 +182,6 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """float[B, L, C] -> float[B, L, vocab_size]."""
-        if "lm_head" in self:
-            return self.lm_head(hidden)
-        return self.embed_tokens.as_linear(hidden)
+        logits = self.lm_head(hidden) if "lm_head" in self else self.embed_tokens.as_linear(hidden)
+        cap = self.config.scales.final_logit_softcapping
+        return logits if cap is None else cap * mx.tanh(logits / cap)

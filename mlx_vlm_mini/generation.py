@@ -8,7 +8,6 @@ from typing import Any, cast
 import mlx.core as mx
 
 from .decoder import Decoder
-from .rope import depends_on_length
 
 Sampler = Callable[[mx.array], mx.array]
 """float[1, vocab_size] log-probabilities -> int[1] token ids, as mlx-lm's `make_sampler` makes them."""
@@ -53,14 +52,14 @@ def prefill(
 
     Args:
         embeddings: float[1, L, C], the prompt's or the part of it that the cache lacks.
-        step: tokens a chunk. Not applied where rotary angles depend on the prompt's length.
+        step: tokens a chunk. Not applied where the prompt's keys depend on all of it.
         progress: called with tokens done and tokens in all.
 
     Returns:
         float[1, vocab_size], the logits of the last token; not evaluated.
     """
     total = embeddings.shape[1]
-    if depends_on_length(decoder.config, cache[0].offset + total):
+    if decoder.reads_whole(cache[0].offset + total):
         step = total
     done = 0
     while total - done > step:
@@ -109,7 +108,7 @@ def decode(
         if count < max_tokens:
             if logits_processors:
                 tokens = mx.concatenate([tokens, current.astype(tokens.dtype)])
-            hidden = decoder(decoder.embed_tokens(current[:, None]), cache)
+            hidden = decoder(decoder.embed(current[:, None]), cache)
             token, logprob = choose(decoder.logits(hidden)[:, 0])
             mx.async_eval(token, logprob)
         yield Token(cast(int, current.item()), cast(float, current_logprob.item()))

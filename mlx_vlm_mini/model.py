@@ -56,7 +56,7 @@ class VLM(nn.Module):
     """A vision-language model.
 
     pixel_values --vision--> features --projector--> image embeddings --+
-    input_ids --decoder.embed_tokens--> embeddings <--------------------+   at the slots
+    input_ids --decoder.embed--> embeddings <---------------------------+   at the slots
     embeddings --decoder--> hidden states --decoder.logits--> logits
     """
 
@@ -126,7 +126,7 @@ class VLM(nn.Module):
             PromptError: the number of slots differs from the number of feature rows.
             CheckpointError: the image processor cuts tiles otherwise than config.json says.
         """
-        embeddings = self.decoder.embed_tokens(inputs.input_ids[:, start:])
+        embeddings = self.decoder.embed(inputs.input_ids[:, start:])
         count = int(inputs.slots.sum())
         given = sum(image.tokens for image in inputs.images)
         if count != given:

@@ -124,7 +124,7 @@ class Processor:
             )
             for image in prepared
         ]
-        ids = np.array(self.tokenizer.encode_prompt(text), dtype=np.int32)
+        ids = np.array(self.tokenizer.encode_prompt(text, image_token=self.image_token), dtype=np.int32)
         if not len(ids):
             raise PromptError("the prompt is empty: the chat template gives no text for these messages")
         places = np.flatnonzero(ids == self.config.image_token_id)

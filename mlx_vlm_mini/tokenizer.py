@@ -3,6 +3,7 @@
 transformers' AutoTokenizer would import torch wherever it is installed; the file alone decides here.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
 
 _CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
+    "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
 }
@@ -44,15 +46,21 @@ class Tokenizer:
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a whole prompt: one `bos_token`, whether the chat template wrote it or not."""
-        bos = self.special_tokens.get("bos_token")
-        return self.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+    def encode_prompt(self, text: str, *, image_token: str) -> list[int]:
+        """Token ids of a whole prompt: one `bos_token`, whether the chat template wrote it or not.
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of a whole prompt as `encode_prompt` gives them, and where each token's text begins and ends."""
+        Args:
+            image_token: may stand in front of the `bos_token` that the template wrote.
+        """
+        return self.encode(text, add_special_tokens=not self._has_bos(text, image_token))
+
+    def _has_bos(self, text: str, image_token: str) -> bool:
         bos = self.special_tokens.get("bos_token")
-        encoding = self.backend.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+        return bool(bos) and re.match(f"(?:{re.escape(image_token)})*{re.escape(bos or '')}", text) is not None
+
+    def encode_with_offsets(self, text: str, *, image_token: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a whole prompt as `encode_prompt` gives them, and where each token's text begins and ends."""
+        encoding = self.backend.encode(text, add_special_tokens=not self._has_bos(text, image_token))
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

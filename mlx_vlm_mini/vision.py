@@ -57,6 +57,7 @@ class Block(nn.Module):
             head_dim=config.hidden_size // heads,
             qkv_bias=True,
             o_bias=True,
+            scale=(config.hidden_size // heads) ** -0.5,
         )
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
@@ -77,6 +78,8 @@ class VisionTransformer(nn.Module):
         if config.pre_norm:
             self.norm_pre = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.blocks = [Block(config) for _ in range(config.depth)]
+        if config.post_norm:
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, pixel_values: mx.array, attentions: list[mx.array] | None = None) -> mx.array:
         """Encode images.
@@ -108,5 +111,7 @@ class VisionTransformer(nn.Module):
         states = [x]
         for block in self.blocks:
             states.append(block(states[-1], attentions))
+        if "norm" in self:
+            states[-1] = self.norm(states[-1])
         features = mx.concatenate([states[layer] for layer in self.config.feature_layers], axis=-1)
         return features[:, 1:] if self.config.drop_first_feature else features

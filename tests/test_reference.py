@@ -5,6 +5,7 @@ pytest -m reference        needs the `reference` extra
 
 import io
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,7 @@ from reference import CASES, GOLDEN, SPECS, Reference, expected_outputs
 
 from mlx_vlm_mini import Chat, load
 from mlx_vlm_mini.anyres import count_tokens, pack
-from mlx_vlm_mini.families import llava, llava_next
+from mlx_vlm_mini.families import llava, llava_next, paligemma
 from mlx_vlm_mini.generation import prefill
 from mlx_vlm_mini.image import open_image
 from mlx_vlm_mini.preprocess import LLAVA_NEXT_PINPOINTS, image_settings, preprocess
@@ -45,7 +46,7 @@ def compare(folder, messages, chat_template, steps=6):
     for token, logprobs in zip(expected["token_ids"].tolist(), expected["logprobs"], strict=True):
         own = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
         np.testing.assert_allclose(own, logprobs, atol=TOLERANCE)
-        logits = model.decoder.logits(model.decoder(model.decoder.embed_tokens(mx.array([[token]])), cache))[:, -1]
+        logits = model.decoder.logits(model.decoder(model.decoder.embed(mx.array([[token]])), cache))[:, -1]
 
 
 def variant(name, folder, text=None, vision=None, **changes):
@@ -123,6 +124,11 @@ VARIANTS = {
     "no window": ("llava-clip-mistral", {"sliding_window": None}, {}, {}),
     "window of two": ("llava-clip-mistral", {"sliding_window": 2}, {}, {}),
     "tiles, the last layer": ("llava-next-clip-mistral", {}, {}, {"vision_feature_layer": -1}),
+    "no caps": ("paligemma2-gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}, {}, {}),
+    "window of the whole prompt": ("paligemma2-gemma2", {"sliding_window": 20}, {}, {}),
+    "other layers slide": ("paligemma2-gemma2", {
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}, {}, {}),
+    "gelu in Gemma means tanh": ("paligemma-gemma", {"hidden_act": "gelu"}, {}, {}),
     "windows in the last layers": ("llava-siglip-qwen2", {
         "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}, {}, {}),
@@ -135,8 +141,36 @@ def test_variants(kind, tmp_path):
     folder = variant(name, tmp_path / "model", text, vision, **changes)
     if "vision_feature_select_strategy" in changes:
         edit_json(folder / "processor_config.json", **changes)
-    for case in ("two_images", "text"):
+    for case in ("two_images", "text" if "text" in SPECS[name].cases else "image"):
         compare(folder, CASES[case], SPECS[name].chat_template)
+
+
+TEXTS = (
+    "a", " lead", "trail ", "two\nlines\n", "<loc0012> and <seg001>x", "naïve 日本 🙂", "tab\there", "<bos>typed", "<eos>", "  a   b",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_prompt_ids_of_paligemma_equal_the_reference(text):
+    _, processor = load(GOLDEN / "paligemma-gemma")
+    reference = Reference(GOLDEN / "paligemma-gemma").processor
+    expected = reference(text="<image>" + text, images=[Image.open(GOLDEN / "shapes.png")], return_tensors="np")
+    inputs = processor(text, [GOLDEN / "shapes.png"])
+    np.testing.assert_array_equal(np.array(inputs.input_ids), expected["input_ids"])
+
+
+@pytest.mark.parametrize("text", [None, "gemma", "gemma2"])
+def test_defaults_of_paligemma_equal_the_reference(text):
+    from transformers import AutoConfig, PaliGemmaConfig
+
+    whole, sparse = PaliGemmaConfig().to_dict(), {}
+    if text is not None:
+        whole["text_config"] = AutoConfig.for_model(text).to_dict()
+        whole["projection_dim"] = whole["text_config"]["hidden_size"]
+        sparse = {"text_config": {"model_type": text}, "projection_dim": whole["projection_dim"]}
+    expected = paligemma.config(whole)
+    plain = replace(expected.decoder, rope_scaling=None)  # where transformers writes {"rope_type": "default"}
+    assert paligemma.config(sparse) == replace(expected, decoder=plain)
 
 
 def test_a_second_turn_equals_the_reference():

@@ -142,7 +142,7 @@ def encode(processor: Processor, example: Example) -> Encoded:
         return processor.expand(messages[:count], shown, add_generation_prompt=prompt)
 
     text, is_slot = render(len(messages), False)
-    ids, offsets = processor.tokenizer.encode_with_offsets(text)
+    ids, offsets = processor.tokenizer.encode_with_offsets(text, image_token=processor.image_token)
     ends = np.array([end for _, end in offsets])
     answer = np.zeros(len(ids), dtype=bool)
     for number, message in enumerate(messages):

@@ -87,7 +87,7 @@ def batch_loss(
     model: VLM, input_ids: mx.array, targets: mx.array, features_at: mx.array, pixel_values: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Negative log-likelihood of a batch's targets, summed, and their number; see `Batch`."""
-    embeddings = model.decoder.embed_tokens(input_ids)
+    embeddings = model.decoder.embed(input_ids)
     if pixel_values.shape[0]:
         features = model.projector(model.vision(pixel_values))
         features = features.reshape(-1, features.shape[-1])
@@ -128,6 +128,8 @@ class Trainer:
     ) -> None:
         if model.config.image_grid_pinpoints is not None:
             raise CheckpointError(f"family '{model.config.family}' cuts images into tiles, which cannot be trained yet")
+        if model.config.decoder.prefix_lm:
+            raise CheckpointError(f"family '{model.config.family}' is a prefix-LM, which cannot be trained yet")
         self.model, self.processor, self.settings = model, processor, settings
         self.examples, self.valid = examples, valid
         self.folder = folder

@@ -10,7 +10,7 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
-from . import llava, llava_next
+from . import llava, llava_next, paligemma
 
 
 class Family(Protocol):
@@ -35,7 +35,7 @@ class Family(Protocol):
         """What stands in the prompt's text for an image of `size`, height and width: one `image_token` an embedding."""
 
 
-FAMILIES: dict[str, Family] = {"llava": llava, "llava_next": llava_next}
+FAMILIES: dict[str, Family] = {"llava": llava, "llava_next": llava_next, "paligemma": paligemma}
 
 
 def find_family(hf: Mapping[str, Any]) -> Family:

@@ -1,13 +1,22 @@
 """Parts that several families are composed of: their configs with class defaults, and their tensors' names.
 
-Source: configuration_*.py and modeling_*.py of clip, siglip, llama, mistral, qwen2, llava and llava_next in
-huggingface/transformers.
+Source: configuration_*.py and modeling_*.py of clip, siglip, llama, mistral, qwen2, gemma, gemma2, llava and llava_next
+in huggingface/transformers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
-from mlx_vlm_mini.config import Activation, DecoderConfig, LayerType, ProjectorConfig, VisionConfig, VLMConfig
+from mlx_vlm_mini.config import (
+    Activation,
+    DecoderConfig,
+    LayerType,
+    NormConfig,
+    ProjectorConfig,
+    ScaleConfig,
+    VisionConfig,
+    VLMConfig,
+)
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.rope import rope_type
 
@@ -36,7 +45,18 @@ _QWEN2 = {
     "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
     "max_window_layers": 28, "layer_types": None,
 }  # fmt: skip
-_DECODERS = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2}
+_GEMMA = {
+    **_LLAMA, "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
+_GEMMA2 = {
+    **_GEMMA, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+    "sliding_window": 4096, "layer_types": None, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+}  # fmt: skip
+_GEMMA2_SCALES = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+_DECODERS = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "gemma": _GEMMA, "gemma2": _GEMMA2}
 
 
 _SAME_ACTIVATION = {
@@ -53,7 +73,9 @@ def activation(name: str) -> Activation:
     return cast(Activation, name)
 
 
-def vision_tower(hf: Mapping[str, Any], *, feature_layers: int | list[int], drop_first_feature: bool) -> VisionConfig:
+def vision_tower(
+    hf: Mapping[str, Any], *, feature_layers: int | list[int], drop_first_feature: bool, post_norm: bool = False
+) -> VisionConfig:
     """A CLIP or SigLIP tower from its part of config.json; `feature_layers` may count from the end."""
     model_type = hf.get("model_type", "clip_vision_model")
     if model_type not in _TOWERS:
@@ -75,6 +97,7 @@ def vision_tower(hf: Mapping[str, Any], *, feature_layers: int | list[int], drop
         class_token=clip,
         patch_bias=not clip,
         pre_norm=clip,
+        post_norm=post_norm,
         feature_layers=tuple(layer + depth + 1 if -depth - 1 <= layer < 0 else layer for layer in layers),
         drop_first_feature=drop_first_feature,
     )
@@ -88,18 +111,28 @@ def _side(size: Any, name: str) -> int:
     return cast(int, sides.pop())
 
 
-def text_decoder(hf: Mapping[str, Any], *, tie_word_embeddings: bool = False) -> DecoderConfig:
-    """A Llama, Mistral or Qwen2 decoder from its part of config.json."""
+def text_decoder(
+    hf: Mapping[str, Any],
+    *,
+    proven: Sequence[str] = ("llama", "mistral", "qwen2"),
+    tie_word_embeddings: bool = False,
+    prefix_lm: bool = False,
+) -> DecoderConfig:
+    """A decoder from its part of config.json, of a kind that the family is proven with."""
     model_type = hf.get("model_type", "llama")
-    if model_type not in _DECODERS:
-        known = ", ".join(sorted(_DECODERS))
-        raise CheckpointError(f"config.json: decoder '{model_type}' is not supported (known: {known})")
+    if model_type not in proven:
+        raise CheckpointError(f"config.json: decoder '{model_type}' is not supported (known: {', '.join(proven)})")
     values = {**_DECODERS[model_type], **hf}
     heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
     rope = _rope(values)
     theta = rope.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
     layer_types = _layer_types(model_type, values)
     sliding = "sliding_attention" in layer_types
+    biased = model_type in ("llama", "gemma", "gemma2") and values["attention_bias"]
+    gemma = model_type in ("gemma", "gemma2")
+    act = values["hidden_activation"] if model_type == "gemma2" else values["hidden_act"]
+    if gemma and act == "gelu":  # what old configs wrote, and the weights were trained with the other
+        act = "gelu_pytorch_tanh"
     return DecoderConfig(
         vocab_size=values["vocab_size"],
         hidden_size=values["hidden_size"],
@@ -108,17 +141,26 @@ def text_decoder(hf: Mapping[str, Any], *, tie_word_embeddings: bool = False) ->
         num_key_value_heads=values["num_key_value_heads"] or heads,
         head_dim=values["head_dim"] or values["hidden_size"] // heads,
         intermediate_size=values["intermediate_size"],
-        hidden_act=activation(values["hidden_act"]),
-        rms_norm_eps=values["rms_norm_eps"],
+        hidden_act=activation(act),
+        norms=NormConfig(
+            rms_norm_eps=values["rms_norm_eps"],
+            rms_norm_offset=1.0 if gemma else 0.0,
+            sandwich=model_type == "gemma2",
+        ),
+        scales=ScaleConfig(
+            embed_scale=values["hidden_size"] ** 0.5 if gemma else 1.0,
+            **({key: values[key] for key in _GEMMA2_SCALES} if model_type == "gemma2" else {}),
+        ),
         max_position_embeddings=values["max_position_embeddings"],
         rope_theta=theta,
         rope_scaling=rope or None,
-        qkv_bias=model_type == "qwen2" or (model_type == "llama" and values["attention_bias"]),
-        o_bias=model_type == "llama" and values["attention_bias"],
+        qkv_bias=model_type == "qwen2" or biased,
+        o_bias=biased,
         mlp_bias=model_type == "llama" and values["mlp_bias"],
         layer_types=layer_types,
         sliding_window=values["sliding_window"] if sliding else None,
         tie_word_embeddings=tie_word_embeddings or values["tie_word_embeddings"],
+        prefix_lm=prefix_lm,
     )
 
 
@@ -137,6 +179,10 @@ def _layer_types(model_type: str, values: Mapping[str, Any]) -> tuple[LayerType,
     layers, window = values["num_hidden_layers"], values.get("sliding_window")
     if model_type == "mistral" and window is not None:
         return ("sliding_attention",) * layers
+    if model_type == "gemma2" and window is not None:
+        if values["layer_types"] is not None:
+            return tuple(values["layer_types"])
+        return tuple("full_attention" if i % 2 else "sliding_attention" for i in range(layers))
     if model_type == "qwen2" and values["use_sliding_window"] and window is not None:
         if values["layer_types"] is not None:
             return tuple(values["layer_types"])
@@ -145,8 +191,8 @@ def _layer_types(model_type: str, values: Mapping[str, Any]) -> tuple[LayerType,
     return ("full_attention",) * layers
 
 
-def clip_weights(prefix: str) -> dict[str, str | None]:
-    """Names of a CLIP or SigLIP tower; the pooling parts that no VLM reads are dropped."""
+def clip_weights(prefix: str, *, post_norm: bool = False) -> dict[str, str | None]:
+    """Names of a CLIP or SigLIP tower; what no VLM reads is dropped, without `post_norm` the last norm, too."""
     block = prefix + "encoder.layers.{}."
     return {
         prefix + "embeddings.class_embedding": "vision.class_token",
@@ -162,7 +208,7 @@ def clip_weights(prefix: str) -> dict[str, str | None]:
         block + "layer_norm2": "vision.blocks.{}.norm2",
         block + "mlp.fc1": "vision.blocks.{}.mlp.fc1",
         block + "mlp.fc2": "vision.blocks.{}.mlp.fc2",
-        prefix + "post_layernorm": None,
+        prefix + "post_layernorm": "vision.norm" if post_norm else None,
         prefix + "head.probe": None,
         prefix + "head.attention.in_proj_weight": None,
         prefix + "head.attention.in_proj_bias": None,
@@ -176,11 +222,12 @@ def clip_weights(prefix: str) -> dict[str, str | None]:
 _LAYER_MODULES = (
     "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    "pre_feedforward_layernorm", "post_feedforward_layernorm",
 )  # fmt: skip
 
 
 def llama_weights(prefix: str) -> dict[str, str | None]:
-    """Names of a Llama, Mistral or Qwen2 decoder without its head: ours are the same behind the prefix."""
+    """Names of a Llama, Mistral, Qwen2 or Gemma decoder without its head: ours are the same behind the prefix."""
     names: dict[str, str | None] = {prefix + name: f"decoder.{name}" for name in ("embed_tokens", "norm")}
     names |= {prefix + "layers.{}." + name: "decoder.layers.{}." + name for name in _LAYER_MODULES}
     names[prefix + "layers.{}.self_attn.rotary_emb.inv_freq"] = None
@@ -193,22 +240,30 @@ _LLAVA_VISION = {  # of a config without vision_config: CLIP-L/14 at 336 pixels
     "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
 }  # fmt: skip
 
-LLAVA_WEIGHTS: Mapping[str, str | None] = {
-    **clip_weights("vision_tower.vision_model."),
-    **clip_weights("vision_tower."),
-    **clip_weights("model.vision_tower.vision_model."),
-    **clip_weights("model.vision_tower."),
-    "multi_modal_projector.linear_1": "projector.layers.0",
-    "multi_modal_projector.linear_2": "projector.layers.1",
-    "model.multi_modal_projector.linear_1": "projector.layers.0",
-    "model.multi_modal_projector.linear_2": "projector.layers.1",
-    **llama_weights("language_model.model."),
-    **llama_weights("language_model."),
-    **llama_weights("model.language_model."),
-    "language_model.lm_head": "decoder.lm_head",
-    "lm_head": "decoder.lm_head",
-}
-"""Of the Hub's files, of transformers since 4.52 in memory, and of what transformers 5 writes."""
+
+def vlm_weights(*projector: str, post_norm: bool = False) -> dict[str, str | None]:
+    """Names of a whole model in all layouts: the Hub's files, transformers since 4.52 in memory, what 5 writes.
+
+    Args:
+        projector: names of the projector's linear layers, in order.
+        post_norm: whether the vision tower's last norm is read.
+    """
+    names: dict[str, str | None] = {}
+    for prefix in (
+        "vision_tower.vision_model.",
+        "vision_tower.",
+        "model.vision_tower.vision_model.",
+        "model.vision_tower.",
+    ):
+        names |= clip_weights(prefix, post_norm=post_norm)
+    for prefix in ("multi_modal_projector.", "model.multi_modal_projector."):
+        names |= {prefix + name: f"projector.layers.{i}" for i, name in enumerate(projector)}
+    for prefix in ("language_model.model.", "language_model.", "model.language_model."):
+        names |= llama_weights(prefix)
+    return names | {"language_model.lm_head": "decoder.lm_head", "lm_head": "decoder.lm_head"}
+
+
+LLAVA_WEIGHTS: Mapping[str, str | None] = vlm_weights("linear_1", "linear_2")
 
 
 def llava_config(hf: Mapping[str, Any], family: str) -> VLMConfig:

@@ -36,9 +36,9 @@ def test_converted_equals_the_reference(name, tmp_path):
     with np.load(GOLDEN / name / "expected.npz") as expected:
         for folder in (tmp_path / "once", tmp_path / "twice"):
             model, processor = load(folder)
-            for case, messages in CASES.items():
+            for case in SPECS[name].cases:
                 tokens = expected[f"{case}/token_ids"].tolist()
-                chunks = list(stream_generate(model, processor, with_paths(messages), max_tokens=STEPS))
+                chunks = list(stream_generate(model, processor, with_paths(CASES[case]), max_tokens=STEPS))
                 assert [chunk.token for chunk in chunks] == tokens
                 chosen = expected[f"{case}/logprobs"][np.arange(STEPS), tokens]
                 np.testing.assert_allclose([chunk.logprob for chunk in chunks], chosen, atol=1e-4)

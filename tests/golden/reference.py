@@ -1,6 +1,7 @@
 """Tiny random checkpoints made, saved and answered by the reference: transformers 5.23 on torch 2.13.
 
-    python tests/golden/reference.py        rewrites this folder: pictures, checkpoints and expected outputs
+    python tests/golden/reference.py           rewrites this folder: pictures, checkpoints and expected outputs
+    python tests/golden/reference.py NAME...   rewrites these checkpoints only
 
 tests/test_reference.py recomputes the expected outputs live with the same code. Nothing else in this repository needs torch.
 """
@@ -8,9 +9,10 @@ tests/test_reference.py recomputes the expected outputs live with the same code.
 import io
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,10 @@ CASES: dict[str, list[dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """A tiny checkpoint: its parts' config classes and sizes, and the layout that its files take."""
+    """A tiny checkpoint: its parts' config classes and sizes, and the layout that its files take.
+
+    `cases` are those of CASES that the reference can take; `llava` is what else its config says.
+    """
 
     vision: tuple[str, dict[str, Any]]
     text: tuple[str, dict[str, Any]]
@@ -94,7 +99,7 @@ class Spec:
     config: Callable[[dict[str, Any]], None] = lambda config: None
     seed: int = 0
     family: str = "llava"
-    extra: dict[str, Any] = field(default_factory=dict)
+    cases: tuple[str, ...] = tuple(CASES)
 
 
 def hub_names(name: str) -> str:
@@ -144,6 +149,26 @@ def sparse(config: dict[str, Any]) -> None:
     for key in ("projector_hidden_act", "vision_feature_select_strategy", "vision_feature_layer"):
         config.pop(key)
     config["image_token_id"] = config.pop("image_token_index")
+
+
+def sparse_paligemma(config: dict[str, Any]) -> None:
+    """A config as google/paligemma-3b's, with PaliGemma 1's stale top-level hidden size."""
+    old_rope_keys(config)
+    text, vision = config["text_config"], config["vision_config"]
+    for key in (
+        "rms_norm_eps",
+        "hidden_act",
+        "tie_word_embeddings",
+        "rope_scaling",
+        "rope_theta",
+        "max_position_embeddings",
+    ):
+        text.pop(key)
+    for key in ("hidden_act", "layer_norm_eps", "num_channels"):
+        vision.pop(key)
+    for key in ("tie_word_embeddings", "vocab_size"):
+        config.pop(key, None)
+    config["hidden_size"] = 2048
 
 
 SPECS = {
@@ -216,6 +241,29 @@ SPECS = {
             image_grid_pinpoints=[[24, 48], [72, 96], [96, 96]])),
         tokenizer="qwen2", chat_template=CHATML, template_file="chat_template.jinja",
         rename=memory_names, shards=2, seed=7, family="llava_next"),
+    "paligemma-gemma": Spec(
+        vision=("siglip_vision_model", dict(
+            hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=5, image_size=42, patch_size=14,
+            vision_use_head=False)),
+        text=("gemma", dict(
+            hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
+            head_dim=16)),
+        llava=dict(projection_dim=48),
+        image_processor=("Siglip", dict(size={"height": 42, "width": 42}, image_seq_length=9)),
+        tokenizer="gemma", chat_template="", template_file="preprocessor_config.json",
+        rename=hub_names, config=sparse_paligemma, seed=8, family="paligemma", cases=("image", "two_images")),
+    "paligemma2-gemma2": Spec(
+        vision=("siglip_vision_model", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=3, image_size=48, patch_size=16,
+            vision_use_head=False)),
+        text=("gemma2", dict(
+            hidden_size=52, intermediate_size=70, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=10, query_pre_attn_scalar=7, sliding_window=6, attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0)),
+        llava=dict(projection_dim=52),
+        image_processor=("Siglip", dict(size={"height": 48, "width": 48}, image_seq_length=9)),
+        tokenizer="gemma", chat_template="", template_file="processor_config.json",
+        rename=memory_names, shards=2, seed=9, family="paligemma", cases=("image", "two_images")),
 }  # fmt: skip
 
 
@@ -236,7 +284,8 @@ def make_pictures(folder: Path) -> None:
 
 
 def make_tokenizer(kind: str) -> Any:
-    """A small tokenizer in Llama's form (SentencePiece-like BPE with byte fallback) or in Qwen2's (byte-level BPE)."""
+    """A small tokenizer in Llama's or Gemma's form (SentencePiece-like BPE with byte fallback) or in Qwen2's (byte-level
+    BPE)."""
     from tokenizers import (
         AddedToken,
         Tokenizer,
@@ -269,6 +318,20 @@ def make_tokenizer(kind: str) -> Any:
         return PreTrainedTokenizerFast(
             tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
         )
+    if kind == "gemma":
+        from transformers import GemmaTokenizer
+        from transformers.models.paligemma.processing_paligemma import EXTRA_TOKENS
+
+        words = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        words.normalizer = normalizers.Replace(" ", "▁")
+        words.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\n", *[f"<0x{byte:02X}>" for byte in range(256)]]
+        words.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=420, special_tokens=special))
+        model = json.loads(words.to_str())["model"]
+        gemma = GemmaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+        gemma.add_tokens(EXTRA_TOKENS)
+        gemma.add_special_tokens({"additional_special_tokens": [AddedToken("<image>", special=True, normalized=False)]})
+        return gemma
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
@@ -314,10 +377,11 @@ def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
 
     with torch.no_grad():
         for name, tensor in model.named_parameters():
+            gemma = text_type.startswith("gemma") and "language_model" in name  # adds 1 in its norms, scales embeddings
             if tensor.ndim == 1:
-                tensor.copy_(0.3 * noise(tensor) + ("norm" in name and name.endswith("weight")))
+                tensor.copy_(0.3 * noise(tensor) + ("norm" in name and name.endswith("weight") and not gemma))
             elif "embed" in name:
-                tensor.copy_(0.7 * noise(tensor))
+                tensor.copy_((0.1 if gemma else 0.7) * noise(tensor))
             else:
                 tensor.copy_(1.4 * noise(tensor) / tensor[0].numel() ** 0.5)
     return model
@@ -326,7 +390,7 @@ def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
 def save(spec: Spec, folder: Path) -> None:
     """Write a checkpoint folder in the layout that the spec asks for."""
     from safetensors.torch import load_file, save_file
-    from transformers import LlavaNextProcessor, LlavaProcessor
+    from transformers import LlavaNextProcessor, LlavaProcessor, PaliGemmaProcessor
 
     folder.mkdir(parents=True)
     tokenizer = make_tokenizer(spec.tokenizer)
@@ -357,21 +421,27 @@ def save(spec: Spec, folder: Path) -> None:
 
     kind, options = spec.image_processor
     clip = spec.vision[0] == "clip_vision_model"
-    processor = {"llava": LlavaProcessor, "llava_next": LlavaNextProcessor}[spec.family](
-        image_processor=make_image_processor(kind, options),
-        tokenizer=tokenizer,
-        patch_size=spec.vision[1]["patch_size"],
-        vision_feature_select_strategy=spec.llava.get("vision_feature_select_strategy", "default"),
-        num_additional_image_tokens=1 if clip else 0,
-        chat_template=spec.chat_template,
-    )
+    if spec.family == "paligemma":
+        processor: Any = PaliGemmaProcessor(make_image_processor(kind, options), tokenizer)
+    else:
+        processor = {"llava": LlavaProcessor, "llava_next": LlavaNextProcessor}[spec.family](
+            image_processor=make_image_processor(kind, options),
+            tokenizer=tokenizer,
+            patch_size=spec.vision[1]["patch_size"],
+            vision_feature_select_strategy=spec.llava.get("vision_feature_select_strategy", "default"),
+            num_additional_image_tokens=1 if clip else 0,
+            chat_template=spec.chat_template,
+        )
     processor.save_pretrained(folder)
-    if spec.template_file != "chat_template.jinja":
+    if spec.chat_template and spec.template_file != "chat_template.jinja":
         (folder / "chat_template.jinja").unlink()
         target = folder / spec.template_file
         content = json.loads(target.read_text()) if target.exists() else {}
         target.write_text(json.dumps({**content, "chat_template": spec.chat_template}, indent=1))
-    if spec.template_file == "chat_template.json":  # as older Hub folders: settings of images in a file of their own
+    if spec.template_file in (
+        "chat_template.json",
+        "preprocessor_config.json",
+    ):  # as older Hub folders: settings of images in a file of their own
         content = json.loads((folder / "processor_config.json").read_text())
         (folder / "preprocessor_config.json").write_text(json.dumps(content.pop("image_processor"), indent=1))
         (folder / "processor_config.json").write_text(json.dumps(content, indent=1))
@@ -440,13 +510,19 @@ class Reference:
         import torch
 
         plain, opened = with_pictures(messages, pictures)
-        text = self.processor.apply_chat_template(plain, add_generation_prompt=True, chat_template=self.chat_template)
-        bos = self.processor.tokenizer.bos_token
-        inputs = self.processor(
-            text=text, images=opened or None, return_tensors="pt",
-            add_special_tokens=not (bos and text.startswith(bos)),
-        )  # fmt: skip
-        names = ("input_ids", "pixel_values", "image_sizes", "attention_mask")
+        if self.chat_template:
+            text = self.processor.apply_chat_template(
+                plain, add_generation_prompt=True, chat_template=self.chat_template
+            )
+            bos = self.processor.tokenizer.bos_token
+            inputs = self.processor(
+                text=text, images=opened or None, return_tensors="pt",
+                add_special_tokens=not (bos and text.startswith(bos)),
+            )  # fmt: skip
+        else:  # a processor that lays out one text behind its images itself
+            text = "".join(part["text"] for part in plain[-1]["content"] if part["type"] == "text")
+            inputs = self.processor(text="<image>" * len(opened) + text, images=opened, return_tensors="pt")
+        names = ("input_ids", "pixel_values", "image_sizes", "attention_mask", "token_type_ids")
         inputs = {key: inputs[key] for key in names if key in inputs}
         ids = inputs["input_ids"]
         rows, tokens = [], []
@@ -484,25 +560,26 @@ def expected_outputs(name: str, golden: Path = GOLDEN) -> dict[str, np.ndarray]:
     reference = Reference(golden / name, SPECS[name].chat_template)
     return {
         f"{case}/{what}": array
-        for case, messages in CASES.items()
-        for what, array in reference.answer(messages, golden).items()
+        for case in SPECS[name].cases
+        for what, array in reference.answer(CASES[case], golden).items()
     }
 
 
-def regenerate() -> None:
-    """Rewrite tests/golden/."""
-    make_pictures(GOLDEN)
-    save_pickled(GOLDEN)
-    for name, spec in SPECS.items():
-        folder = GOLDEN / name
+def regenerate(names: list[str]) -> None:
+    """Rewrite tests/golden/, or of it the checkpoints of these names."""
+    if not names:
+        make_pictures(GOLDEN)
+        save_pickled(GOLDEN)
+    for name in names or SPECS:
+        folder, spec = GOLDEN / name, SPECS[name]
         shutil.rmtree(folder, ignore_errors=True)
         save(spec, folder)
         expected = expected_outputs(name)
         np.savez_compressed(folder / "expected.npz", **expected)
         print(name, sum(file.stat().st_size for file in folder.iterdir()) // 1024, "KiB")
-        for case in CASES:
+        for case in spec.cases:
             print("  ", case, len(expected[f"{case}/prompt_ids"]), "tokens ->", *expected[f"{case}/token_ids"])
 
 
 if __name__ == "__main__":
-    regenerate()
+    regenerate(sys.argv[1:])

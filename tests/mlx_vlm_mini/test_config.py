@@ -11,7 +11,16 @@ from checkpoints import PHOTO, PLAIN, edit_json
 import mlx_vlm_mini
 from mlx_vlm_mini import load
 from mlx_vlm_mini.activation import ACTIVATIONS
-from mlx_vlm_mini.config import Activation, DecoderConfig, LayerType, ProjectorConfig, VisionConfig, VLMConfig
+from mlx_vlm_mini.config import (
+    Activation,
+    DecoderConfig,
+    LayerType,
+    NormConfig,
+    ProjectorConfig,
+    ScaleConfig,
+    VisionConfig,
+    VLMConfig,
+)
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families import FAMILIES, llava
 from mlx_vlm_mini.rope import depends_on_length, make_rope
@@ -31,7 +40,7 @@ def test_an_empty_config_is_llava_of_seven_billion():
         1e-5,
     )
     assert (decoder.hidden_size, decoder.intermediate_size, decoder.num_key_value_heads) == (4096, 11008, 32)
-    assert (decoder.head_dim, decoder.rope_theta, decoder.rms_norm_eps) == (128, 10000.0, 1e-6)
+    assert (decoder.head_dim, decoder.rope_theta, decoder.norms.rms_norm_eps) == (128, 10000.0, 1e-6)
     assert (config.image_token_id, config.projector.hidden_act, config.projector.bias) == (32000, "gelu", True)
 
 
@@ -99,7 +108,14 @@ def test_what_configs_say_and_leave_out(hf, expected):
             {"vision_config": {"model_type": "dinov2"}},
             "vision tower 'dinov2' is not supported .known: clip_vision_model",
         ),
-        ({"text_config": {"model_type": "mamba"}}, "decoder 'mamba' is not supported .known: llama, mistral, qwen2"),
+        (
+            {"text_config": {"model_type": "mamba"}},
+            "decoder 'mamba' is not supported .known: llama, mistral, qwen2",
+        ),
+        (
+            {"text_config": {"model_type": "gemma"}},
+            "decoder 'gemma' is not supported .known: llama, mistral, qwen2",
+        ),
         ({"text_config": {"hidden_act": "swish9"}}, "activation 'swish9'"),
         (
             {"text_config": {"num_hidden_layers": -1}},
@@ -160,7 +176,7 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
     assert limit({"type": "linear", "factor": 2.0}) == limit({}) == []
 
 
-@pytest.mark.parametrize("config", [VisionConfig, ProjectorConfig, DecoderConfig, VLMConfig])
+@pytest.mark.parametrize("config", [VisionConfig, ProjectorConfig, NormConfig, ScaleConfig, DecoderConfig, VLMConfig])
 def test_every_field_has_a_reader_and_towers_stay_small(config):
     code = "".join(
         file.read_text() for file in PACKAGE.glob("*.py") if file.name not in ("config.py", "describe.py")

@@ -15,6 +15,8 @@ from mlx_vlm_mini.generation import decode, prefill
 from mlx_vlm_mini.stream import stream_generate
 
 TOLERANCE = 1e-4
+CASES_OF_GOLDENS = [(name, case) for name in sorted(SPECS) for case in sorted(SPECS[name].cases)]
+every_case = pytest.mark.parametrize(("golden", "case"), CASES_OF_GOLDENS, indirect=["golden"], scope="module")
 
 
 @pytest.fixture(scope="module", params=sorted(SPECS))
@@ -28,7 +30,7 @@ def log_softmax(logits: mx.array) -> np.ndarray:
     return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
+@every_case
 def test_inputs_equal_the_reference(golden, case):
     _, processor, expected = golden
     inputs = processor(with_paths(CASES[case]))
@@ -39,7 +41,7 @@ def test_inputs_equal_the_reference(golden, case):
         assert inputs.pixel_values is None
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
+@every_case
 def test_every_prompt_logit_equals_the_reference(golden, case):
     model, processor, expected = golden
     inputs = processor(with_paths(CASES[case]))
@@ -50,7 +52,7 @@ def test_every_prompt_logit_equals_the_reference(golden, case):
 
 
 @pytest.mark.parametrize("step", [5, 512])
-@pytest.mark.parametrize("case", sorted(CASES))
+@every_case
 def test_cached_decoding_equals_the_reference(golden, case, step):
     """Prefill in chunks of `step`, then every token's whole distribution."""
     model, processor, expected = golden
@@ -60,10 +62,10 @@ def test_cached_decoding_equals_the_reference(golden, case, step):
         logprobs = log_softmax(logits[0])
         np.testing.assert_allclose(logprobs, expected[f"{case}/logprobs"][i], atol=TOLERANCE)
         assert int(logprobs.argmax()) == token
-        logits = model.decoder.logits(model.decoder(model.decoder.embed_tokens(mx.array([[token]])), cache))[:, -1]
+        logits = model.decoder.logits(model.decoder(model.decoder.embed(mx.array([[token]])), cache))[:, -1]
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
+@every_case
 def test_streaming_equals_the_reference(golden, case):
     model, processor, expected = golden
     chunks = list(stream_generate(model, processor, with_paths(CASES[case]), max_tokens=STEPS))
@@ -81,17 +83,17 @@ def test_cached_equals_uncached(golden):
     """Token by token: decoding with the cache gives what reading the whole sequence afresh gives."""
     model, processor, _ = golden
     embeddings = model.embed(processor(with_paths(CASES["image"])))
-    cache = model.make_cache()
+    cache, prefix = model.make_cache(), embeddings.shape[1]
     logits = prefill(model.decoder, embeddings, cache, step=7)
     tokens = decode(
         model.decoder, logits, cache, prompt=mx.zeros(0, dtype=mx.int32), max_tokens=STEPS,
         sampler=lambda logprobs: mx.argmax(logprobs, axis=-1),
     )  # fmt: skip
     for token in tokens:
-        fresh = log_softmax(model.decoder.logits(model.decoder(embeddings))[0, -1])
+        fresh = log_softmax(model.decoder.logits(model.decoder(embeddings, prefix=prefix))[0, -1])
         assert int(fresh.argmax()) == token.id
         assert fresh[token.id] == pytest.approx(token.logprob, abs=TOLERANCE)
-        embeddings = mx.concatenate([embeddings, model.decoder.embed_tokens(mx.array([[token.id]]))], axis=1)
+        embeddings = mx.concatenate([embeddings, model.decoder.embed(mx.array([[token.id]]))], axis=1)
 
 
 def test_the_image_matters(golden):

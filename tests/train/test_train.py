@@ -223,9 +223,16 @@ def test_it_learns_to_tell_two_pictures_apart(tmp_path):
     assert (score.questions, score.right) == (2, 2) and score.right_blank < 2
 
 
-def test_a_family_with_tiles_is_refused(tmp_path):
-    model, processor = load(GOLDEN / "llava-next-clip-mistral")
-    with pytest.raises(CheckpointError, match="family 'llava_next' cuts images into tiles"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("llava-next-clip-mistral", "family 'llava_next' cuts images into tiles"),
+        ("paligemma-gemma", "family 'paligemma' is a prefix-LM"),
+    ],
+)
+def test_families_that_cannot_be_trained_are_refused(name, message, tmp_path):
+    model, processor = load(GOLDEN / name)
+    with pytest.raises(CheckpointError, match=message):
         Trainer(model, processor, [], tmp_path, Settings())
 
 
