@@ -61,8 +61,13 @@ def choose(
     small and lose more, are quantized only where `part_bits` asks for it, and always affinely.
 
     Raises:
-        CheckpointError: the mode has another number of bits.
+        CheckpointError: MLX has no such bits or groups, or the mode has another number of bits.
     """
+    for given in (bits, *part_bits.values()):
+        if given is not None and given not in BITS:
+            raise CheckpointError(f"weights are quantized to {', '.join(map(str, BITS))} bits, not to {given}")
+    if group_size not in GROUP_SIZES:
+        raise CheckpointError(f"groups have {', '.join(map(str, GROUP_SIZES))} weights, not {group_size}")
     chosen: dict[Part, Quantization] = {}
     fixed = _FIXED.get(mode)
     for part in get_args(Part):

@@ -69,7 +69,8 @@ class Chat:
         for part in images_of(turn):
             part["image"] = self.processor.prepare(part["image"])
         inputs = self.processor([*self.messages, *turn])
-        cached = self._reuse(inputs)
+        identity = self._identify(inputs)
+        cached = self._reuse(identity)
         answer: list[str] = []
         tokens: list[int] = []
         turns, cache, refused = self._turns, self._cache, False
@@ -91,7 +92,7 @@ class Chat:
             raise
         finally:
             if turns is self._turns:
-                self._keep(inputs, tokens)
+                self._keep(identity, tokens)
                 if not refused:
                     said = {"role": "assistant", "content": [{"type": "text", "text": "".join(answer)}]}
                     self.messages += [*turn, said]
@@ -107,9 +108,8 @@ class Chat:
             identity[own, 1] = np.arange(1, len(own) + 1, dtype=np.uint64)
         return identity
 
-    def _reuse(self, inputs: Inputs) -> int:
-        """Trim the cache to what it shares with the inputs, all but their last token; return its length."""
-        wanted = self._identify(inputs)
+    def _reuse(self, wanted: np.ndarray) -> int:
+        """Trim the cache to what it shares with a prompt, all but its last token; return its length."""
         if self.model.decoder.reads_whole(len(wanted)):
             self._held = self._held[:0]
         length = min(len(self._held), len(wanted) - 1)
@@ -120,10 +120,10 @@ class Chat:
         self._held = self._held[:length]
         return length
 
-    def _keep(self, inputs: Inputs, tokens: list[int]) -> None:
+    def _keep(self, prompt: np.ndarray, tokens: list[int]) -> None:
         """Note what the cache holds after an answer; trim the token that was computed ahead."""
         said = np.array([[token, 0] for token in tokens], dtype=np.uint64).reshape(-1, 2)
-        held = np.concatenate([self._identify(inputs), said])
+        held = np.concatenate([prompt, said])
         length = min(entry.offset for entry in self._cache)
         length = min(length, len(held)) if tokens else min(length, len(self._held))
         for entry in self._cache:

@@ -38,13 +38,16 @@ class Tokenizer:
         Raises:
             PromptError: the text holds what no UTF-8 gives (a lone surrogate).
         """
+        ids: list[int] = self._encoding(text, add_special_tokens).ids
+        return ids
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Any:
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError:
                 raise PromptError("the prompt is not valid UTF-8 text") from None
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return self.backend.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_prompt(self, text: str, *, image_token: str) -> list[int]:
         """Token ids of a whole prompt: one `bos_token`, whether the chat template wrote it or not.
@@ -52,7 +55,7 @@ class Tokenizer:
         Args:
             image_token: may stand in front of the `bos_token` that the template wrote.
         """
-        return self.encode(text, add_special_tokens=not self._has_bos(text, image_token))
+        return self.encode_with_offsets(text, image_token=image_token)[0]
 
     def _has_bos(self, text: str, image_token: str) -> bool:
         bos = self.special_tokens.get("bos_token")
@@ -60,7 +63,7 @@ class Tokenizer:
 
     def encode_with_offsets(self, text: str, *, image_token: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a whole prompt as `encode_prompt` gives them, and where each token's text begins and ends."""
-        encoding = self.backend.encode(text, add_special_tokens=not self._has_bos(text, image_token))
+        encoding = self._encoding(text, not self._has_bos(text, image_token))
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

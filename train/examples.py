@@ -84,7 +84,10 @@ def read_examples(file: Path) -> list[Example]:
 def _messages(entry: Any, folder: Path) -> list[Message]:
     if "conversations" in entry:
         entry = {"messages": _from_llava(entry)}
-    messages = to_messages(entry["messages"])
+    said = entry["messages"]
+    if not isinstance(said, list) or not all(isinstance(each, dict) and "role" in each for each in said):
+        raise PromptError("its messages are no list of objects with a role and a content")
+    messages = to_messages(said)
     for part in images_of(messages):
         if not isinstance(part["image"], str):
             raise PromptError("an image is not a path")

@@ -245,6 +245,19 @@ def test_a_folder_that_could_not_answer_is_refused_before_the_work(tmp_path, cop
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 7}, "bits, not to 7"),
+        ({"bits": 4, "group_size": 48}, "weights, not 48"),
+        ({"part_bits": {"head": 1}}, "bits, not to 1"),
+    ],
+)
+def test_bits_and_groups_that_mlx_does_not_have(tmp_path, wide, options, message):
+    with pytest.raises(CheckpointError, match=message):
+        convert(wide, tmp_path / "out", **options)
+
+
 def test_code_is_not_copied(tmp_path, copy_of):
     folder = copy_of()
     (folder / "modeling_evil.py").write_text("1/0")

@@ -155,6 +155,8 @@ def test_llavas_own_form_is_read(tmp_path):
         ("{", "not a line of training data"),
         ("[1]", "not a line of training data"),
         ({"messages": []}, "the prompt is empty"),
+        ({"messages": 3}, "no list of objects with a role"),
+        ({"messages": ["Hi"]}, "no list of objects with a role"),
         (talk("Hi"), "the assistant says nothing"),
         (talk([{"type": "image", "image": "none.png"}], "x"), "image not found"),
         (talk([{"type": "image", "image": "bad.png"}], "x"), "is not an image"),
@@ -195,6 +197,12 @@ def test_every_pass_shows_every_example_once():
     shown = [index for step in steps for index in step]
     assert sorted(shown[:10]) == sorted(shown[10:]) == list(range(10)) and shown[:10] != shown[10:]
     assert order(3, 10, 4, 7) == steps[3] != order(3, 10, 4, 8)
+
+
+def test_text_that_is_no_text_is_refused(tmp_path, llava):
+    (example,) = read_examples(write(tmp_path / "data.jsonl", talk("a\udcff", "b")))
+    with pytest.raises(PromptError, match="not valid UTF-8"):
+        encode(llava[1], example)
 
 
 # The loop
@@ -381,7 +389,8 @@ def test_two_configs_make_a_model(tmp_path, projector, layers):
     assert text == "<s>USER: Hi ASSISTANT: Yes.</s>"
     wide = processor("Hi", [Image.new("RGB", (90, 30), "red")])
     assert wide.pixel_values.shape == (1, 32, 32, 3) and model(wide).shape[-1] == 421
-    again = compose(tmp_path / "again" if (tmp_path / "again").mkdir() is None else tmp_path, "--projector", projector)
+    (tmp_path / "again").mkdir()
+    again = compose(tmp_path / "again", "--projector", projector)
     assert (load(again)[0](wide) == model(wide)).all()
 
 
