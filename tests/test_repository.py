@@ -21,13 +21,10 @@ ORDER = (
 )  # fmt: skip
 
 
-def tracked(pattern: str = "") -> list[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", *([pattern] if pattern else [])], cwd=ROOT, capture_output=True, text=True
-    )
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+def package_files() -> list[str]:
+    """Every file of the package's folders, by its path in the repository."""
+    files = (file for folder in FOLDERS for file in (ROOT / folder).rglob("*") if file.is_file())
+    return sorted(str(file.relative_to(ROOT)) for file in files if "__pycache__" not in file.parts)
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -105,15 +102,13 @@ def test_the_readmes_tree_is_the_real_one():
     tree = TREE.search((ROOT / "README.md").read_text())
     assert tree is not None
     corrected, counted = true_tree(tree[0])
-    assert sorted(counted) == sorted(
-        name for name in tracked() if name.endswith(".py") and name.split("/")[0] in FOLDERS
-    )
+    assert sorted(counted) == [name for name in package_files() if name.endswith(".py")]
     assert tree[0] == corrected
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     source = tmp_path / "source"
-    for name in tracked():
+    for name in (*package_files(), "pyproject.toml", "README.md", "LICENSE"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
@@ -123,7 +118,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     moved = {folder: f"mlx_vlm_mini/{folder}" for folder in FOLDERS} | {"mlx_vlm_mini": "mlx_vlm_mini"}
-    package = [name.split("/", 1) for name in tracked() if name.split("/")[0] in FOLDERS]
+    package = [name.split("/", 1) for name in package_files()]
     assert names == {f"{moved[folder]}/{rest}" for folder, rest in package}
 
 
