@@ -1,5 +1,6 @@
 """OpenBLAS for MLX on Linux, where the CPU wheel's own matrix products are some forty times slower."""
 
+import contextlib
 import ctypes
 import sys
 
@@ -20,3 +21,10 @@ def use_openblas() -> bool:
     except OSError:
         return False
     return True
+
+
+def use_one_thread() -> None:
+    """Let each product run on the thread that asks for it: for those who compute on several threads themselves."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL).openblas_set_num_threads(1)

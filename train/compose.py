@@ -101,7 +101,7 @@ def compose(
         _fill(ours, text, _TEXT_NAMES, vocab_size)
         tensors |= {hub_name(name, llava.WEIGHTS): to_torch_layout(name, array) for name, array in ours.items()}
         save_tensors(destination / "model.safetensors", tensors, dtype)
-        _write_image_settings(tower, whole.image_size, clip, destination)
+        _write_image_settings(None if Path(vision).suffix == ".json" else tower.folder, whole.image_size, clip, destination)
         plan(open_checkpoint(destination))
     except BaseException:
         shutil.rmtree(destination, ignore_errors=True)
@@ -182,10 +182,11 @@ def _fill(
     return norm
 
 
-def _write_image_settings(tower: Checkpoint, side: int, clip: bool, destination: Path) -> None:
-    source = tower.folder / "preprocessor_config.json"
-    if tower.headers is None and source.is_file():
-        shutil.copyfile(source, destination / source.name)
+def _write_image_settings(tower: Path | None, side: int, clip: bool, destination: Path) -> None:
+    """The tower's own settings, where it came in a folder that has them."""
+    name = "preprocessor_config.json"
+    if tower is not None and (tower / name).is_file():
+        shutil.copyfile(tower / name, destination / name)
         return
     square = {"height": side, "width": side}
     settings: dict[str, Any] = {"image_processor_type": "SiglipImageProcessor", "size": square}
@@ -193,4 +194,4 @@ def _write_image_settings(tower: Checkpoint, side: int, clip: bool, destination:
         settings = {
             "image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": False, "size": square,
         }  # fmt: skip
-    (destination / source.name).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (destination / name).write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -5,10 +5,12 @@ Stages follow LLaVA (arXiv:2304.08485): first the projector alone, then more.
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,11 +21,12 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_vlm_mini.blas import use_one_thread
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
 
-from .examples import Batch, Example, collate, encode
+from .examples import Batch, Encoded, Example, collate, encode
 from .lora import add_adapters
 
 Stage = Literal["projector", "full", "lora"]
@@ -138,6 +141,11 @@ class Trainer:
         self.optimizer = _optimizer(settings)
         self.optimizer.init(model.trainable_parameters())
         self._tokens = 0
+        # On a CPU a stream is a thread, and most of a step is no matrix product: so one stream a core, its BLAS alone.
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        self._streams = [mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1)] if on_cpu else []
+        if len(self._streams) > 1:
+            use_one_thread()
         self._gradients, self._update = self._compile()
         self._resume()
 
@@ -195,23 +203,28 @@ class Trainer:
     def _batches(self, step: int) -> list[Batch]:
         settings = self.settings
         chosen = order(step, len(self.examples), settings.batch_size * settings.accumulate, settings.seed)
-        return [
-            self._batch([self.examples[index] for index in chosen[start : start + settings.batch_size]])
-            for start in range(0, len(chosen), settings.batch_size)
-        ]
+        size = -(-settings.batch_size // max(len(self._streams), 1))
+        encoded = [encode(self.processor, self.examples[index]) for index in chosen]
+        encoded.sort(key=lambda each: len(each.input_ids))  # the sum over a step is the same, the padding shorter
+        return [self._collate(encoded[start : start + size]) for start in range(0, len(encoded), size)]
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
-        encoded = [encode(self.processor, example) for example in examples]
-        return collate(encoded, self.model.config.vision.num_features, pad_rows=max(len(examples) // 2, 1))
+        return self._collate([encode(self.processor, example) for example in examples])
+
+    def _collate(self, encoded: Sequence[Encoded]) -> Batch:
+        return collate(encoded, self.model.config.vision.num_features, pad_rows=max(len(encoded) // 2, 1))
 
     def _train(self, batches: Sequence[Batch]) -> float:
         sums, loss, count = None, mx.array(0.0), mx.array(0)
-        for batch in batches:
-            (batch_sum, batch_count), gradients = self._gradients(*batch.arrays)
-            loss, count = loss + batch_sum, count + batch_count
-            sums = gradients if sums is None else tree_map(mx.add, sums, gradients)
+        beside = max(len(self._streams), 1)
+        for start in range(0, len(batches), beside):
+            for number, batch in enumerate(batches[start : start + beside]):
+                with mx.stream(self._streams[number]) if self._streams else nullcontext():
+                    (batch_sum, batch_count), gradients = self._gradients(*batch.arrays)
+                loss, count = loss + batch_sum, count + batch_count
+                sums = gradients if sums is None else tree_map(mx.add, sums, gradients)
+                self._tokens += batch.num_tokens
             mx.eval(sums, loss, count)
-            self._tokens += batch.num_tokens
         self._update(sums, mx.maximum(count, 1))
         mx.eval(self.model.state, self.optimizer.state)
         return cast(float, loss.item()) / max(cast(int, count.item()), 1)
