@@ -40,8 +40,8 @@ def describe(name: str | Path, *, revision: str | None = None, check: bool = Fal
         try:
             ours = rename(theirs, family.WEIGHTS)
         except KeyError:
-            ours = None
-        part = "unused" if ours is None else ours.partition(".")[0]
+            ours = ()
+        part = ours[0].partition(".")[0] if ours else "unused"
         if part not in (*PARTS, "unused"):  # what stands between the towers, an image's newline say
             part = "projector"
         weights[part] += checkpoint.num_weights(theirs)

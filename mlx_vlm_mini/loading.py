@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from .errors import CheckpointError
 from .families import Family, find_family
 from .hub import find_folder
 from .model import VLM
-from .preprocess import ImageSettings, image_settings
+from .preprocess import TILINGS, ImageSettings, image_settings
 from .processor import Processor
 from .prompt import find_chat_template
 from .tokenizer import Tokenizer, load_tokenizer
@@ -66,8 +67,14 @@ def plan(checkpoint: Checkpoint) -> Plan:
     return Plan(checkpoint, family, config, ours, tuple(unused), build(config, ours, checkpoint))
 
 
-def eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end an answer: of generation_config.json, else config.json, else the tokenizer's `eos_token`."""
+def eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, end_token: str | None = None) -> frozenset[int]:
+    """The ids that end an answer: of `end_token`, else of generation_config.json, else of config.json, else of the
+    tokenizer's `eos_token`."""
+    if end_token is not None:
+        end = tokenizer.token_to_id(end_token)
+        if end is None:
+            raise CheckpointError(f"{checkpoint.folder}: the tokenizer lacks {end_token}, which ends an answer")
+        return frozenset([end])
     text = checkpoint.config.get("text_config") or {}
     file = checkpoint.folder / "generation_config.json"
     for source in (read_json(file) if file.is_file() else {}, checkpoint.config, text):
@@ -87,6 +94,8 @@ def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> Imag
     Raises:
         CheckpointError: a file is broken, or speaks of another family's images.
     """
+    if config.prescribed is not None:
+        return image_settings(config.prescribed.image_processor, default_type=family.IMAGE_PROCESSOR)
     processor, image = folder / "processor_config.json", folder / "preprocessor_config.json"
     settings = read_json(processor).get("image_processor") if processor.is_file() else None
     if settings is None and image.is_file():
@@ -97,8 +106,10 @@ def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> Imag
         found = image_settings(settings, default_type=family.IMAGE_PROCESSOR)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder}: the image processor's settings are malformed: {error!r}") from None
-    if (found.tiling is None) != (config.image_grid_pinpoints is None):
-        cuts, takes = ("no tiles", "needs them") if found.tiling is None else ("tiles", "takes none")
+    expected = TILINGS.get(family.IMAGE_PROCESSOR, NoneType)
+    if not isinstance(found.tiling, expected):
+        cuts = "no tiles" if found.tiling is None else "tiles"
+        takes = "takes none" if expected is NoneType else "needs them" if found.tiling is None else "needs others"
         raise CheckpointError(
             f"{folder}: the image processor gives {cuts}, family '{config.family}' {takes}: copy "
             "preprocessor_config.json from the original repository"
@@ -112,14 +123,15 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
     Raises:
         CheckpointError: the tokenizer or another of its files is missing or broken.
     """
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer, prescribed = load_tokenizer(checkpoint.folder), config.prescribed
+    found = find_chat_template(checkpoint.folder) if prescribed is None else prescribed.chat_template
     return Processor(
         config,
         family,
         tokenizer=tokenizer,
-        chat_template=find_chat_template(checkpoint.folder) or family.CHAT_TEMPLATE,
+        chat_template=found or family.CHAT_TEMPLATE,
         image_settings=find_image_settings(checkpoint.folder, family, config),
-        eos_token_ids=eos_token_ids(checkpoint, tokenizer),
+        eos_token_ids=eos_token_ids(checkpoint, tokenizer, None if prescribed is None else prescribed.end_token),
     )
 
 
@@ -153,5 +165,5 @@ def load(
     planned = plan(checkpoint)
     processor = load_processor(checkpoint, planned.family, planned.config)
     chosen: Any = getattr(mx, dtype) if dtype is not None else compute_dtype(planned)
-    load_weights(planned.model, planned.ours, checkpoint, chosen)
+    load_weights(planned.model, planned.ours, checkpoint, chosen, planned.family.WEIGHTS)
     return planned.model, processor

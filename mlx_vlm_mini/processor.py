@@ -39,6 +39,7 @@ class Processor:
 
     Attributes:
         tokenizer: text to ids and back.
+        image_token, image_token_id: what stands in the prompt where a row of image features goes.
         eos_token_ids: the ids that end an answer.
     """
 
@@ -57,12 +58,13 @@ class Processor:
         self.tokenizer = tokenizer
         self.image_settings = image_settings
         self.eos_token_ids = eos_token_ids
-        token = tokenizer.id_to_token(config.image_token_id)
-        if token is None:
-            raise CheckpointError(
-                f"config.json gives images the token {config.image_token_id}, which the tokenizer does not have"
-            )
-        self.image_token = token
+        named = None if config.prescribed is None else config.prescribed.image_token
+        token_id = config.image_token_id if named is None else tokenizer.token_to_id(named)
+        token = None if token_id is None else tokenizer.id_to_token(token_id)
+        if token_id is None or token is None:
+            wanted = named or config.image_token_id
+            raise CheckpointError(f"config.json gives images the token {wanted}, which the tokenizer does not have")
+        self.image_token, self.image_token_id = token, token_id
         self.chat_template = ChatTemplate(chat_template, tokenizer.special_tokens, token)
 
     def prepare(self, source: ImageSource | PreparedImage) -> PreparedImage:
@@ -127,7 +129,7 @@ class Processor:
         ids = np.array(self.tokenizer.encode_prompt(text, image_token=self.image_token), dtype=np.int32)
         if not len(ids):
             raise PromptError("the prompt is empty: the chat template gives no text for these messages")
-        places = np.flatnonzero(ids == self.config.image_token_id)
+        places = np.flatnonzero(ids == self.image_token_id)
         if len(places) != len(slots):
             raise PromptError(f"the text has {len(slots)} times {self.image_token}, its tokens {len(places)} times")
         is_slot = np.zeros(len(ids), dtype=bool)

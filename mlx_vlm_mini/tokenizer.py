@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the `tokenizers` library from the folder's tokenizer.json.
+"""Text to token ids and back, by the `tokenizers` library from tokenizer.json, or vocab.json and merges.txt.
 
 transformers' AutoTokenizer would import torch wherever it is installed; the file alone decides here.
 """
@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from .bytelevel import MERGES, VOCABULARY, read_byte_level
 from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
 
@@ -118,21 +119,24 @@ def _text_of(token: Any) -> str | None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json, tokenizer_config.json and special_tokens_map.json of a folder.
+    """Read the tokenizer's own file or files, tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
     Raises:
-        CheckpointError: there is no tokenizer.json, or one of the files is broken.
+        CheckpointError: there is no tokenizer, or one of the files is broken.
     """
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if file.is_file():
+        try:
+            backend = Backend.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception for whatever is wrong in the file
+            raise CheckpointError(f"{file} is broken: {str(error).splitlines()[0]}") from None
+    elif (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
+        backend = read_byte_level(folder)
+    else:
         raise CheckpointError(
             f"{folder} has no tokenizer.json; save one with transformers: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
-    try:
-        backend = Backend.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception for whatever is wrong in the file
-        raise CheckpointError(f"{file} is broken: {str(error).splitlines()[0]}") from None
     backend.no_truncation()
     backend.no_padding()
     settings, more = (
@@ -145,11 +149,24 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             text = _text_of(value)
             if key.endswith("_token") and isinstance(text, str):
                 special[key] = text
+    old = folder / "added_tokens.json"
+    if "added_tokens_decoder" not in settings and old.is_file():
+        settings["added_tokens_decoder"] = _old_added_tokens(read_json(old), {**more, **settings})
     try:
         _add_tokens(backend, settings, list(special.values()), folder)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}/tokenizer_config.json is malformed: {error!r}") from None
     return Tokenizer(backend, special)
+
+
+def _old_added_tokens(added: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """added_tokens.json in today's form; a token is special where the settings name it among the special ones."""
+    named = [value for key, value in settings.items() if key.endswith("_token")]
+    special = {_text_of(token) for token in [*named, *(settings.get("additional_special_tokens") or [])]}
+    return {
+        str(token_id): {"content": text, "special": text in special, "normalized": text not in special}
+        for text, token_id in added.items()
+    }
 
 
 def _add_tokens(backend: Backend, settings: dict[str, Any], special: list[str], folder: Path) -> None:

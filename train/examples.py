@@ -154,7 +154,7 @@ def encode(processor: Processor, example: Example) -> Encoded:
             if not through.startswith(before) or not text.startswith(through.rstrip()):
                 raise PromptError(f"{example.where}: the chat template does not show where the assistant begins")
             answer |= (ends > len(before)) & (ends <= len(through))
-    slots = np.array(ids) == processor.config.image_token_id
+    slots = np.array(ids) == processor.image_token_id
     slots[slots] = is_slot
     if messages[-1]["role"] == "assistant" and ids[-1] not in processor.eos_token_ids:
         ids = [*ids, min(processor.eos_token_ids)]

@@ -10,13 +10,14 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
-from . import llava, llava_next, paligemma
+from . import internvl, internvl_chat, llava, llava_next, paligemma
+from .maps import Weights
 
 
 class Family(Protocol):
     """What one file of this folder says."""
 
-    WEIGHTS: Mapping[str, str | None]
+    WEIGHTS: Weights
     """Checkpoint name -> ours, of tensors or whole modules; `{}` is a layer number, None drops on purpose."""
 
     CHAT_TEMPLATE: str
@@ -35,7 +36,13 @@ class Family(Protocol):
         """What stands in the prompt's text for an image of `size`, height and width: one `image_token` an embedding."""
 
 
-FAMILIES: dict[str, Family] = {"llava": llava, "llava_next": llava_next, "paligemma": paligemma}
+FAMILIES: dict[str, Family] = {
+    "internvl": internvl,
+    "internvl_chat": internvl_chat,
+    "llava": llava,
+    "llava_next": llava_next,
+    "paligemma": paligemma,
+}
 
 
 def find_family(hf: Mapping[str, Any]) -> Family:
