@@ -34,12 +34,14 @@ def _find(name: str, weights: Weights) -> tuple[str | tuple[str, ...] | None, st
     numbers = _NUMBER.findall(name)
     pattern = _NUMBER.sub("{}", name)
     module, _, parameter = pattern.rpartition(".")
-    target = weights[pattern] if pattern in weights else weights[module]
+    spelled = name.rpartition(".")[0]  # a module with its number, where a map tells it from its neighbours
+    whole = pattern in weights
+    target = weights[pattern if whole else spelled if spelled in weights else module]
     if isinstance(target, tuple):
         target = type(target)(each.format(*numbers) for each in target)
     elif target is not None:
         target = target.format(*numbers)
-    return target, "" if pattern in weights else f".{parameter}"
+    return target, "" if whole else f".{parameter}"
 
 
 def rename(name: str, weights: Weights) -> tuple[str, ...]:
