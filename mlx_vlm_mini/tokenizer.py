@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the `tokenizers` library from tokenizer.json, or vocab.json and merges.txt.
+"""Text to token ids and back, by the `tokenizers` library from the folder's tokenizer.json or tokenizer.model.
 
 transformers' AutoTokenizer would import torch wherever it is installed; the file alone decides here.
 """
@@ -10,16 +10,20 @@ from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 
 from .bytelevel import MERGES, VOCABULARY, read_byte_level
 from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
+from .sentencepiece import Prefix, build_backend, read_sentencepiece
 
 _CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
     "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
 }
+_SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer", "InternLM2Tokenizer")
+"""Classes whose tokenizer.model is known to be read as theirs is."""
 
 
 class Tokenizer:
@@ -119,54 +123,89 @@ def _text_of(token: Any) -> str | None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read the tokenizer's own file or files, tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+    """Read tokenizer.json (or vocab.json and merges.txt, or tokenizer.model), tokenizer_config.json,
+    special_tokens_map.json and added_tokens.json.
 
     Raises:
         CheckpointError: there is no tokenizer, or one of the files is broken.
     """
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        try:
-            backend = Backend.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception for whatever is wrong in the file
-            raise CheckpointError(f"{file} is broken: {str(error).splitlines()[0]}") from None
-    elif (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
-        backend = read_byte_level(folder)
-    else:
-        raise CheckpointError(
-            f"{folder} has no tokenizer.json; save one with transformers: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-    backend.no_truncation()
-    backend.no_padding()
-    settings, more = (
+    settings, more, added = (
         read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json")
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
-    special = dict(_CLASS_DEFAULTS.get(str(settings.get("tokenizer_class", "")).removesuffix("Fast"), {}))
+    special = dict(_CLASS_DEFAULTS.get(_class_of(settings), {}))
     for source in (more, settings):
         for key, value in source.items():
             text = _text_of(value)
             if key.endswith("_token") and isinstance(text, str):
                 special[key] = text
-    old = folder / "added_tokens.json"
-    if "added_tokens_decoder" not in settings and old.is_file():
-        settings["added_tokens_decoder"] = _old_added_tokens(read_json(old), {**more, **settings})
+    file = folder / "tokenizer.json"
     try:
+        if file.is_file():
+            backend = _from_json(file)
+        else:
+            byte_level = (folder / VOCABULARY).is_file() and (folder / MERGES).is_file()
+            backend = read_byte_level(folder) if byte_level else _from_sentencepiece(folder, settings, special)
+            for text, token_id in sorted(added.items(), key=lambda item: int(item[1])):
+                _add(
+                    backend,
+                    AddedToken(text, special=True, normalized=False),
+                    int(token_id),
+                    "added_tokens.json",
+                    folder,
+                )
         _add_tokens(backend, settings, list(special.values()), folder)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}/tokenizer_config.json is malformed: {error!r}") from None
     return Tokenizer(backend, special)
 
 
-def _old_added_tokens(added: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """added_tokens.json in today's form; a token is special where the settings name it among the special ones."""
-    named = [value for key, value in settings.items() if key.endswith("_token")]
-    special = {_text_of(token) for token in [*named, *(settings.get("additional_special_tokens") or [])]}
-    return {
-        str(token_id): {"content": text, "special": text in special, "normalized": text not in special}
-        for text, token_id in added.items()
-    }
+def _class_of(settings: dict[str, Any]) -> str:
+    return str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+
+
+def _from_json(file: Path) -> Backend:
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception for whatever is wrong in the file
+        raise CheckpointError(f"{file} is broken: {str(error).splitlines()[0]}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _from_sentencepiece(folder: Path, settings: dict[str, Any], special: dict[str, str]) -> Backend:
+    """Llama's tokenizer from a tokenizer.model, as transformers 4 with `use_fast=False` reads it.
+
+    Without `legacy` in its settings it is true, as it was when folders without tokenizer.json were made.
+    """
+    file = folder / "tokenizer.model"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json and no tokenizer.model; save one with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    if _class_of(settings) not in _SENTENCEPIECE_CLASSES:
+        raise CheckpointError(
+            f"{file} belongs to a {settings['tokenizer_class']}, whose tokenizer.model is not read here; save a "
+            "tokenizer.json with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    model = read_sentencepiece(file)
+    added = settings.get("added_tokens_decoder") or {}
+    names = {int(token_id): _text_of(entry) for token_id, entry in added.items()}
+    legacy = settings.get("legacy") is not False
+    spaced = model.add_dummy_prefix if legacy else settings.get("add_prefix_space") is not False
+    prefix: Prefix = "none" if not spaced else "each" if legacy else "first"
+    backend = build_backend(model, prefix=prefix, names={i: name for i, name in names.items() if isinstance(name, str)})
+    for key, text in _CLASS_DEFAULTS["LlamaTokenizer"].items():
+        special.setdefault(key, text)
+    before = [special["bos_token"]] if settings.get("add_bos_token") is not False else []
+    behind = [special["eos_token"]] if settings.get("add_eos_token") else []
+    backend.add_special_tokens([text for text in (*before, *behind) if backend.token_to_id(text) is None])
+    around = [(text, backend.token_to_id(text)) for text in dict.fromkeys([*before, *behind])]
+    if around:
+        backend.post_processor = TemplateProcessing(single=[*before, "$A", *behind], special_tokens=around)
+    return backend
 
 
 def _add_tokens(backend: Backend, settings: dict[str, Any], special: list[str], folder: Path) -> None:
@@ -178,15 +217,19 @@ def _add_tokens(backend: Backend, settings: dict[str, Any], special: list[str], 
             continue
         options = {key: entry[key] for key in ("lstrip", "rstrip", "normalized", "single_word") if key in entry}
         token = AddedToken(text, special=bool(entry.get("special", False)), **options)
-        known = backend.token_to_id(text) is not None
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        if not known and backend.token_to_id(text) != int(token_id):
-            raise CheckpointError(
-                f"{folder}/tokenizer_config.json gives '{text}' the id {token_id}, "
-                f"the next free one in tokenizer.json is {backend.token_to_id(text)}"
-            )
+        _add(backend, token, int(token_id), "tokenizer_config.json", folder)
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     for entry in [*special, *(extra.values() if isinstance(extra, dict) else extra)]:
         text = _text_of(entry)
         if isinstance(text, str) and backend.token_to_id(text) is None:
             backend.add_special_tokens([text])
+
+
+def _add(backend: Backend, token: AddedToken, token_id: int, file: str, folder: Path) -> None:
+    known = backend.token_to_id(token.content) is not None
+    (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    if not known and backend.token_to_id(token.content) != token_id:
+        raise CheckpointError(
+            f"{folder}/{file} gives '{token.content}' the id {token_id}, "
+            f"the next free one of the tokenizer is {backend.token_to_id(token.content)}"
+        )
