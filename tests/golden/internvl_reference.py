@@ -6,6 +6,7 @@ those compute the same: InternVLVisionModel, and Llama, Qwen2, Qwen3 and Phi-3.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -312,13 +313,56 @@ class ChatModel(nn.Module):
         return out.logits, out.past_key_values
 
 
+class Pieces:
+    """InternLM2's tokenizer as its authors' code has it: SentencePiece between the tokens that were added, `<s>` in front."""
+
+    def __init__(self, folder: Path) -> None:
+        import sentencepiece
+
+        self.model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+        self.ids = {token["content"]: int(token_id) for token_id, token in added.items()}
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        ids = [self.model.bos_id()]
+        for part in re.split("(" + "|".join(map(re.escape, self.ids)) + ")", text):
+            ids += [self.ids[part]] if part in self.ids else self.model.encode(part)
+        return {"input_ids": ids}
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return self.ids[token]
+
+
 def open_tokenizer(folder: Path) -> Any:
-    """Text to ids, by the folder's files: SentencePiece's library, or transformers."""
+    """Text to ids, by the folder's files: transformers, or SentencePiece's library."""
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
+    if (folder / "tokenizer.model").exists():
+        return Pieces(folder)
     if (folder / "tokenizer.json").exists():
         return PreTrainedTokenizerFast.from_pretrained(folder)
     return Qwen2Tokenizer.from_pretrained(folder)
+
+
+def save_pieces(folder: Path) -> int:
+    """InternLM2's tokenizer files; returns the number of tokens.
+
+    As in the real ones, the last pieces of tokenizer.model go by other names, and further tokens follow them.
+    """
+    model = Path(__file__).parent / "sentencepiece" / "llama.model"
+    (folder / "tokenizer.model").write_bytes(model.read_bytes())
+    pieces = 440
+    names = {0: "<unk>", 1: "<s>", 2: "</s>", pieces - 2: "<|im_end|>", pieces - 1: "<|im_start|>"}
+    names |= {pieces + i: token for i, token in enumerate(TOKENS)}
+    added = {str(i): {"content": text, "special": True, "normalized": False} for i, text in names.items()}
+    settings = {
+        "tokenizer_class": "InternLM2Tokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "pad_token": "</s>", "added_tokens_decoder": added, "additional_special_tokens": list(names.values())[3:],
+        "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "added_tokens.json").write_text(json.dumps({text: i for i, text in names.items() if i >= 438}))
+    return pieces + len(TOKENS)
 
 
 class ChatReference:

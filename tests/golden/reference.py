@@ -299,7 +299,7 @@ SPECS = {
         llava=dict(
             template="internlm2-chat", ps_version="v2", force_image_size=16, dynamic_image_size=True, use_thumbnail=True,
             max_dynamic_patch=6, downsample_ratio=0.5, select_layer=-1),
-        image_processor=("", {}), tokenizer="llama", chat_template="", template_file="", seed=16, family="internvl_chat"),
+        image_processor=("", {}), tokenizer="pieces", chat_template="", template_file="", seed=12, family="internvl_chat"),
     "internvl-chat-qwen3": Spec(  # as InternVL3_5: InternViT-300M's kind, vocab.json and merges.txt
         vision=("intern_vit_6b", dict(
             hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=5, image_size=16, patch_size=4,
@@ -543,13 +543,17 @@ def write_tensors(spec: Spec, folder: Path, tensors: dict[str, Any]) -> None:
 
 def save_chat(spec: Spec, folder: Path) -> None:
     """Write a checkpoint folder in the layout of InternVL's authors."""
-    from internvl_reference import TOKENS, ChatModel
+    from internvl_reference import TOKENS, ChatModel, save_pieces
 
     folder.mkdir(parents=True)
-    tokenizer = make_tokenizer(spec.tokenizer.removesuffix(" files"))
-    ends = ["<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": [*ends, *TOKENS]})
-    text = {"architectures": [spec.text[0]], "vocab_size": len(tokenizer) + 5, **spec.text[1]}
+    if spec.tokenizer == "pieces":
+        tokenizer, size = None, save_pieces(folder)
+    else:
+        tokenizer = make_tokenizer(spec.tokenizer.removesuffix(" files"))
+        ends = ["<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+        tokenizer.add_special_tokens({"additional_special_tokens": [*ends, *TOKENS]})
+        size = len(tokenizer)
+    text = {"architectures": [spec.text[0]], "vocab_size": size + 5, **spec.text[1]}
     config = {
         "architectures": ["InternVLChatModel"], "model_type": "internvl_chat", **spec.llava,
         "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
@@ -559,8 +563,9 @@ def save_chat(spec: Spec, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
     model = fill(ChatModel(config), spec.seed)
     write_tensors(spec, folder, model.names())
-    tokenizer.chat_template = CHATML  # which the authors' own code does not use
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.chat_template = CHATML  # which the authors' own code does not use
+        tokenizer.save_pretrained(folder)
     if spec.tokenizer.endswith(" files"):
         content = json.loads((folder / "tokenizer.json").read_text())
         (folder / "tokenizer.json").unlink()
