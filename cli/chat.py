@@ -40,6 +40,8 @@ def command(
     system: str | None,
     revision: str | None,
     dtype: Any,
+    min_tiles: int | None,
+    max_tiles: int | None,
     **options: Any,
 ) -> None:
     """Talk with MODEL about images, in turns.
@@ -56,7 +58,7 @@ def command(
     opened = [open_image(image) for image in images]
     with Status() as status:
         status.show(f"loading {model}")
-        vlm, processor = load(model, revision=revision, dtype=dtype)
+        vlm, processor = load(model, revision=revision, dtype=dtype, min_tiles=min_tiles, max_tiles=max_tiles)
     chat = Chat(vlm, processor, system=system, **options)
     _converse(chat, [processor.prepare(image) for image in opened])
 

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from .anyres import count_tokens
-from .checkpoint import open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
+from .config import VLMConfig
+from .families import Family
 from .hub import fetch_headers, find_folder, is_hub_name
-from .loading import load_processor, plan, read_config
+from .loading import find_image_settings, load_processor, plan, read_config
+from .tiles import Tiles, count_tiles
 from .weights import rename
 
 PARTS = ("vision", "projector", "decoder")
@@ -49,7 +52,9 @@ def describe(name: str | Path, *, revision: str | None = None, check: bool = Fal
         types.add(info.dtype)
     vision, decoder = config.vision, config.decoder
     pinpoints, side = config.image_grid_pinpoints, vision.image_size // vision.patch_size
-    if pinpoints is None:
+    if config.projector.shuffle is not None:
+        image_tokens = _tokens_of_tiles(checkpoint, family, config)
+    elif pinpoints is None:
         image_tokens = {"image_tokens": vision.num_features}
     else:  # most where an image fills its tiles
         counts = [count_tokens(size, [size], tile_size=vision.image_size, side=side) for size in pinpoints]
@@ -87,6 +92,16 @@ def describe(name: str | Path, *, revision: str | None = None, check: bool = Fal
         described["image_settings"] = processor.image_settings is not None
         described["check"] = "every tensor has its place, name and shape"
     return described
+
+
+def _tokens_of_tiles(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> dict[str, int]:
+    """Tokens of a tile and of the longest image, where the image settings say how one is cut."""
+    settings = find_image_settings(checkpoint.folder, family, config)
+    if settings is None or not isinstance(settings.tiling, Tiles):
+        return {}
+    tower = (1, settings.tiling.max_tiles)  # an image of this shape gets as many tiles as there may be
+    tokens = family.image_text(config, settings, "\0", tower).count("\0")
+    return {"tile_tokens": tokens // count_tiles(tower, settings.tiling), "max_image_tokens": tokens}
 
 
 def _amounts(weights: int, size: int) -> dict[str, Any]:

@@ -144,7 +144,12 @@ def compute_dtype(plan: Plan) -> mx.Dtype:
 
 
 def load(
-    name: str | Path | None = None, *, revision: str | None = None, dtype: DTypeName | None = None
+    name: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: DTypeName | None = None,
+    min_tiles: int | None = None,
+    max_tiles: int | None = None,
 ) -> tuple[VLM, Processor]:
     """Load a model and its processor.
 
@@ -152,6 +157,8 @@ def load(
         name: a checkpoint folder, or a name on the Hugging Face Hub such as "llava-hf/llava-1.5-7b-hf".
         revision: branch, tag or commit on the Hub.
         dtype: type to compute in; by default the checkpoint's on a GPU and float32 on a CPU.
+        min_tiles, max_tiles: tiles of an image, without its thumbnail, in families that cut one into a grid of its
+            shape (InternVL); by default as the checkpoint says.
 
     Returns:
         `(model, processor)`, to be given to `generate`, `stream_generate` or `Chat`.
@@ -164,6 +171,8 @@ def load(
     checkpoint = open_checkpoint(find_folder(name, revision=revision))
     planned = plan(checkpoint)
     processor = load_processor(checkpoint, planned.family, planned.config)
+    if min_tiles is not None or max_tiles is not None:
+        processor.limit_tiles(min_tiles, max_tiles)
     chosen: Any = getattr(mx, dtype) if dtype is not None else compute_dtype(planned)
     load_weights(planned.model, planned.ours, checkpoint, chosen, planned.family.WEIGHTS)
     return planned.model, processor
