@@ -68,10 +68,11 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
         post_norm=not values["use_mean_pooling"],
     )
     decoder = text_decoder({"model_type": "qwen2", **(hf.get("text_config") or {})}, proven=("llama", "qwen2", "qwen3"))
+    act = hf.get("projector_hidden_act", "gelu")
     return VLMConfig(
         family="internvl",
         vision=tower,
-        projector=shuffle_projector(hf, tower, decoder, act=hf.get("projector_hidden_act", "gelu"), transposed=False),
+        projector=shuffle_projector(hf, tower, decoder, tower.image_size, act=act, transposed=False),
         decoder=decoder,
         image_token_id=hf.get("image_token_id", hf.get("image_token_index", 151667)),
         image_grid_pinpoints=None,
@@ -105,9 +106,12 @@ def intern_vit(
 
 
 def shuffle_projector(
-    hf: Mapping[str, Any], tower: VisionConfig, decoder: DecoderConfig, *, act: str, transposed: bool
+    hf: Mapping[str, Any], tower: VisionConfig, decoder: DecoderConfig, tile_size: int, *, act: str, transposed: bool
 ) -> ProjectorConfig:
+    """Two layers behind a norm and a pixel shuffle, for tiles of so many pixels along a side."""
     factor = int(1 / hf.get("downsample_ratio", 0.5))
+    if factor > 0:
+        _joined(tile_size // tower.patch_size, factor)
     return ProjectorConfig(
         input_size=tower.feature_size * factor**2,
         hidden_size=decoder.hidden_size,
@@ -119,6 +123,15 @@ def shuffle_projector(
     )
 
 
+def _joined(side: int, factor: int) -> int:
+    """Features along a tile's side, of which squares are joined."""
+    if side % factor:
+        raise CheckpointError(
+            f"config.json: a grid of {side} x {side} features cannot be joined in squares of {factor} x {factor}"
+        )
+    return side // factor
+
+
 def pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
     assert isinstance(settings.tiling, Tiles)  # loading.py has seen to it
     return np.stack([preprocess(tile, settings) for tile in cut_tiles(image, settings.tiling, settings.resample)])
@@ -126,5 +139,5 @@ def pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
 
 def image_text(config: VLMConfig, settings: ImageSettings, image_token: str, size: tuple[int, int]) -> str:
     assert isinstance(settings.tiling, Tiles) and config.projector.shuffle is not None
-    side = settings.tiling.tile_size // config.vision.patch_size // config.projector.shuffle.factor
+    side = _joined(settings.tiling.tile_size // config.vision.patch_size, config.projector.shuffle.factor)
     return "<img>" + image_token * (side**2 * count_tiles(size, settings.tiling)) + "</img>"

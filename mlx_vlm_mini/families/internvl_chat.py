@@ -109,7 +109,7 @@ _DECODERS = {
 
 def config(hf: Mapping[str, Any]) -> VLMConfig:
     name = hf.get("template")
-    if name not in CONVERSATIONS:
+    if not isinstance(name, str) or name not in CONVERSATIONS:
         known = ", ".join(sorted(CONVERSATIONS))
         raise CheckpointError(f"config.json: conversation template {name!r} is not known (known: {known})")
     conversation = CONVERSATIONS[name]
@@ -131,7 +131,7 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
     return VLMConfig(
         family="internvl_chat",
         vision=tower,
-        projector=shuffle_projector(hf, tower, decoder, act="gelu", transposed=transposed),
+        projector=shuffle_projector(hf, tower, decoder, side, act="gelu", transposed=transposed),
         decoder=decoder,
         image_token_id=None,
         image_grid_pinpoints=None,

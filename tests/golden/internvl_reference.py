@@ -106,6 +106,14 @@ def cut(image: Image.Image, config: dict[str, Any], side: int) -> list[Image.Ima
     return tiles
 
 
+def squared(image: Image.Image) -> Image.Image:
+    """`pad2square`: in the middle of a square of the mean colour."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), (int(0.485 * 255), int(0.456 * 255), int(0.406 * 255)))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def as_tensor(image: Image.Image, side: int) -> torch.Tensor:
     scaled = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
     mean, std = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
@@ -387,7 +395,7 @@ class ChatReference:
         text, rows = render(self.config["template"], messages, self.config.get("system_message")), []
         for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
             tiles = cut(opaque(Image.open(pictures / part["image"])), self.config, side)
-            rows += [as_tensor(tile, side) for tile in tiles]
+            rows += [as_tensor(squared(tile) if self.config.get("pad2square") else tile, side) for tile in tiles]
             text = text.replace("<image>", "<img>" + "<IMG_CONTEXT>" * tokens * len(tiles) + "</img>", 1)
         ids = torch.tensor([self.tokenizer(text)["input_ids"]])
         chosen, logprobs = [], []
