@@ -129,9 +129,10 @@ class Processor:
         """The same, the text between images being a prompt of its own each time, less the tokens in front of one."""
         occurrences = [match.span() for match in re.finditer(re.escape(self.image_token), text)]
         images = [span for span, is_slot in zip(occurrences, slots, strict=True) if is_slot]
-        ids, offsets = self.tokenizer.encode_with_offsets(text[: images[0][0]] if images else text, image_token="")
+        ends = [start for start, _ in images] + [len(text)]
+        ids, offsets = self.tokenizer.encode_with_offsets(text[: ends[0]], image_token="")
         is_slot = [False] * len(ids)
-        for (start, end), (following, _) in zip(images, [*images[1:], (len(text), 0)], strict=True):
+        for (start, end), following in zip(images, ends[1:], strict=True):
             more, places = self.tokenizer.encode_piece(text[end:following]) if following > end else ([], [])
             ids += [self.image_token_id, *more]
             offsets += [(start, end), *((end + first, end + last) for first, last in places)]

@@ -22,8 +22,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 def rename(name: str, weights: Mapping[str, str | None]) -> str | None:
     """Our name of a checkpoint's tensor; None where the family drops it.
 
-    A map names whole modules or single tensors; a name with its numbers counts before one with `{}`. What stands behind a module (`weight`, `bias`, and `scales` and
-    `biases` of a quantized one) is kept.
+    A map names whole modules or single tensors; a name with its own numbers counts before one with `{}`. What stands
+    behind a module (`weight`, `bias`, and `scales` and `biases` of a quantized one) is kept.
 
     Raises:
         KeyError: the map does not know the name.

@@ -3,9 +3,9 @@
 Sources: arXiv:2304.08485, arXiv:2310.03744; llava/model/{llava_arch.py,builder.py}, llava/mm_utils.py and
 llava/model/multimodal_{encoder,projector} of github.com/haotian-liu/LLaVA.
 
-The vision tower is a checkpoint of its own, which config.json names, unless its tensors lie in this one (`assembly.py`).
-`<image>` is no token: the text is cut there. Two things are otherwise than in the original: a prompt is never cut off at
-`tokenizer_model_max_length`, and tokens that its code would add with untrained embeddings are refused.
+The vision tower is a checkpoint of its own, which config.json names, unless its tensors lie in this one (assembly.py).
+`<image>` is no token: the text is cut there. Two things are otherwise than in the original: a prompt is never cut off
+at `tokenizer_model_max_length`, and tokens that its code would add with untrained embeddings are refused.
 """
 
 import ast
@@ -48,13 +48,9 @@ KNOWN_TOWERS = {  # of CLIP-L/14, by their side in pixels
 _CLIP_L = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
 }  # fmt: skip
-_DECODERS = {
-    "llava": "llama",
-    "llava_llama": "llama",
-    "llama": "llama",
-    "llava_mistral": "mistral",
-    "mistral": "mistral",
-}
+_DECODERS = {  # `llama` in the oldest folders
+    "llava": "llama", "llava_llama": "llama", "llama": "llama", "llava_mistral": "mistral", "mistral": "mistral",
+}  # fmt: skip
 _MERGES: dict[str, TileMerge] = {"flat": "flat", "spatial": "grid", "spatial_unpad": "unpad_floor"}
 
 
