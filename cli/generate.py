@@ -44,6 +44,8 @@ def command(
     dtype: Any,
     min_tiles: int | None,
     max_tiles: int | None,
+    vision_tower: str | None,
+    conversation: str | None,
     **options: Any,
 ) -> None:
     """Ask MODEL once and print its answer.
@@ -76,7 +78,15 @@ def command(
     with Status() as status:
         begin = time.perf_counter()
         status.show(f"loading {model}")
-        vlm, processor = load(model, revision=revision, dtype=dtype, min_tiles=min_tiles, max_tiles=max_tiles)
+        vlm, processor = load(
+            model,
+            revision=revision,
+            dtype=dtype,
+            vision_tower=vision_tower,
+            conversation=conversation,
+            min_tiles=min_tiles,
+            max_tiles=max_tiles,
+        )
         load_s = time.perf_counter() - begin
         status.show("reading the prompt")
         chunks: list[Chunk] = []

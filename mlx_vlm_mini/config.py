@@ -14,6 +14,7 @@ from .errors import CheckpointError
 Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"]
 VisionNorm = Literal["layer_norm", "rms_norm"]
 LayerType = Literal["full_attention", "sliding_attention"]
+TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
 
 
 _LARGEST = 10**8  # of any size in a config: far above every model, and products of two still fit 64 bits
@@ -154,8 +155,8 @@ class ShuffleConfig:
 class ProjectorConfig:
     """Image features to decoder embeddings: `num_layers` linear layers with an activation between them.
 
-    One layer is the linear projection of LLaVA (2023), two are the MLP of LLaVA-1.5. Before them come a pixel shuffle
-    and a norm where the config has them; `input_size` is what enters the first layer.
+    One layer is the linear projection of LLaVA (2023), two are the MLP of LLaVA-1.5, none leaves features as they are.
+    Before them come a pixel shuffle and a norm where the config has them; `input_size` is what enters the first layer.
     """
 
     input_size: int
@@ -167,8 +168,13 @@ class ProjectorConfig:
     norm_eps: float | None = None
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "input_size", "hidden_size", "num_layers")
+        _check_sizes(self, "input_size", "hidden_size", *(["num_layers"] if self.num_layers != 0 else []))
         _check_flags(self, "bias")
+        if self.num_layers == 0 and self.input_size != self.hidden_size:
+            raise CheckpointError(
+                f"config.json: features of {self.input_size} numbers are no embeddings of {self.hidden_size}: "
+                "a projector is needed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +268,12 @@ class Prescribed:
     """Ends an answer."""
     image_processor: Mapping[str, Any]
     """In the form of preprocessor_config.json."""
+    cut_at_images: bool = False
+    """`image_token` is in no vocabulary: the text is cut there, and each piece becomes tokens by itself."""
+    stop: str | None = None
+    """Text that ends an answer, too."""
+    extra_tokens: tuple[str, ...] = ()
+    """Of the prompt; where the tokenizer lacks them, they take the next free ids in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +288,10 @@ class VLMConfig:
     """None where `prescribed` names the token instead."""
     image_grid_pinpoints: tuple[tuple[int, int], ...] | None
     """Heights and widths in pixels that an image's tiles may fill (`anyres`); None: all features are shown."""
+    tile_merge: TileMerge | None = None
+    """How the tiles' features follow the squashed image's: `unpad` as rows of one grid without the bars, a newline
+    behind each; `unpad_floor` the same with what is shown rounded down, as the original LLaVA does; `grid` as rows of
+    the whole grid; `flat` tile by tile."""
     prescribed: Prescribed | None = None
 
     def __post_init__(self) -> None:
@@ -295,3 +311,8 @@ class VLMConfig:
                 f"config.json: the projector reads {self.projector.input_size} numbers, the vision tower gives "
                 f"{self.vision.feature_size} in each of {factor**2} features"
             )
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether the checkpoint has an embedding that ends a row of an image's tiles."""
+        return self.tile_merge in ("unpad", "unpad_floor")

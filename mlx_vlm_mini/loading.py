@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from .checkpoint import DTYPES, Checkpoint, open_checkpoint, read_json
+from .assembly import open_model
+from .checkpoint import DTYPES, Checkpoint, read_json
 from .config import VLMConfig
 from .errors import CheckpointError
 from .families import Family, find_family
-from .hub import find_folder
 from .model import VLM
 from .preprocess import TILINGS, ImageSettings, image_settings
 from .processor import Processor
@@ -125,6 +125,8 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
     """
     tokenizer, prescribed = load_tokenizer(checkpoint.folder), config.prescribed
     found = find_chat_template(checkpoint.folder) if prescribed is None else prescribed.chat_template
+    if prescribed is not None:
+        _add_prescribed(tokenizer, prescribed.extra_tokens, config, checkpoint.folder)
     return Processor(
         config,
         family,
@@ -133,6 +135,13 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
         image_settings=find_image_settings(checkpoint.folder, family, config),
         eos_token_ids=eos_token_ids(checkpoint, tokenizer, None if prescribed is None else prescribed.end_token),
     )
+
+
+def _add_prescribed(tokenizer: Tokenizer, tokens: tuple[str, ...], config: VLMConfig, folder: Path) -> None:
+    tokenizer.backend.add_special_tokens([token for token in tokens if tokenizer.token_to_id(token) is None])
+    for token in tokens:
+        if (tokenizer.token_to_id(token) or 0) >= config.decoder.vocab_size:
+            raise CheckpointError(f"{folder}: config.json asks for {token} in prompts, and no embedding is left for it")
 
 
 def compute_dtype(plan: Plan) -> mx.Dtype:
@@ -150,6 +159,8 @@ def load(
     dtype: DTypeName | None = None,
     min_tiles: int | None = None,
     max_tiles: int | None = None,
+    vision_tower: str | Path | None = None,
+    conversation: str | None = None,
 ) -> tuple[VLM, Processor]:
     """Load a model and its processor.
 
@@ -159,6 +170,8 @@ def load(
         dtype: type to compute in; by default the checkpoint's on a GPU and float32 on a CPU.
         min_tiles, max_tiles: tiles of an image, without its thumbnail, in families that cut one into a grid of its
             shape (InternVL); by default as the checkpoint says.
+        vision_tower: of an original LLaVA checkpoint, in place of the one that its config.json names.
+        conversation: of an original LLaVA checkpoint, its prompt's name in place of the one that belongs to its name.
 
     Returns:
         `(model, processor)`, to be given to `generate`, `stream_generate` or `Chat`.
@@ -168,7 +181,7 @@ def load(
     """
     if name is None:
         raise CheckpointError("this version bundles no model: name a checkpoint folder or a Hub model")
-    checkpoint = open_checkpoint(find_folder(name, revision=revision))
+    checkpoint = open_model(name, revision=revision, vision_tower=vision_tower, conversation=conversation)
     planned = plan(checkpoint)
     processor = load_processor(checkpoint, planned.family, planned.config)
     if min_tiles is not None or max_tiles is not None:

@@ -43,7 +43,7 @@ class Projector(nn.Module):
     def __call__(self, features: mx.array) -> mx.array:
         """float[B, P, C] -> float[B, P, hidden_size], P being fewer behind a pixel shuffle."""
         x = features if self.config.shuffle is None else pixel_shuffle(features, self.config.shuffle)
-        x = self.layers[0](self.norm(x) if "norm" in self else x)
-        for layer in self.layers[1:]:
-            x = layer(self.act(x))
+        x = self.norm(x) if "norm" in self else x
+        for number, layer in enumerate(self.layers):
+            x = layer(self.act(x) if number else x)
         return x

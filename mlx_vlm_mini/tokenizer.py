@@ -54,21 +54,23 @@ class Tokenizer:
                 raise PromptError("the prompt is not valid UTF-8 text") from None
         return self.backend.encode(text, add_special_tokens=add_special_tokens)
 
-    def encode_prompt(self, text: str, *, image_token: str) -> list[int]:
-        """Token ids of a whole prompt: one `bos_token`, whether the chat template wrote it or not.
-
-        Args:
-            image_token: may stand in front of the `bos_token` that the template wrote.
-        """
-        return self.encode_with_offsets(text, image_token=image_token)[0]
-
     def _has_bos(self, text: str, image_token: str) -> bool:
         bos = self.special_tokens.get("bos_token")
         return bool(bos) and re.match(f"(?:{re.escape(image_token)})*{re.escape(bos or '')}", text) is not None
 
     def encode_with_offsets(self, text: str, *, image_token: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of a whole prompt as `encode_prompt` gives them, and where each token's text begins and ends."""
+        """Token ids of a whole prompt, and where each token's text begins and ends: one `bos_token`, whether the chat
+        template wrote it or not.
+
+        Args:
+            image_token: may stand in front of the `bos_token` that the template wrote.
+        """
         encoding = self._encoding(text, not self._has_bos(text, image_token))
+        return encoding.ids, encoding.offsets
+
+    def encode_piece(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same of a text that goes on a prompt: no special tokens are put around it."""
+        encoding = self._encoding(text, False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

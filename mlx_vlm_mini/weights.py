@@ -32,11 +32,10 @@ def _find(name: str, weights: Weights) -> tuple[str | tuple[str, ...] | None, st
         KeyError: the map does not know the name.
     """
     numbers = _NUMBER.findall(name)
-    pattern = _NUMBER.sub("{}", name)
+    pattern = name if {name, name.rpartition(".")[0]} & weights.keys() else _NUMBER.sub("{}", name)
     module, _, parameter = pattern.rpartition(".")
-    spelled = name.rpartition(".")[0]  # a module with its number, where a map tells it from its neighbours
     whole = pattern in weights
-    target = weights[pattern if whole else spelled if spelled in weights else module]
+    target = weights[pattern if whole else module]
     if isinstance(target, tuple):
         target = type(target)(each.format(*numbers) for each in target)
     elif target is not None:
@@ -47,8 +46,8 @@ def _find(name: str, weights: Weights) -> tuple[str | tuple[str, ...] | None, st
 def rename(name: str, weights: Weights) -> tuple[str, ...]:
     """Our names of a checkpoint's tensor: one, several of a fused one, none where the family drops it.
 
-    A map names whole modules or single tensors. What stands behind a module (`weight`, `bias`, and `scales` and
-    `biases` of a quantized one) is kept.
+    A map names whole modules or single tensors; a name with its own numbers counts before one with `{}`. What stands
+    behind a module (`weight`, `bias`, and `scales` and `biases` of a quantized one) is kept.
 
     Raises:
         KeyError: the map does not know the name.
@@ -198,7 +197,7 @@ def _their_name(name: str, ours: Mapping[str, str]) -> str:
     """What a missing tensor would be called in this checkpoint, judged by a sibling in another layer or part."""
     pattern = _NUMBER.sub("{}", name)
     for sibling, theirs in ours.items():
-        if _NUMBER.sub("{}", sibling) == pattern:
+        if _NUMBER.sub("{}", sibling) == pattern and _NUMBER.findall(sibling) == _NUMBER.findall(theirs):
             return _NUMBER.sub("{}", theirs).format(*_NUMBER.findall(name))
     return name
 

@@ -7,13 +7,13 @@ Its other files are left aside: the chat template of a tokenizer is not the conv
 and preprocessor_config.json does not know of tiles.
 """
 
-import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from mlx_vlm_mini.config import Prescribed, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 
+from .conversations import Conversation, chat_template
 from .internvl import image_text, intern_vit, pixels, shuffle_projector
 from .maps import Weights, internlm2, phi3
 from .maps import intern_vit as intern_vit_weights
@@ -38,64 +38,26 @@ IMAGE_PROCESSOR = "InternVLChat"
 CHAT_TEMPLATE = ""  # config.json prescribes it
 
 
-class Conversation(NamedTuple):
-    """One of the family's prompts: what stands around each message."""
-
-    system: str
-    """Before the system message."""
-    message: str
-    """The system message where none is given."""
-    after_system: str
-    user: str
-    after_user: str
-    assistant: str
-    after_assistant: str
-    colon: str = ""
-    """Between a role and what it says."""
-
-
 _OLD = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 _NEW = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 
 
-def _chatml(message: str, end: str) -> Conversation:
+def _chatml(system: str, after: str) -> Conversation:
     user, assistant = "<|im_start|>user\n", "<|im_start|>assistant\n"
-    return Conversation("<|im_start|>system\n", message, end, user, end, assistant, end)
+    return Conversation(
+        system, (user, after), (assistant, after), "", "<|im_start|>system\n", after, end_token="<|im_end|>"
+    )
 
 
 CONVERSATIONS = {
     "Hermes-2": _chatml(_OLD, "<|im_end|>"),
     "internlm2-chat": _chatml(_OLD, "<|im_end|>"),
     "internvl2_5": _chatml(_NEW, "<|im_end|>\n"),
-    "phi3-chat": Conversation("<|system|>\n", _OLD, "<|end|>", "<|user|>\n", "<|end|>", "<|assistant|>\n", "<|end|>"),
-    "internvl_zh": Conversation("", "", " ", "<human>", " ", "<bot>", "</s>", colon=": "),
+    "phi3-chat": Conversation(
+        _OLD, ("<|user|>\n", "<|end|>"), ("<|assistant|>\n", "<|end|>"), "", "<|system|>\n", "<|end|>", "<|end|>"
+    ),
+    "internvl_zh": Conversation("", ("<human>", " "), ("<bot>", "</s>"), close=" "),
 }
-
-
-def _jinja(conversation: Conversation, system: str) -> str:
-    """A conversation as a template: `system` is said where the messages do not begin with another."""
-    literal = {name: json.dumps(text, ensure_ascii=False) for name, text in conversation._asdict().items()}
-    bare = json.dumps(conversation.colon.strip())  # of a role that says nothing, or is about to
-    roles = "".join(
-        f"{{% {'if' if role == 'user' else 'elif'} message['role'] == '{role}' %}}{{{{ {literal[role]} }}}}"
-        f"{{{{ {literal['colon']} + text + {literal[f'after_{role}']} if text else {bare} }}}}"
-        for role in ("user", "assistant")
-    )
-    return (
-        "{% macro said(message) %}{% for part in message['content'] %}"
-        "{{ '<IMG_CONTEXT>\n' if part['type'] == 'image' else part['text'] }}"
-        "{% endfor %}{% endmacro %}"
-        "{% set own = messages[0]['role'] == 'system' %}"
-        f"{{{{ {literal['system']} + (said(messages[0]) if own else {json.dumps(system, ensure_ascii=False)}) }}}}"
-        f"{{{{ {literal['after_system']} }}}}"
-        "{% for message in (messages[1:] if own else messages) %}{% set text = said(message) %}"
-        + roles
-        + "{% else %}{{ raise_exception('no ' + message['role'] + ' message can stand here') }}{% endif %}"
-        "{% endfor %}"
-        f"{{% if add_generation_prompt %}}{{{{ {literal['assistant']} + {bare} }}}}{{% endif %}}"
-    )
-
-
 _VISION = {  # of InternVisionConfig: InternViT-6B
     "hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 48, "num_attention_heads": 25,
     "image_size": 224, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "norm_type": "rms_norm",
@@ -112,7 +74,9 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
     if not isinstance(name, str) or name not in CONVERSATIONS:
         known = ", ".join(sorted(CONVERSATIONS))
         raise CheckpointError(f"config.json: conversation template {name!r} is not known (known: {known})")
-    conversation = CONVERSATIONS[name]
+    conversation, system = CONVERSATIONS[name], hf.get("system_message")
+    if system is not None:
+        conversation = conversation._replace(system=system)
     values = {**_VISION, **(hf.get("vision_config") or {})}
     tower = intern_vit(
         values,
@@ -127,7 +91,6 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
     decoder = text_decoder({**text, "model_type": model_type}, proven=tuple(_DECODERS.values()))
     transposed = hf.get("ps_version", "v1") == "v1"
     side = hf.get("force_image_size") or tower.image_size
-    system = hf.get("system_message")
     return VLMConfig(
         family="internvl_chat",
         vision=tower,
@@ -137,8 +100,8 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
         image_grid_pinpoints=None,
         prescribed=Prescribed(
             image_token="<IMG_CONTEXT>",
-            chat_template=_jinja(conversation, conversation.message if system is None else system),
-            end_token=conversation.after_assistant.strip(),
+            chat_template=chat_template(conversation, "<IMG_CONTEXT>\n"),
+            end_token=conversation.end_token,
             image_processor={
                 "size": {"height": side, "width": side},
                 "do_pad": hf.get("pad2square", False),
