@@ -10,6 +10,9 @@ from PIL import Image
 from .errors import CheckpointError
 
 
+_MOST = 1000  # far above every model's 12 or 40; the grids that are compared grow with it
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
     """How an image processor cuts: `tile_size` in pixels, and how many tiles there may be, without the thumbnail."""
@@ -22,8 +25,8 @@ class Tiles:
 
     def __post_init__(self) -> None:
         for number in (self.min_tiles, self.max_tiles):
-            if type(number) is not int or number < 1:
-                raise CheckpointError(f"an image is cut into a whole number of tiles, 1 or more, not {number!r}")
+            if type(number) is not int or not 1 <= number <= _MOST:
+                raise CheckpointError(f"an image is cut into a whole number of tiles, 1 to {_MOST}, not {number!r}")
         if self.min_tiles > self.max_tiles:
             raise CheckpointError(
                 f"an image cannot be cut into {self.min_tiles} tiles at least and {self.max_tiles} at most"
