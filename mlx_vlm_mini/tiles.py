@@ -9,7 +9,6 @@ from PIL import Image
 
 from .errors import CheckpointError
 
-
 _MOST = 1000  # far above every model's 12 or 40; the grids that are compared grow with it
 
 
