@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -18,6 +18,7 @@ from .families.llava_original import KNOWN_TOWERS, TOWER, is_original
 from .hub import fetch_headers, find_folder, is_hub_name
 from .pickled import Pickled, read_pickled
 
+Need = Literal["tensors", "headers", "config"]
 _PROJECTOR = "mm_projector."
 _ROWS_MAY_DIFFER = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -86,8 +87,10 @@ def open_model(
     Raises:
         CheckpointError: a part cannot be found or used, or an option has nothing to do.
     """
-    checkpoint = open_checkpoint(find_folder(name, revision=revision, weights=weights))
     on_hub = isinstance(name, str) and is_hub_name(name)
+    if on_hub and weights and base is None and _is_called_delta(name):  # before all of it is fetched
+        _refuse_delta(open_checkpoint(find_folder(name, revision=revision, weights=False)), name)
+    checkpoint = open_checkpoint(find_folder(name, revision=revision, weights=weights))
     if on_hub and not weights:
         checkpoint.headers = fetch_headers(str(name), revision=revision)
     if not is_original(checkpoint.config):
@@ -109,14 +112,16 @@ def _assemble(
     config = checkpoint.config = dict(checkpoint.config)
     if conversation is not None:
         find_conversation(conversation)
-    config["conversation"] = conversation or config.get("conversation") or choose_conversation(config, name)
+    called = name if is_hub_name(name) else str(checkpoint.folder.absolute())
+    config["conversation"] = conversation or config.get("conversation") or choose_conversation(config, called)
     loose = _lone_projector(checkpoint)
     headers_only = checkpoint.headers is not None
     whole = Assembly(checkpoint.folder, config, checkpoint._headers, loose=loose, headers_only=headers_only)
     inside = any(tensor.startswith(TOWER) for tensor in checkpoint.tensors)
     known = inside and ("vision_config" in config or config.get("mm_vision_tower") in KNOWN_TOWERS)
     if vision_tower is not None or not known:
-        tower = _open_tower(checkpoint.folder, config, name, weights and not inside, vision_tower)
+        need: Need = "config" if inside else "tensors" if weights else "headers"
+        tower = _open_tower(checkpoint.folder, config, name, need, vision_tower)
         _take_tower(whole, tower, inside)
     _apply_base(whole, name, base)
     return whole
@@ -138,17 +143,15 @@ def _lone_projector(checkpoint: Checkpoint) -> dict[str, Pickled]:
     return {"model." + name[name.index(_PROJECTOR) :]: info for name, info in found.items() if _PROJECTOR in name}
 
 
-def _open_tower(
-    folder: Path, config: Mapping[str, Any], name: str, weights: bool, given: str | Path | None
-) -> Checkpoint:
+def _open_tower(folder: Path, config: Mapping[str, Any], name: str, need: Need, given: str | Path | None) -> Checkpoint:
     named = config.get("mm_vision_tower", config.get("vision_tower"))
     if given is None and (not isinstance(named, str) or not named):
         raise CheckpointError(f"{folder}/config.json names no vision tower: give its folder as vision tower")
     places = [folder / named, Path(named)] if given is None and isinstance(named, str) else []
     source: str | Path = next((place for place in places if place.is_dir()), given or str(named))
     try:
-        tower = open_checkpoint(find_folder(source, weights=weights))
-        if isinstance(source, str) and is_hub_name(source) and not weights:
+        tower = open_checkpoint(find_folder(source, weights=need == "tensors"))
+        if isinstance(source, str) and is_hub_name(source) and need == "headers":
             tower.headers = fetch_headers(source)
     except CheckpointError as error:
         if given is not None:
@@ -185,19 +188,28 @@ def _take_tower(whole: Assembly, tower: Checkpoint, inside: bool) -> None:
     whole.tower = tower, names
 
 
-def _apply_base(whole: Assembly, name: str, base: str | Path | None) -> None:
-    """Refuse a delta without its base and a base without a delta; check that they fit."""
-    norm = whole.tensors.get("model.norm.weight")
-    if whole.headers_only or norm is None or not norm.is_float:
-        delta = "delta" in name.rstrip("/").rpartition("/")[2].lower()
-    else:  # a whole model's is around 1
-        delta = float(mx.abs(Checkpoint.read(whole, "model.norm.weight").astype(mx.float32)).mean()) < 0.1
-    if delta and base is None:
-        size = {4096: " (7B)", 5120: " (13B)"}.get(whole.config.get("hidden_size", 4096), " of the same size")
+def _is_called_delta(name: str | Path) -> bool:
+    return "delta" in str(name).rstrip("/").rpartition("/")[2].lower()
+
+
+def _refuse_delta(checkpoint: Checkpoint, name: str | Path) -> None:
+    if is_original(checkpoint.config):
+        size = {4096: " (7B)", 5120: " (13B)"}.get(checkpoint.config.get("hidden_size", 4096), " of the same size")
         raise CheckpointError(
             f"{name} holds the difference to the first LLaMA's weights{size}, to which it must be added: "
             f"mlx-vlm-mini convert {name} DESTINATION --base LLAMA"
         )
+
+
+def _apply_base(whole: Assembly, name: str, base: str | Path | None) -> None:
+    """Refuse a delta without its base and a base without a delta; check that they fit."""
+    norm = whole.tensors.get("model.norm.weight")
+    if whole.headers_only or norm is None or not norm.is_float:
+        delta = _is_called_delta(name) and not whole.is_mlx
+    else:  # a whole model's is around 1
+        delta = float(mx.abs(Checkpoint.read(whole, "model.norm.weight").astype(mx.float32)).mean()) < 0.1
+    if delta and base is None:
+        _refuse_delta(whole, name)
     if base is None:
         return
     if not delta:
