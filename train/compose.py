@@ -102,7 +102,8 @@ def compose(
         _fill(ours, text, _TEXT_NAMES, vocab_size)
         tensors |= {hub_name(name, llava.WEIGHTS): to_torch_layout(name, array) for name, array in ours.items()}
         save_tensors(destination / "model.safetensors", tensors, dtype)
-        _write_image_settings(None if Path(vision).suffix == ".json" else tower.folder, whole.image_size, clip, destination)
+        given = None if Path(vision).suffix == ".json" else tower.folder
+        _write_image_settings(given, whole.image_size, clip, destination)
         plan(open_checkpoint(destination))
     except BaseException:
         shutil.rmtree(destination, ignore_errors=True)
