@@ -10,7 +10,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import edit_json, with_paths
+from checkpoints import edit_json, random_mask_decoder, with_paths
 from PIL import Image
 from reference import CASES, GOLDEN, SPECS, Reference, expected_outputs
 
@@ -19,6 +19,7 @@ from mlx_vlm_mini.anyres import count_tokens, pack
 from mlx_vlm_mini.families import llava, llava_next, paligemma
 from mlx_vlm_mini.generation import prefill
 from mlx_vlm_mini.image import open_image
+from mlx_vlm_mini.mask_decoder import load_mask_decoder
 from mlx_vlm_mini.preprocess import LLAVA_NEXT_PINPOINTS, image_settings, preprocess
 from mlx_vlm_mini.rope import make_rope
 
@@ -305,3 +306,37 @@ def test_colours_equal_the_reference(mode):
         open_image(image), image_settings({"do_resize": False, "image_processor_type": "SiglipImageProcessor"}, "")
     )
     np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_masks_equal_the_reference(tmp_path):
+    """big_vision's decoder composed of torch's own layers; its names of them are those of the file."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(),
+                nn.Conv2d(128, 128, 1),
+            )  # fmt: skip
+
+        def forward(self, x):
+            return x + self.net(x)
+
+    ups = [(128, 128), (128, 64), (64, 32), (32, 16)]
+    layers = [nn.Conv2d(512, 128, 1), nn.ReLU(), Block(), Block()]
+    for sizes in ups:
+        layers += [nn.ConvTranspose2d(*sizes, 4, stride=2, padding=1), nn.ReLU()]
+    reference = nn.Sequential(*layers, nn.Conv2d(16, 1, 1))
+    arrays = random_mask_decoder(tmp_path / "vae-oid.npz")
+    decoder = {
+        name.removeprefix("decoder."): torch.tensor(array) for name, array in arrays.items() if "decoder" in name
+    }
+    reference.load_state_dict(decoder)
+    codes = np.random.default_rng(2).integers(0, 128, (3, 16))
+    with torch.no_grad():
+        x = torch.tensor(arrays["_vq_vae._embedding"])[torch.tensor(codes)].reshape(3, 4, 4, 512)
+        expected = reference(x.permute(0, 3, 1, 2))[:, 0].numpy()
+    masks = load_mask_decoder(tmp_path / "vae-oid.npz")(codes)
+    np.testing.assert_allclose(masks, expected, atol=1e-5 * np.abs(expected).max())

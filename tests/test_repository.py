@@ -17,7 +17,7 @@ FOLDERS = ("mlx_vlm_mini", "convert", "train", "cli")
 ORDER = (
     "errors", "blas", "borrow", "config", "activation", "attention", "rope", "vision", "projector", "decoder", "anyres", "model",
     "pickled", "checkpoint", "image", "preprocess", "tokenizer", "families", "weights", "hub", "prompt", "processor", "loading", "generation",
-    "stream", "chat", "describe",
+    "stream", "chat", "describe", "detections", "draw", "mask_decoder",
 )  # fmt: skip
 
 
