@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
+import published
 import pytest
 from checkpoints import edit_json, random_mask_decoder, with_paths
 from PIL import Image
@@ -19,9 +20,11 @@ from mlx_vlm_mini.anyres import count_tokens, pack
 from mlx_vlm_mini.families import llava, llava_next, paligemma
 from mlx_vlm_mini.generation import prefill
 from mlx_vlm_mini.image import open_image
+from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.mask_decoder import load_mask_decoder
 from mlx_vlm_mini.preprocess import LLAVA_NEXT_PINPOINTS, image_settings, preprocess
 from mlx_vlm_mini.rope import make_rope
+from mlx_vlm_mini.weights import rename
 
 pytestmark = pytest.mark.reference
 TOLERANCE = 1e-4
@@ -340,3 +343,25 @@ def test_masks_equal_the_reference(tmp_path):
         expected = reference(x.permute(0, 3, 1, 2))[:, 0].numpy()
     masks = load_mask_decoder(tmp_path / "vae-oid.npz")(codes)
     np.testing.assert_allclose(masks, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", sorted(published.CONFIGS))
+def test_full_size_tensors_equal_the_reference(name):
+    """Names and shapes that the reference's class gives a published config, on the meta device, all find their place."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    hf = published.CONFIGS[name]
+    with torch.device("meta"):
+        reference = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**hf))
+    shapes = {theirs: tuple(tensor.shape) for theirs, tensor in reference.state_dict().items()}
+    if hf["model_type"] == "paligemma":  # tied: files hold it once
+        assert shapes.pop("lm_head.weight") == shapes["model.language_model.embed_tokens.weight"]
+    planned = plan(published.without_data(hf, shapes))  # refuses what is missing, superfluous or of another shape
+    assert {theirs.partition("vision_tower.")[2].removeprefix("vision_model.") for theirs in planned.unused} == (
+        set() if hf["model_type"] == "paligemma" else {"post_layernorm.weight", "post_layernorm.bias"}
+    )
+    ours = published.published(name)
+    numbers = {rename(theirs, planned.family.WEIGHTS): shape for theirs, shape in shapes.items()}
+    numbers.pop(None, None)
+    assert numbers == {rename(theirs, planned.family.WEIGHTS): info.shape for theirs, info in ours.tensors.items()}
