@@ -7,6 +7,8 @@ import mlx.nn as nn
 
 Mask = mx.array | Literal["causal"] | None
 
+BLOCK = 2**23  # scores that the explicit attention holds at a time, unless its weights are asked for
+
 
 def attend(
     queries: mx.array,
@@ -35,12 +37,22 @@ def attend(
     if attentions is None and softcap is None:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     (B, H, L, D), S, groups = queries.shape, keys.shape[2], queries.shape[1] // keys.shape[1]
+    if isinstance(mask, str):
+        mask = mx.arange(S - L, S)[:, None] >= mx.arange(S)
+    rows = max(1, BLOCK // (B * H * S))
+    if attentions is None and rows < L:  # rows do not depend on one another
+        blocks: list[mx.array] = []
+        for start in range(0, L, rows):
+            part = slice(start, start + rows)
+            block, seen = queries[:, :, part], None if mask is None else mask[..., part, :]
+            if blocks:  # one after the other, else all their scores are held at once
+                (block,) = mx.depends([block], [blocks[-1]])
+            blocks.append(attend(block, keys, values, scale=scale, softcap=softcap, mask=seen))
+        return mx.concatenate(blocks, axis=2)
     queries = (queries * scale).reshape(B, H // groups, groups, L, D)
     scores = queries @ keys[:, :, None].swapaxes(-1, -2)
     if softcap is not None:
         scores = softcap * mx.tanh(scores / softcap)
-    if isinstance(mask, str):
-        mask = mx.arange(S - L, S)[:, None] >= mx.arange(S)
     if mask is not None:
         mask = mask if mask.ndim == 2 else mask[:, None]
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)

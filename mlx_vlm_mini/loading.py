@@ -124,10 +124,15 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
 
 
 def compute_dtype(plan: Plan) -> mx.Dtype:
-    """The checkpoint's own type on a GPU, float32 on a CPU, where half precision is many times slower."""
+    """The checkpoint's own type on a GPU, float32 on a CPU, where half precision is many times slower.
+
+    A float16 checkpoint whose activations float16 cannot hold is computed in bfloat16.
+    """
     if mx.default_device().type != mx.DeviceType.gpu:
         return mx.float32
     stored = plan.checkpoint.tensors[plan.ours["decoder.norm.weight"]].dtype
+    if stored == "F16" and not plan.config.decoder.scales.fits_float16:
+        return mx.bfloat16
     return DTYPES[stored][0] if stored in ("F16", "BF16") else mx.float32
 
 
@@ -151,6 +156,11 @@ def load(
         raise CheckpointError("this version bundles no model: name a checkpoint folder or a Hub model")
     checkpoint = open_checkpoint(find_folder(name, revision=revision))
     planned = plan(checkpoint)
+    if dtype == "float16" and not planned.config.decoder.scales.fits_float16:
+        raise CheckpointError(
+            f"float16 cannot hold what this model's decoder computes ({planned.config.family}: numbers above 65504): "
+            "choose bfloat16 or float32"
+        )
     processor = load_processor(checkpoint, planned.family, planned.config)
     chosen: Any = getattr(mx, dtype) if dtype is not None else compute_dtype(planned)
     load_weights(planned.model, planned.ours, checkpoint, chosen)

@@ -5,10 +5,11 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import PHOTO, SHAPES, edit_json
+from checkpoints import PHOTO, PLAIN, SHAPES, edit_json
 from reference import GOLDEN
 
-from mlx_vlm_mini import Chat, generate, load
+from mlx_vlm_mini import Chat, attention, generate, load
+from mlx_vlm_mini.attention import attend
 from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.config import ScaleConfig
 from mlx_vlm_mini.convert import convert
@@ -16,7 +17,7 @@ from mlx_vlm_mini.decoder import causal_mask
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.families import paligemma
 from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.loading import compute_dtype, plan
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.weights import hub_name, rename
 
@@ -32,7 +33,7 @@ def test_an_empty_config_is_paligemma_of_three_billion():
     assert (decoder.hidden_size, decoder.num_hidden_layers, decoder.head_dim) == (2048, 18, 256)
     assert (decoder.num_attention_heads, decoder.num_key_value_heads, decoder.vocab_size) == (8, 1, 257152)
     assert (decoder.norms.rms_norm_eps, decoder.norms.rms_norm_offset, decoder.norms.sandwich) == (1e-6, 1.0, False)
-    assert decoder.scales == ScaleConfig(embed_scale=2048**0.5)
+    assert decoder.scales == ScaleConfig(embed_scale=2048**0.5, fits_float16=False)
     assert (decoder.hidden_act, decoder.prefix_lm, decoder.tie_word_embeddings) == ("gelu_pytorch_tanh", True, True)
     assert (decoder.max_position_embeddings, decoder.rope_theta, decoder.sliding_window) == (8192, 10000.0, None)
     assert config.image_token_id == 256000
@@ -52,7 +53,11 @@ def test_a_config_as_paligemma_twos():
     assert decoder.layer_types == ("sliding_attention", "full_attention") * 2 and decoder.sliding_window == 4096
     assert decoder.norms.sandwich and decoder.hidden_act == "gelu_pytorch_tanh"
     assert decoder.scales == ScaleConfig(
-        embed_scale=48.0, query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
+        embed_scale=48.0,
+        query_pre_attn_scalar=256,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        fits_float16=False,
     )
 
 
@@ -217,3 +222,57 @@ def test_half_precision_computes(tmp_path):
     model, processor = load(tmp_path / "half", dtype="bfloat16")
     assert model(processor("What?", [PHOTO])).dtype == mx.bfloat16
     assert isinstance(generate(model, processor, "What?", images=[PHOTO], max_tokens=3), str)
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "rows", "batched"])
+def test_capped_attention_in_blocks_of_queries(mask, monkeypatch):
+    """Equal to the whole, bit by bit or nearly, with gradients; the last block is smaller than the others."""
+    mx.random.seed(0)
+    shapes = ((2, 4, 11, 6), (2, 2, 15, 6), (2, 2, 15, 6))
+    queries, keys, values = (mx.random.normal(shape) for shape in shapes)
+    seen = mx.random.uniform(shape=(2, 1, 11, 15)) < 0.7
+    given = {"rows": seen[0, 0], "batched": seen}.get(mask, mask)
+
+    def total(queries):
+        return mx.sin(attend(queries, keys, values, scale=0.4, softcap=2.0, mask=given)).sum()
+
+    def both():
+        out = attend(queries, keys, values, scale=0.4, softcap=2.0, mask=given)
+        return np.array(out), np.array(mx.grad(total)(queries))
+
+    whole = both()
+    monkeypatch.setattr(attention, "BLOCK", 2 * 4 * 15 * 3)
+    for expected, blocks in zip(whole, both(), strict=True):
+        np.testing.assert_allclose(blocks, expected, atol=1e-6)
+
+
+def test_capped_attention_holds_one_block_of_scores_at_a_time(monkeypatch):
+    keys = mx.random.normal((1, 8, 2000, 4))
+    mx.eval(keys)
+
+    def peak():
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(attend(keys, keys, keys, scale=1.0, softcap=2.0))
+        return mx.get_peak_memory() - before
+
+    scores = 4 * 8 * 2000**2  # bytes
+    monkeypatch.setattr(attention, "BLOCK", 2**30)
+    assert peak() > scores
+    monkeypatch.setattr(attention, "BLOCK", 2**19)
+    assert peak() < scores / 4
+
+
+def test_float16_is_refused_where_it_overflows(monkeypatch):
+    """Gemma's activations; said when it is asked for, and not chosen for files that hold float16."""
+    with pytest.raises(CheckpointError, match="float16 cannot hold what this model's decoder computes.*bfloat16"):
+        load(ONE, dtype="float16")
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    for golden, stored, expected in (
+        (TWO, "F16", mx.bfloat16), (TWO, "BF16", mx.bfloat16), (TWO, "F32", mx.float32),
+        (PLAIN, "F16", mx.float16), (PLAIN, "BF16", mx.bfloat16),
+    ):  # fmt: skip
+        planned = plan(open_checkpoint(golden))
+        name = planned.ours["decoder.norm.weight"]
+        planned.checkpoint.tensors[name] = replace(planned.checkpoint.tensors[name], dtype=stored)
+        assert compute_dtype(planned) == expected
