@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from .options import DTYPES
+from .options import DTYPES, original_options
 
 BITS = click.Choice(["2", "3", "4", "5", "6", "8"])
 
@@ -35,6 +35,8 @@ BITS = click.Choice(["2", "3", "4", "5", "6", "8"])
 @click.option("--head-bits", type=BITS, help="Bits of the head, where others than -q.")
 @click.option("--dtype", type=DTYPES, help="Type of what stays in floating point.  [default: as it is]")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
+@original_options
+@click.option("--base", metavar="LLAMA", help="Weights to add to those of a delta, an original LLaVA's first form.")
 def command(
     source: str,
     destination: str,
@@ -43,6 +45,9 @@ def command(
     mode: Any,
     dtype: Any,
     revision: str | None,
+    vision_tower: str | None,
+    conversation: str | None,
+    base: str | None,
     embedding_bits: str | None,
     **part_bits: str | None,
 ) -> None:
@@ -71,6 +76,9 @@ def command(
             part_bits={part: int(given) for part, given in chosen.items() if given is not None},
             dtype=dtype,
             revision=revision,
+            vision_tower=vision_tower,
+            conversation=conversation,
+            base=base,
             progress=progress,
         )
     for name, reason in report.skipped:

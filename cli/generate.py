@@ -47,6 +47,8 @@ def command(
     mask_decoder: str | None,
     revision: str | None,
     dtype: Any,
+    vision_tower: str | None,
+    conversation: str | None,
     **options: Any,
 ) -> None:
     """Ask MODEL once and print its answer.
@@ -82,7 +84,9 @@ def command(
     with Status() as status:
         begin = time.perf_counter()
         status.show(f"loading {model}")
-        vlm, processor = load(model, revision=revision, dtype=dtype)
+        vlm, processor = load(
+            model, revision=revision, dtype=dtype, vision_tower=vision_tower, conversation=conversation
+        )
         load_s = time.perf_counter() - begin
         status.show("reading the prompt")
         chunks: list[Chunk] = []

@@ -11,9 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_vlm_mini.assembly import open_model
 from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.hub import SMALL_FILES, find_folder
+from mlx_vlm_mini.hub import SMALL_FILES
 from mlx_vlm_mini.loading import DTypeName, load_processor, plan
 
 from .quantize import Mode, Part, Quantization, choose, plan_outputs
@@ -51,6 +52,9 @@ def convert(
     part_bits: Mapping[Part, int | None] | None = None,
     dtype: DTypeName | None = None,
     revision: str | None = None,
+    vision_tower: str | Path | None = None,
+    conversation: str | None = None,
+    base: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Convert a checkpoint to MLX's format, tensor by tensor.
@@ -67,6 +71,8 @@ def convert(
         part_bits: bits of single parts: vision, projector, decoder, embeddings, head.
         dtype: type of what stays in floating point; by default as it is.
         revision: branch, tag or commit on the Hub.
+        vision_tower, conversation: of an original LLaVA checkpoint, see `load`; the result holds both.
+        base: LLaMA's weights, which the original LLaVA's first checkpoints hold the difference to.
         progress: called with bytes written and bytes in all.
 
     Raises:
@@ -75,7 +81,7 @@ def convert(
     """
     destination = Path(os.path.expanduser(destination))  # noqa: PTH111 - Path's raises where there is no such user
     _check_destination(destination)
-    checkpoint = open_checkpoint(find_folder(source, revision=revision))
+    checkpoint = open_model(source, revision=revision, vision_tower=vision_tower, conversation=conversation, base=base)
     quantizations = choose(bits, group_size, mode, part_bits or {})
     if quantizations and checkpoint.quantization is not None:
         raise CheckpointError(f"{source} is already quantized; quantize the original weights instead")

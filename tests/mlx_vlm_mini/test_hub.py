@@ -1,23 +1,21 @@
 """Hub names, against a stand-in of the Hub's HTTP interface on loopback."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import PHOTO, PLAIN, random_mask_decoder
-from hub import COMMIT, serve
+from hub import COMMIT, run_program, serve
 from reference import GOLDEN
 
 from mlx_vlm_mini.mask_decoder import ADDRESS, FILE
 
-PROGRAM = Path(sys.executable).with_name("mlx-vlm-mini")
 NAME, SHARDED = "tiny/llava", "tiny/llava-in-shards"
 
 
@@ -32,14 +30,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[Any, Callable[..., subprocess.Complete
         kind.folders.update({NAME: folder, SHARDED: GOLDEN / "llava-clip-llama-layers"})
         kind.gated.add("meta/secret")
 
-        def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                [PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=60, cwd=tmp_path,
-                env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"),
-                     "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
-            )  # fmt: skip
-
-        yield kind, run
+        yield kind, partial(run_program, address, tmp_path)
 
 
 ASK = ("-p", "What is in this image?", "-i", PHOTO, "--max-tokens", 10, "--json")

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+PROGRAM = Path(sys.executable).with_name("mlx-vlm-mini")
 COMMIT = "c0ffee" + "0" * 34
 
 
@@ -93,3 +97,12 @@ def serve() -> Iterator[tuple[str, type[Hub]]]:
             yield f"http://127.0.0.1:{server.server_port}", kind
         finally:
             server.shutdown()
+
+
+def run_program(address: str, folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The program in a folder, with a stand-in as its Hub and a cache of its own."""
+    return subprocess.run(
+        [PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=60, cwd=folder,
+        env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"),
+             "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
+    )  # fmt: skip
