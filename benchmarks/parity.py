@@ -10,7 +10,7 @@ its own. The checkpoints are tiny and random, made by transformers: those in the
 in a temporary folder), and the goldens of the tests, which go to the corners of what a config may say. A conversation
 is right when its token ids equal the reference's and the whole distributions at the prompt's end and before each of the
 nine following tokens lie within 1e-4 of its log-probabilities. To add a family: its goldens come by themselves; a
-published shape is an entry in `PUBLISHED`.
+published shape is an entry in `PUBLISHED`, a file of goldens beside reference.py one in `GOLDENS`.
 """
 
 import argparse
@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "golden"), str(ROOT / "tests" / "support")]
 
 from checkpoints import with_paths
+from llava_original import SPECS as ORIGINALS
 from reference import (
     CASES,
     GOLDEN,
@@ -45,11 +46,12 @@ TOLERANCE = 1e-4
 DETAILS = """# Parity, conversation by conversation
 
 Written by `benchmarks/parity.py --write`, which says what is compared. A number is the largest difference of
-log-probabilities to transformers, over the whole vocabulary at ten positions. The first checkpoints have the shape of
+log-probabilities to the reference, over the whole vocabulary at ten positions. The first checkpoints have the shape of
 published ones, the others are the tests' goldens, whose configs say less common things (a head size of its own, shards,
 new names). One of the two pictures is transparent in places, which transformers shows white.
 
 """
+GOLDENS: dict[str, Any] = {**SPECS, **ORIGINALS}
 MARKS = ("<!-- parity: written by benchmarks/parity.py -->", "<!-- /parity -->")
 
 
@@ -102,16 +104,20 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def expected_of(name: str, work: Path) -> tuple[Path, Spec, dict[str, np.ndarray]]:
-    """A checkpoint's folder, its spec and the reference's answers, made now where they are not a golden's."""
-    if name in SPECS:
+def expected_of(name: str, work: Path) -> tuple[Path, tuple[str, ...], dict[str, np.ndarray]]:
+    """A checkpoint's folder, its conversations and the reference's answers, made now where they are not a golden's."""
+    if name in GOLDENS:
         with np.load(GOLDEN / name / "expected.npz") as stored:
-            return GOLDEN / name, SPECS[name], dict(stored)
+            return GOLDEN / name, GOLDENS[name].cases, dict(stored)
     folder, spec = work / re.sub(r"\W+", "-", name).strip("-"), PUBLISHED[name]
     save(spec, folder)
     reference = Reference(folder, spec.chat_template)
     answers = {case: reference.answer(CASES[case], GOLDEN) for case in spec.cases}
-    return folder, spec, {f"{case}/{what}": array for case, given in answers.items() for what, array in given.items()}
+    return (
+        folder,
+        spec.cases,
+        {f"{case}/{what}": array for case, given in answers.items() for what, array in given.items()},
+    )
 
 
 def ours(file: Path) -> None:
@@ -137,17 +143,17 @@ def ours(file: Path) -> None:
     file.with_suffix(".out.json").write_text(json.dumps(report))
 
 
-def write_job(name: str, folder: Path, spec: Spec, expected: dict[str, np.ndarray], work: Path) -> Path:
-    from mlx_vlm_mini.checkpoint import open_checkpoint
-    from mlx_vlm_mini.loading import load_processor, read_config
+def write_job(
+    name: str, folder: Path, names: tuple[str, ...], expected: dict[str, np.ndarray], work: Path
+) -> tuple[Path, str]:
+    """A file that says what both sides shall answer, and the checkpoint's family."""
+    from mlx_vlm_mini import load
 
-    checkpoint = open_checkpoint(folder)
-    processor = load_processor(checkpoint, *read_config(checkpoint))
+    _, processor = load(folder)
     cases = {}
-    for case in spec.cases:
-        images = [
-            GOLDEN / part["image"] for message in CASES[case] for part in message["content"] if part["type"] == "image"
-        ]
+    for case in names:
+        parts = [part for message in CASES[case] for part in message["content"]]
+        images = [GOLDEN / part["image"] for part in parts if part["type"] == "image"]
         prepared = [processor.prepare(image) for image in images]
         tiled = processor.config.image_grid_pinpoints is not None and bool(images)
         pixels = work / f"{folder.name}-{case}.npy" if f"{case}/pixel_values" in expected else None
@@ -164,7 +170,7 @@ def write_job(name: str, folder: Path, spec: Spec, expected: dict[str, np.ndarra
         }
     file = work / f"{folder.name}.json"
     file.write_text(json.dumps({"name": name, "folder": str(folder), "cases": cases}))
-    return file
+    return file, processor.config.family
 
 
 def run(command: list[str], file: Path, expected: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -242,19 +248,20 @@ def main() -> None:
     names = ["mlx-vlm-mini"] + ["mlx-vlm"] * len(options.peer)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        for name in [each for each in (*PUBLISHED, *SPECS) if options.only in each]:
+        for name in [each for each in (*PUBLISHED, *GOLDENS) if options.only in each]:
             print(name, file=sys.stderr)
-            folder, spec, expected = expected_of(name, work)
-            file = write_job(name, folder, spec, expected, work)
+            folder, cases, expected = expected_of(name, work)
+            file, family = write_job(name, folder, cases, expected, work)
             outcomes = [run(side, file, expected) for side in sides]
             for i, outcome in enumerate(outcomes):
                 if versions := outcome.get("versions"):
                     names[i] = f"mlx-vlm {versions['mlx-vlm']} with transformers {versions['transformers']}"
             shape = f"as `{name}`" if name in PUBLISHED else f"golden `{name}`"
-            rows.append([f"`{spec.family}`", shape, *(cell(outcome, spec.cases) for outcome in outcomes)])
-            for i, case in enumerate(spec.cases):
+            rows.append([f"`{family}`", shape, *(cell(outcome, cases) for outcome in outcomes)])
+            for i, case in enumerate(cases):
                 said = [
-                    detail(outcome, case, i == 0).replace(str(work), "…").replace("|", "\\|") for outcome in outcomes
+                    detail(outcome, case, i == 0).replace(str(work), "…").replace(str(ROOT), ".").replace("|", "\\|")
+                    for outcome in outcomes
                 ]
                 details.append([f"`{name}`", case, *said])
     table = markdown(["family", "checkpoint", *names], rows)

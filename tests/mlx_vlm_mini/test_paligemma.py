@@ -8,8 +8,7 @@ import pytest
 from checkpoints import PHOTO, PLAIN, SHAPES, edit_json
 from reference import GOLDEN
 
-from mlx_vlm_mini import Chat, attention, generate, load
-from mlx_vlm_mini.attention import attend
+from mlx_vlm_mini import Chat, generate, load
 from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.config import ScaleConfig
 from mlx_vlm_mini.convert import convert
@@ -222,45 +221,6 @@ def test_half_precision_computes(tmp_path):
     model, processor = load(tmp_path / "half", dtype="bfloat16")
     assert model(processor("What?", [PHOTO])).dtype == mx.bfloat16
     assert isinstance(generate(model, processor, "What?", images=[PHOTO], max_tokens=3), str)
-
-
-@pytest.mark.parametrize("mask", [None, "causal", "rows", "batched"])
-def test_capped_attention_in_blocks_of_queries(mask, monkeypatch):
-    """Equal to the whole, bit by bit or nearly, with gradients; the last block is smaller than the others."""
-    mx.random.seed(0)
-    shapes = ((2, 4, 11, 6), (2, 2, 15, 6), (2, 2, 15, 6))
-    queries, keys, values = (mx.random.normal(shape) for shape in shapes)
-    seen = mx.random.uniform(shape=(2, 1, 11, 15)) < 0.7
-    given = {"rows": seen[0, 0], "batched": seen}.get(mask, mask)
-
-    def total(queries):
-        return mx.sin(attend(queries, keys, values, scale=0.4, softcap=2.0, mask=given)).sum()
-
-    def both():
-        out = attend(queries, keys, values, scale=0.4, softcap=2.0, mask=given)
-        return np.array(out), np.array(mx.grad(total)(queries))
-
-    whole = both()
-    monkeypatch.setattr(attention, "BLOCK", 2 * 4 * 15 * 3)
-    for expected, blocks in zip(whole, both(), strict=True):
-        np.testing.assert_allclose(blocks, expected, atol=1e-6)
-
-
-def test_capped_attention_holds_one_block_of_scores_at_a_time(monkeypatch):
-    keys = mx.random.normal((1, 8, 2000, 4))
-    mx.eval(keys)
-
-    def peak():
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(attend(keys, keys, keys, scale=1.0, softcap=2.0))
-        return mx.get_peak_memory() - before
-
-    scores = 4 * 8 * 2000**2  # bytes
-    monkeypatch.setattr(attention, "BLOCK", 2**30)
-    assert peak() > scores
-    monkeypatch.setattr(attention, "BLOCK", 2**19)
-    assert peak() < scores / 4
 
 
 def test_float16_is_refused_where_it_overflows(monkeypatch):
