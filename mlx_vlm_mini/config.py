@@ -208,8 +208,11 @@ class ScaleConfig:
     """Attention scores are divided by its root; None: by that of `head_dim`."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    fits_float16: bool = True
+    """Whether no activation exceeds 65504, float16's largest number: Gemma's do."""
 
     def __post_init__(self) -> None:
+        _check_flags(self, "fits_float16")
         optional = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
         _check_positive(self, "embed_scale", *(name for name in optional if getattr(self, name) is not None))
 

@@ -9,6 +9,10 @@ from pathlib import Path
 from .checkpoint import Header, TensorInfo
 from .errors import CheckpointError
 
+_HUB_FILE = re.compile(
+    r"https://huggingface\.co/(?:(?P<kind>space|dataset|model)s/)?(?P<name>[^/]+/[^/]+)/(?:resolve|blob)/"
+    r"(?P<revision>[^/]+)/(?P<file>[^?#]+)"
+)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 """Everything but the weights: configs, tokenizers, chat templates."""
@@ -80,6 +84,21 @@ def find_folder(name: str | Path, *, revision: str | None = None, weights: bool 
         if weights and not any(folder.glob(WEIGHT_FILES[0])):
             snapshot_download(name, revision=revision, allow_patterns=[*PICKLED_FILES])
         return folder
+
+
+def find_file(name: str | Path) -> Path:
+    """One file on this machine: a path, or the Hub's address of a file, which is downloaded once and then cached.
+
+    Raises:
+        CheckpointError: the Hub does not give it.
+    """
+    match = _HUB_FILE.match(str(name))
+    if match is None or isinstance(name, Path):
+        return Path(os.path.expanduser(name))  # noqa: PTH111 - as above
+    with _hub_errors(match["name"], match["revision"]):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(match["name"], match["file"], repo_type=match["kind"], revision=match["revision"]))
 
 
 def fetch_headers(name: str, *, revision: str | None = None) -> list[Header]:
