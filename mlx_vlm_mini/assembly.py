@@ -119,7 +119,7 @@ def _assemble(
     headers_only = checkpoint.headers is not None
     whole = Assembly(checkpoint.folder, config, checkpoint._headers, loose=loose, headers_only=headers_only)
     inside = any(tensor.startswith(TOWER) for tensor in checkpoint.tensors)
-    known = inside and ("vision_config" in config or config.get("mm_vision_tower") in KNOWN_TOWERS)
+    known = inside and ("vision_config" in config or str(config.get("mm_vision_tower")) in KNOWN_TOWERS)
     if vision_tower is not None or not known:
         need: Need = "config" if inside else "tensors" if weights else "headers"
         tower = _open_tower(checkpoint.folder, config, name, need, vision_tower)
@@ -172,6 +172,8 @@ def _take_tower(whole: Assembly, tower: Checkpoint, inside: bool) -> None:
     """Put a tower's settings into the checkpoint's config, and its tensors among those that are not there already."""
     pair, intern = (tower.config["model_type"] == kind for kind in ("clip", INTERN_VIT))
     part = (tower.config.get("vision_config") or tower.config.get("vision_config_dict") or {}) if pair else tower.config
+    if not isinstance(part, dict):
+        raise CheckpointError(f"{tower.folder}/config.json: vision_config must be an object, not {part!r}")
     whole.config["vision_config"] = {**part, "model_type": INTERN_VIT if intern else "clip_vision_model"}
     settings = tower.folder / "preprocessor_config.json"
     if settings.is_file() and not intern:

@@ -36,6 +36,7 @@ class ImageSettings:
     """How an image is cut first, what stands above then being done to each piece; None: it stays whole."""
 
 
+_MOST_PIXELS = 1 << 28  # of a crop: far above every model's
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP_DEFAULTS: dict[str, Any] = {
@@ -224,6 +225,8 @@ def _pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
 def _center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
     """Cut height x width from the middle; what lies outside a smaller image is black."""
     rows, columns = array.shape[:2]
+    if height * width > _MOST_PIXELS:
+        raise CheckpointError(f"preprocessor_config.json: a crop of {width}x{height} pixels is too large")
     padded = np.zeros((max(height, rows), max(width, columns), 3), dtype=array.dtype)
     top, left = ceil((padded.shape[0] - rows) / 2), ceil((padded.shape[1] - columns) / 2)
     padded[top : top + rows, left : left + columns] = array

@@ -970,3 +970,18 @@ def test_without_a_tower_the_size_of_an_image_does_not_matter():
     wide, square = Image.new("RGB", (200, 50), "red"), Image.new("RGB", (50, 50), "red")
     assert (processor.prepare(wide).pixel_values == processor.prepare(square).pixel_values).all()
     assert processor.prepare(wide).text == "<image>" * 9
+
+
+@pytest.mark.parametrize(("name", "file", "changes", "message"), [
+    ("llava-original-v1.5", "config.json", {"num_hidden_layers": 10**12}, "a decoder of 1000000000000 layers"),
+    ("llava-original-v1.5", "tower/config.json", {"vision_config": 1}, "vision_config must be an object, not 1"),
+    ("llava-original-v1.6-mistral", "config.json", {"mm_vision_tower": []}, "names no vision tower"),
+    ("llava-original-v1.5", "tower/preprocessor_config.json", {"size": 10**12}, "cannot be made ready"),
+    ("llava-original-v1.5", "tower/preprocessor_config.json", {"crop_size": 10**12}, "a crop of 10.* too large"),
+    ("paligemma2-gemma2", "config.json", {"image_token_index": 10**12}, "the tokenizer does not have"),
+])  # fmt: skip
+def test_numbers_beyond_all_measure_are_named(name, file, changes, message, copy_of):
+    folder = copy_of(name)
+    edit_json(folder / file, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)[1]([PHOTO, "What?"])
