@@ -55,12 +55,15 @@ class Report:
     """What a conversion did.
 
     Attributes:
+        source, revision: as it was given; of a Hub name the commit, else None.
         preview: what was planned, and therefore done.
         seconds: of the work, downloads not counted.
         not_finite: names of tensors with NaN or infinity that were allowed, to how many.
     """
 
     destination: Path
+    source: str
+    revision: str | None
     preview: Preview
     seconds: float
     not_finite: Mapping[str, int]
@@ -202,7 +205,8 @@ def _convert(
         work.record["source"] = {"name": found.name, "revision": found.revision, "sha256": hashes.finish()}
     work.save_record()
     work.finish()
-    return Report(work.destination, prepared.preview, time.monotonic() - start, prepared.reader.not_finite)
+    seconds = time.monotonic() - start
+    return Report(work.destination, found.name, found.revision, prepared.preview, seconds, prepared.reader.not_finite)
 
 
 def _find_repeated_head(planned: Plan) -> list[str]:
