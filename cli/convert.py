@@ -3,6 +3,7 @@
 import re
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -75,17 +76,19 @@ def command(
 
         check_access(upload)
     done, total = 0, 1
-    bar: Any
-    with click.progressbar(
+    bar: Any = click.progressbar(
         length=1,
         label="converting",
         file=sys.stderr,
         hidden=not sys.stderr.isatty(),
         item_show_func=lambda _: f"{_size(done)} of {_size(total)}",
-    ) as bar:
+    )
+    with ExitStack() as stack:  # the bar begins when the plan was shown and the weights are here
 
         def progress(*numbers: int) -> None:
             nonlocal done, total
+            if not done:
+                stack.enter_context(bar)
             done, total = numbers
             bar.length = total
             bar.update(done - bar.pos)
