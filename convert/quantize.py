@@ -125,7 +125,7 @@ def plan_outputs(
     plan: Plan,
     quantizations: Mapping[Part, Quantization],
     dtype: mx.Dtype | None,
-    reader: Reader,
+    reader: Reader | None = None,
     *,
     dequantize: bool = False,
     without: Container[str] = (),
@@ -135,7 +135,7 @@ def plan_outputs(
     What is packed already stays so where nothing else is asked for; else it is unpacked first.
 
     Args:
-        reader: gives the tensors.
+        reader: gives the tensors; one that refuses NaN unless told.
         dequantize: unpack what `quantizations` does not name, too.
         without: names of tensors that the result needs no copy of.
 
@@ -143,6 +143,7 @@ def plan_outputs(
         The outputs in the source's order; how each quantized layer is quantized, by its name in the checkpoint; and the
         names of layers left in floating point, with the reason.
     """
+    reader = Reader(plan.checkpoint) if reader is None else reader
     layers, parts = find_layers(plan), find_parts(plan)
     names = {theirs: ours for ours, theirs in plan.ours.items()}
     unpacked = set()  # modules whose scales and biases go with their weight

@@ -9,6 +9,8 @@ from . import exponential
 
 Mask = mx.array | Literal["causal"] | None
 
+BLOCK = 2**23  # scores held at a time where the attention is not fused, unless its weights are asked for
+
 
 def attend(
     queries: mx.array,
@@ -34,17 +36,22 @@ def attend(
     Returns:
         float[B, H, L, D].
     """
-    if attentions is None and softcap is None:
-        if exponential.is_slow() and queries.dtype == mx.float32 and queries.shape[2] > 1:
-            return _attend_in_chunks(queries * scale, keys, values, mask)
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     (B, H, L, D), S, groups = queries.shape, keys.shape[2], queries.shape[1] // keys.shape[1]
+    fused = attentions is None and softcap is None
+    by_hand = fused and exponential.is_slow() and queries.dtype == mx.float32 and L > 1
+    if fused and not by_hand:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    rows = max(1, BLOCK // (B * H * S))
+    if attentions is None and rows < L:
+        return _attend_in_blocks(queries, keys, values, rows, scale=scale, softcap=softcap, mask=mask)
+    if by_hand:
+        return _attend_in_chunks(queries * scale, keys, values, mask)
+    if isinstance(mask, str):
+        mask = mx.arange(S - L, S)[:, None] >= mx.arange(S)
     queries = (queries * scale).reshape(B, H // groups, groups, L, D)
     scores = queries @ keys[:, :, None].swapaxes(-1, -2)
     if softcap is not None:
         scores = softcap * mx.tanh(scores / softcap)
-    if isinstance(mask, str):
-        mask = mx.arange(S - L, S)[:, None] >= mx.arange(S)
     if mask is not None:
         mask = mask if mask.ndim == 2 else mask[:, None]
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
@@ -52,6 +59,24 @@ def attend(
     if attentions is not None:
         attentions.append(weights.reshape(B, H, L, S))
     return (weights @ values[:, :, None]).reshape(B, H, L, D)
+
+
+def _attend_in_blocks(
+    queries: mx.array, keys: mx.array, values: mx.array, rows: int, *, mask: Mask, **options: Any
+) -> mx.array:
+    """`attend`, `rows` queries after `rows` queries, none of which depends on the others."""
+    blocks: list[mx.array] = []
+    L, S = queries.shape[2], keys.shape[2]
+    for start in range(0, L, rows):
+        block, seen, end = queries[:, :, start : start + rows], mask, S
+        if isinstance(mask, mx.array):
+            seen = mask[..., start : start + rows, :]
+        elif mask == "causal":  # what comes after the block is seen by none of it
+            end = S - L + start + block.shape[2]
+        if blocks:  # one after the other, else all their scores are held at once
+            (block,) = mx.depends([block], [blocks[-1]])
+        blocks.append(attend(block, keys[:, :, :end], values[:, :, :end], mask=seen, **options))
+    return mx.concatenate(blocks, axis=2)
 
 
 def _attend_in_chunks(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
@@ -91,7 +116,12 @@ class Attention(nn.Module):
         o_bias: bool,
         scale: float,
         softcap: float | None = None,
+        qk_norm: tuple[int, float] | None = None,
     ) -> None:
+        """
+        Args:
+            qk_norm: width and eps of an RMS norm over queries and one over keys: of each head, or of all at once.
+        """
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -101,6 +131,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=o_bias)
+        if qk_norm is not None:
+            width, eps = qk_norm
+            self.q_norm = nn.RMSNorm(width, eps=eps)
+            self.k_norm = nn.RMSNorm(width, eps=eps)
 
     def __call__(
         self,
@@ -113,8 +147,12 @@ class Attention(nn.Module):
     ) -> mx.array:
         """float[B, L, C] -> float[B, L, C]. `rope` turns queries and keys, mlx-lm's `cache` keeps keys and values."""
         B, L, _ = x.shape
-        q = self.q_proj(x).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)  # (B, H, L, D)
-        k = self.k_proj(x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
+        q, k = self.q_proj(x), self.k_proj(x)
+        if "q_norm" in self:
+            q = self.q_norm(q.reshape(B, L, -1, self.q_norm.weight.size))
+            k = self.k_norm(k.reshape(B, L, -1, self.k_norm.weight.size))
+        q = q.reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)  # (B, H, L, D)
+        k = k.reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
         v = self.v_proj(x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
         if rope is not None:
             offset = 0 if cache is None else cache.offset
