@@ -192,17 +192,23 @@ def to_mlx_layout(name: str, array: mx.array, checkpoint: Checkpoint) -> mx.arra
     return array
 
 
-def load_weights(model: VLM, ours: Mapping[str, str], checkpoint: Checkpoint, dtype: mx.Dtype) -> None:
-    """Read the tensors into the model, floats as `dtype`, packed ones as they are."""
+def load_weights(
+    model: VLM, ours: Mapping[str, str], checkpoint: Checkpoint, dtype: mx.Dtype, *, prefixes: tuple[str, ...] = ("",)
+) -> None:
+    """Read the tensors into the model, floats as `dtype`, packed ones as they are.
+
+    Args:
+        prefixes: how our names of the tensors begin that are to be read.
+    """
     arrays = []
     for name, theirs in ours.items():
-        if _is_idle(name, model.config):
+        if not name.startswith(prefixes) or _is_idle(name, model.config):
             continue
         array = to_mlx_layout(name, checkpoint.read(theirs), checkpoint)
         arrays.append((name, array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array))
-    model.load_weights(arrays)
+    model.load_weights(arrays, strict="" in prefixes)
     model.eval()
     try:
-        mx.eval(model.parameters())
+        mx.eval([array for _, array in arrays])
     except RuntimeError as error:
         raise CheckpointError(f"cannot read the tensors of {checkpoint.folder}: {error}") from None
