@@ -1,4 +1,4 @@
-"""Questions about pictures to measure a model with, and the model run layer by layer, so that one is in memory at a time."""
+"""Questions about pictures to measure a model with, and the model run on them with one layer in memory at a time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -104,7 +104,7 @@ def release(module: nn.Module) -> None:
 
 
 def expand(module: nn.Module, dtype: mx.Dtype) -> None:
-    """On a CPU, replace quantized linear layers by their dequantized equals: of many rows products are far faster so."""
+    """On a CPU, replace quantized linear layers by dequantized ones, which are many times faster on many rows."""
     if mx.default_device().type == mx.DeviceType.gpu:
         return
     found = []

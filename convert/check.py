@@ -30,7 +30,7 @@ class Check:
         pictures, questions: each picture is asked each question.
         positions: distributions compared in all.
         mean_kl, largest_kl: source to result.
-        chance_kl: source to the source's own distributions at other places: what a result would have that knows nothing.
+        chance_kl: source to the source's own distributions at other places, as of a result that knows nothing.
         top1: share of positions where both find the same token the likeliest.
         cosine: of the pictures' features, the least of all pictures' means over patches.
         influence, source_influence: mean KL between the answers to one question about two pictures.
@@ -93,9 +93,7 @@ def compare(source: Observed, result: Observed, num_questions: int) -> Check:
     with np.errstate(all="ignore"):
         kl = divergence(reference, other)
         chance = float(divergence(reference, np.roll(reference, len(reference) // 2 + 3, axis=0)).mean())
-        cosine = min(
-            float(_cosines(a, b).mean()) for a, b in zip(source.features, result.features, strict=True)
-        )
+        cosine = min(float(_cosines(a, b).mean()) for a, b in zip(source.features, result.features, strict=True))
         influence, source_influence = (_influence(each.logprobs, num_questions) for each in (result, source))
     problems = []
     if not finite:

@@ -1,0 +1,204 @@
+"""Recipes: which layer gets how many bits.
+
+`mixed` is a fixed pattern after llama.cpp's Q4_K_M, which mlx-lm's mixed recipes follow, too. `auto` measures what each
+layer's rounding does to the model's answers and spends a budget of bits where they matter. mlx-lm's
+quant/dynamic_quant.py, which serves that end, does not fit: it knows two widths, estimates by gradients instead of
+measuring, and runs models of token batches, which know no pictures.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, cast, get_args
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.loading import Plan, compute_dtype
+from mlx_vlm_mini.weights import load_weights
+
+from .calibrate import Sample, Walk, divergence
+from .compensate import watch
+from .quantize import BITS, Quantization
+
+Recipe = Literal["uniform", "mixed", "auto"]
+RECIPES: tuple[Recipe, ...] = get_args(Recipe)
+Method = Literal["round", "gptq"]
+MORE = {2: 4, 3: 5, 4: 6, 5: 8, 6: 8, 8: 8}
+"""Bits of what a mixed recipe spends more on."""
+PROBE = 3  # bits at which a layer's loss is measured; those at others follow from the errors of its weights
+UNITS = 100_000  # that a budget is counted in
+
+
+def mixed(plan: Plan, chosen: Mapping[str, Quantization]) -> dict[str, Quantization]:
+    """More bits for head and embeddings, and for the decoder's `v_proj` and `down_proj` in its first and last eighth
+    and in every third layer between them.
+
+    Args:
+        chosen: weights by their names in the checkpoint, to how they are quantized uniformly.
+    """
+    depth = plan.config.decoder.num_hidden_layers
+    eighth = depth // 8
+
+    def has_more(path: str) -> bool:
+        if path in ("decoder.embed_tokens.weight", "decoder.lm_head.weight"):
+            return True
+        if not path.startswith("decoder.layers.") or not path.endswith(("v_proj.weight", "down_proj.weight")):
+            return False
+        number = int(path.split(".")[2])
+        return number < eighth or number >= 7 * depth // 8 or (number - eighth) % 3 == 2
+
+    names = {theirs: ours for ours, theirs in plan.ours.items()}
+    return {
+        name: Quantization(MORE[each.bits], each.group_size)
+        if each.mode == "affine" and has_more(names[name])
+        else each
+        for name, each in chosen.items()
+    }
+
+
+def spend(losses: Sequence[Mapping[int, float]], sizes: Sequence[Mapping[int, int]], budget: int) -> list[int]:
+    """Choose a width for each layer: the least sum of losses whose sum of sizes is within the budget.
+
+    Exact but for sizes being counted in whole units, rounded up; so more budget never gives a larger sum.
+
+    Args:
+        losses, sizes: of each layer, by bits.
+
+    Raises:
+        CheckpointError: even the smallest sizes are above the budget.
+    """
+    unit = max(1, sum(max(each.values()) for each in sizes) // UNITS)
+    costs = [{bits: -(-size // unit) for bits, size in each.items()} for each in sizes]
+    room = min(budget // unit, sum(max(each.values()) for each in costs))
+    if room < sum(min(each.values()) for each in costs):
+        raise CheckpointError("the budget is below what the fewest bits take")
+    best = np.zeros(room + 1)  # the least loss of the layers so far, by the units that they may take
+    picks = []
+    for loss, cost in zip(losses, costs, strict=True):
+        found, pick = np.full(room + 1, np.inf), np.zeros(room + 1, np.int8)
+        for bits in cost:
+            with_it = np.full(room + 1, np.inf)
+            if cost[bits] <= room:
+                with_it[cost[bits] :] = best[: room + 1 - cost[bits]] + loss[bits]
+            better = with_it < found
+            found, pick = np.where(better, with_it, found), np.where(better, bits, pick)
+        best = found
+        picks.append(pick)
+    chosen = []
+    for pick, cost in zip(reversed(picks), reversed(costs), strict=True):
+        chosen.append(int(pick[room]))
+        room -= cost[chosen[-1]]
+    return chosen[::-1]
+
+
+def allocate(
+    losses: Mapping[str, Mapping[int, float]],
+    weights: Mapping[str, int],
+    rest: int,
+    total: int,
+    budget: float,
+    group_size: int,
+) -> dict[str, Quantization]:
+    """Spend a budget on layers.
+
+    Args:
+        losses: by a weight's name in the checkpoint and by bits, what the model loses.
+        weights: how many numbers each of these holds.
+        rest: bits of everything else that is written.
+        total: weights of the whole model.
+        budget: bits per weight of the whole model.
+
+    Raises:
+        CheckpointError: the budget is too small.
+    """
+    scales = 32 / group_size  # a scale and a bias of 16 bits for a group
+    sizes = [{bits: int(weights[name] * (bits + scales)) for bits in losses[name]} for name in losses]
+    try:
+        bits = spend(list(losses.values()), sizes, int(budget * total) - rest)
+    except CheckpointError:
+        least = (rest + sum(min(each.values()) for each in sizes)) / total
+        raise CheckpointError(
+            f"{budget:g} bits per weight are too few: with the fewest bits everywhere the model takes {least:.2f}"
+        ) from None
+    return {name: Quantization(each, group_size) for name, each in zip(losses, bits, strict=True)}
+
+
+def measure(
+    plan: Plan,
+    names: Sequence[str],
+    group_size: int,
+    samples: Sequence[Sample],
+    say: Callable[[str], None] | None = None,
+) -> dict[str, dict[int, float]]:
+    """What the model's answers lose when one layer alone is rounded, for each layer and width.
+
+    Each layer is rounded to 3 bits and the KL divergence of the next-token distributions at the answers measured, in
+    nats; at other widths it is taken to grow and shrink as the errors of the weights do, weighed by their inputs' energy.
+    The whole model is in memory, and the samples' hidden states before every layer of the decoder.
+
+    Args:
+        plan: its model is used up.
+        names: weights by their names in the checkpoint.
+
+    Returns:
+        By name and bits the mean KL divergence.
+    """
+    say = say or (lambda _: None)
+    model, decoder = plan.model, plan.model.decoder
+    say("loading")
+    dtype = compute_dtype(plan)
+    load_weights(model, plan.ours, plan.checkpoint, dtype)
+    walk = Walk(plan, samples, dtype)
+    layers = dict(model.named_modules())
+    paths = {plan.ours[f"{path}.weight"]: path for path, each in layers.items() if hasattr(each, "to_quantized")}
+    energies: dict[str, mx.array] = {}
+
+    def record(path: str, x: mx.array) -> None:
+        energy = mx.square(x.astype(mx.float32)).reshape(-1, x.shape[-1]).sum(axis=0)
+        energies[path] = energies[path] + energy if path in energies else energy
+        mx.eval(energies[path])
+
+    def embed() -> list[mx.array]:
+        embedded = [model.embed(sample.inputs) for sample in samples]
+        mx.eval(embedded)
+        return embedded
+
+    def answers(states: list[mx.array], start: int) -> np.ndarray:
+        for number in range(start, len(decoder.layers)):
+            states = walk.run_layer(number, states)
+        walk.hidden = states
+        return np.concatenate(walk.logprobs())
+
+    with watch(model, {path for path in paths.values() if isinstance(layers[path], nn.Linear)}, record):
+        states = [embed()]
+        for number in range(len(decoder.layers)):
+            states.append(walk.run_layer(number, states[-1]))
+        reference = answers(states[-1], len(decoder.layers))
+
+    losses: dict[str, dict[int, float]] = {}
+    for count, name in enumerate(names, start=1):
+        path = paths[name]
+        layer, exact = layers[path], layers[path].weight
+        energy = energies.get(path, mx.ones(exact.shape[-1]))
+        errors = {}
+        for bits in BITS:
+            settings = Quantization(bits, group_size).as_config()
+            values = mx.dequantize(*mx.quantize(exact, **settings), **settings)
+            errors[bits] = cast(float, (mx.square((values - exact).astype(mx.float32)) * energy).sum().item())
+            if bits == PROBE:
+                layer.weight = values
+        start = int(path.split(".")[2]) if path.startswith("decoder.layers.") else None
+        if path == "decoder.lm_head":
+            other = answers(states[-1], len(decoder.layers))
+        elif start is not None:
+            other = answers(states[start], start)
+        else:
+            other = answers(embed(), 0)
+        layer.weight = exact
+        kl = max(float(divergence(reference, other).mean()), 0.0)
+        losses[name] = {bits: kl * errors[bits] / errors[PROBE] if errors[PROBE] else 0.0 for bits in BITS}
+        say(f"measured {count} of {len(names)} layers")
+    model.update(tree_map(lambda array: mx.zeros(array.shape, array.dtype), model.parameters()))
+    return losses
