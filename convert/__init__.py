@@ -1,5 +1,6 @@
 """Checkpoint in, smaller MLX checkpoint out: read, cast, quantize, check, write."""
 
-from .conversion import Report, convert
+from .conversion import Report, Settings, convert, preview
+from .parts import Preview
 
-__all__ = ["Report", "convert"]
+__all__ = ["Preview", "Report", "Settings", "convert", "preview"]

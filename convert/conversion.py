@@ -1,23 +1,53 @@
 """The conversion itself: a stream over tensors into a new folder that appears only when it is whole."""
 
+import hashlib
 import json
-import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_vlm_mini import __version__
 from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.hub import SMALL_FILES, find_folder
-from mlx_vlm_mini.loading import DTypeName, load_processor, plan
+from mlx_vlm_mini.hub import SMALL_FILES, expand_user
+from mlx_vlm_mini.loading import DTypeName, Plan, load_processor, plan, read_config
 
-from .quantize import Mode, Part, Quantization, choose, plan_outputs
-from .write import write_tensors
+from .parts import Preview, plan_parts
+from .quantize import Mode, Output, Part, Quantization, choose, plan_outputs
+from .read import Reader, are_equal
+from .source import Hashes, Source, find_source
+from .work import RECORD, Workplace
+from .write import SHARD_LIMIT, write_tensors
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a conversion is asked for.
+
+    Attributes:
+        bits: 2, 3, 4, 5, 6 or 8, of the decoder's linear layers, embeddings and head; None quantizes nothing.
+        group_size: weights that share a scale: 32, 64 or 128.
+        mode: "affine", or "mxfp4", "mxfp8", "nvfp4", which have bits and groups of their own.
+        part_bits: bits of single parts: vision, projector, decoder, embeddings, head.
+        dtype: type of what stays in floating point; by default as it is.
+        dequantize: bring what the source holds quantized to floating point, where nothing else is asked for.
+        allow_nan: convert tensors with NaN or infinity, too.
+    """
+
+    bits: int | None = None
+    group_size: int = 64
+    mode: Mode = "affine"
+    part_bits: Mapping[Part, int | None] | None = None
+    dtype: DTypeName | None = None
+    dequantize: bool = False
+    allow_nan: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,114 +55,182 @@ class Report:
     """What a conversion did.
 
     Attributes:
-        source_bytes, bytes: size of all tensors before and after.
-        weights: number of weights.
-        skipped: layers that stayed in floating point although quantization was asked for, with the reason.
+        preview: what was planned, and therefore done.
+        seconds: of the work, downloads not counted.
+        not_finite: names of tensors with NaN or infinity that were allowed, to how many.
     """
 
     destination: Path
-    source_bytes: int
-    bytes: int
-    weights: int
-    skipped: tuple[tuple[str, str], ...]
+    preview: Preview
+    seconds: float
+    not_finite: Mapping[str, int]
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.bytes / self.weights
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion understood down to every tensor, nothing of them read."""
+
+    planned: Plan
+    outputs: list[Output]
+    quantized: Mapping[str, Quantization]
+    reader: Reader
+    preview: Preview
 
 
 def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    bits: int | None = None,
-    group_size: int = 64,
-    mode: Mode = "affine",
-    part_bits: Mapping[Part, int | None] | None = None,
-    dtype: DTypeName | None = None,
     revision: str | None = None,
+    force: bool = False,
+    announce: Callable[[Preview], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    shard_limit: int = SHARD_LIMIT,
+    **settings: Any,
 ) -> Report:
     """Convert a checkpoint to MLX's format, tensor by tensor.
 
     The tensors keep the names that they have on the Hub. The destination appears when everything is written and
-    checked; until then the work is in a hidden folder beside it, which a failure removes.
+    checked; until then the work is in a hidden folder beside it. Stopped or killed, the same call goes on from the
+    files that were finished.
 
     Args:
         source: a checkpoint folder, or a Hub name.
         destination: a folder that does not exist yet, or is empty.
-        bits: 2, 3, 4, 5, 6 or 8, of the decoder's linear layers, embeddings and head; None quantizes nothing.
-        group_size: weights that share a scale: 32, 64 or 128.
-        mode: "affine", or "mxfp4", "mxfp8", "nvfp4", which have bits and groups of their own.
-        part_bits: bits of single parts: vision, projector, decoder, embeddings, head.
-        dtype: type of what stays in floating point; by default as it is.
         revision: branch, tag or commit on the Hub.
+        force: replace a checkpoint folder that is there, once the new one is whole.
+        announce: called with the plan before the work, and before weights are downloaded.
         progress: called with bytes written and bytes in all.
+        shard_limit: bytes that a file of tensors may have.
+        settings: see `Settings`: bits, group_size, mode, part_bits, dtype, ...
 
     Raises:
-        CheckpointError: the source is not usable, or the destination is in the way.
-        OSError: the destination cannot be written.
+        CheckpointError: the source is not usable, the destination is in the way, or cannot be written.
     """
-    destination = Path(os.path.expanduser(destination))  # noqa: PTH111 - Path's raises where there is no such user
-    _check_destination(destination)
-    checkpoint = open_checkpoint(find_folder(source, revision=revision))
-    quantizations = choose(bits, group_size, mode, part_bits or {})
-    if quantizations and checkpoint.quantization is not None:
-        raise CheckpointError(f"{source} is already quantized; quantize the original weights instead")
+    destination, chosen = expand_user(destination), Settings(**settings)
+    found = find_source(source, revision)
+    work = Workplace(destination, found.checkpoint.folder, force=force)
+    try:
+        with work:
+            prepared = prepare(found.checkpoint, chosen)
+            if announce is not None:
+                announce(prepared.preview)
+            _check_space(found, work, prepared.preview.bytes)
+            if not found.is_whole:
+                found = found.download()
+                prepared = prepare(found.checkpoint, chosen)
+            return _convert(found, work, prepared, chosen, progress, shard_limit)
+    except OSError as error:
+        again = "; what is finished is kept for the next run" if work.folder.exists() else ""
+        where = error.filename or work.destination
+        raise CheckpointError(f"cannot write {where}: {error.strerror or error}{again}") from None
+
+
+def preview(source: str | Path, *, revision: str | None = None, **settings: Any) -> Preview:
+    """What `convert` would do with the same settings; of a Hub model only the small files and the headers are fetched.
+
+    Raises:
+        CheckpointError: the source is not usable, or cannot be converted so.
+    """
+    return prepare(find_source(source, revision).checkpoint, Settings(**settings)).preview
+
+
+def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
+    """Decide what becomes of every tensor, by the headers alone.
+
+    Raises:
+        CheckpointError: the checkpoint is broken, or cannot be converted so.
+    """
+    quantizations = choose(settings.bits, settings.group_size, settings.mode, settings.part_bits or {})
     planned = plan(checkpoint)
     load_processor(checkpoint, planned.family, planned.config)  # what cannot answer is not worth converting
-    target: Any = None if dtype is None else getattr(mx, dtype)
-    outputs, quantized, skipped = plan_outputs(planned, quantizations, target)
-    if quantizations and not quantized:
+    reader = Reader(checkpoint, allow_nan=settings.allow_nan)
+    target: Any = None if settings.dtype is None else getattr(mx, settings.dtype)
+    repeated = _find_repeated_head(planned)
+    outputs, quantized, skipped = plan_outputs(
+        planned, quantizations, target, reader, dequantize=settings.dequantize, without=repeated
+    )
+    if quantizations and not set(quantizations) & {output.part for output in outputs if output.entries[0][1] == "U32"}:
         raise CheckpointError(
-            f"nothing in {source} can be quantized in groups of {group_size}: no layer's width is a multiple of it"
+            f"nothing in {checkpoint.folder} can be quantized in groups of {settings.group_size}: no layer's width is "
+            "a multiple of it"
         )
-    total = sum(output.nbytes for output in outputs)
-    _check_space(destination, total)
+    notes = [f"{name} repeats the embeddings: it is stored once" for name in repeated]
+    if (settings.part_bits or {}).get("head") is not None and not any(output.part == "head" for output in outputs):
+        notes.append("the head is the embeddings, so bits of its own change nothing")
+    if any(name.endswith(".scales") for name in checkpoint.tensors):
+        notes.append("the source is quantized: what its rounding lost stays lost")
+    source_bytes = sum(info.nbytes for info in checkpoint.tensors.values())
+    shown = Preview(plan_parts(outputs), source_bytes, tuple(skipped), tuple(notes))
+    return Prepared(planned, outputs, quantized, reader, shown)
 
-    work = destination.parent / f".{destination.name}.partial-{os.getpid()}"
-    done = 0
+
+def _convert(
+    found: Source,
+    work: Workplace,
+    prepared: Prepared,
+    settings: Settings,
+    progress: Callable[[int, int], None] | None,
+    shard_limit: int,
+) -> Report:
+    """The work itself, from the first byte to the destination."""
+    start, done, checkpoint = time.monotonic(), 0, found.checkpoint
 
     def step(nbytes: int) -> None:
         nonlocal done
         done += nbytes
+        hashes.check()
         if progress is not None:
-            progress(done, total)
+            progress(done, prepared.preview.bytes)
 
-    try:
-        work.mkdir(parents=True)
-        write_tensors(work, outputs, step)
-        _copy_small_files(checkpoint, work)
-        config = _new_config(checkpoint.config, quantized, dtype)
-        (work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
-        plan(open_checkpoint(work))  # a folder that does not load is never shown
-        work.replace(destination)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return Report(
-        destination,
-        sum(info.nbytes for info in checkpoint.tensors.values()),
-        total,
-        sum(map(checkpoint.num_weights, checkpoint.tensors)),
-        tuple(skipped),
+    outputs = [(output.entries, output.kind) for output in prepared.outputs]
+    work.start(
+        {
+            "versions": _versions(),
+            "source": found.identity(),
+            "settings": asdict(settings),
+            "outputs": hashlib.sha256(json.dumps(outputs).encode()).hexdigest(),
+            "shard_limit": shard_limit,
+        }
     )
+    with Hashes(found) as hashes:
+        write_tensors(work, prepared.outputs, step, shard_limit=shard_limit)
+        _copy_small_files(checkpoint, work.folder)
+        config = _new_config(checkpoint.config, prepared.quantized, settings.dtype)
+        (work.folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        plan(open_checkpoint(work.folder))  # a folder that does not load is never shown
+        work.record["source"] = {"name": found.name, "revision": found.revision, "sha256": hashes.finish()}
+    work.save_record()
+    work.finish()
+    return Report(work.destination, prepared.preview, time.monotonic() - start, prepared.reader.not_finite)
 
 
-def _check_destination(destination: Path) -> None:
-    if destination.is_file():
-        raise CheckpointError(f"{destination} is a file; name a folder that does not exist yet")
-    if destination.exists() and any(destination.iterdir()):
-        raise CheckpointError(f"{destination} exists and is not empty; name another folder or remove it first")
+def _find_repeated_head(planned: Plan) -> list[str]:
+    """The head's name where config.json ties it to the embeddings and the file holds it all the same."""
+    head, embeddings = (planned.ours.get(f"decoder.{name}.weight") for name in ("lm_head", "embed_tokens"))
+    _, config = read_config(planned.checkpoint)
+    if head is None or embeddings is None or not config.decoder.tie_word_embeddings:
+        return []
+    return [head] if are_equal(planned.checkpoint, head, embeddings) else []
 
 
-def _check_space(destination: Path, needed: int) -> None:
-    existing = destination.absolute().parent
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+def _versions() -> dict[str, str]:
+    return {"mlx_vlm_mini": __version__, "mlx": version("mlx")}
+
+
+def _check_space(found: Source, work: Workplace, needed: int) -> None:
+    """Room for the result and, of a Hub name, for the download where that goes to the same disk.
+
+    Raises:
+        CheckpointError: there is less.
+    """
+    free = shutil.disk_usage(work.folder).free + sum(file.stat().st_size for file in work.folder.iterdir())
+    folder = found.checkpoint.folder
+    if not found.is_whole and folder.stat().st_dev == work.folder.stat().st_dev:
+        needed += sum(info.nbytes for info in found.checkpoint.tensors.values())
     if free < needed:
         raise CheckpointError(
-            f"the result takes {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free: make room first"
+            f"this takes {needed / 1e9:.1f} GB, {work.folder.parent} has {free / 1e9:.1f} GB free: make room first"
         )
 
 
@@ -140,7 +238,7 @@ def _copy_small_files(checkpoint: Checkpoint, work: Path) -> None:
     """Tokenizer, processor and templates; never code."""
     for pattern in SMALL_FILES:
         for file in sorted(checkpoint.folder.glob(pattern)):
-            if file.name != "config.json" and not file.name.endswith(".index.json"):
+            if file.name not in ("config.json", RECORD) and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, work / file.name)
 
 
@@ -148,7 +246,7 @@ def _new_config(
     config: dict[str, Any], quantized: Mapping[str, Quantization], dtype: DTypeName | None
 ) -> dict[str, Any]:
     """config.json with the new type, and with the commonest quantization and the layers that differ from it."""
-    config = dict(config)
+    config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
     if dtype is not None:
         for key in ("dtype", "torch_dtype"):
             if key in config:

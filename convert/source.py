@@ -1,0 +1,119 @@
+"""Where a conversion reads from: a folder or a Hub name, and what proves that it is still the same."""
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint
+from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.hub import fetch_headers, find_folder, has_weights, is_hub_name, known_sha256
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, and how it was asked for.
+
+    Attributes:
+        name: as it was given.
+        revision: of a Hub name the commit.
+        is_whole: whether the tensors are here; else their headers alone, from the Hub.
+    """
+
+    name: str
+    revision: str | None
+    checkpoint: Checkpoint
+    is_whole: bool
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of tensors."""
+        return sorted({info.file for info in self.checkpoint.tensors.values()})
+
+    def identity(self) -> dict[str, Any]:
+        """What changes where the source changes: sizes and times of its files, and the config itself."""
+        files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in self.files}
+        config = hashlib.sha256(json.dumps(self.checkpoint.config, sort_keys=True).encode()).hexdigest()
+        return {"files": files, "config": config}
+
+    def download(self) -> "Source":
+        """The same with its tensors, which are fetched from the Hub."""
+        folder = find_folder(self.name, revision=self.revision)
+        return replace(self, checkpoint=open_checkpoint(folder), is_whole=True)
+
+
+def find_source(name: str | Path, revision: str | None) -> Source:
+    """A source; of a Hub name that is not in the cache only the small files and the headers are fetched.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or the Hub does not give it.
+    """
+    folder = find_folder(name, revision=revision, weights=False)
+    checkpoint = open_checkpoint(folder)
+    if isinstance(name, Path) or not is_hub_name(name):
+        return Source(str(name), None, checkpoint, True)
+    commit = folder.name
+    if not (whole := has_weights(folder)):
+        checkpoint.headers = fetch_headers(name, revision=commit)
+    return Source(name, commit, checkpoint, whole)
+
+
+class Hashes:
+    """The sha256 of a source's files, computed by a thread beside the conversion, and compared with the Hub's."""
+
+    def __init__(self, source: Source) -> None:
+        self._files = source.files
+        self._found: dict[str, str] = {}
+        self._error: Exception | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            for file in self._files:
+                digest = hashlib.sha256()
+                with file.open("rb") as stream:
+                    while block := stream.read(2**20):
+                        digest.update(block)
+                        if self._stop.is_set():
+                            return
+                self._compare(file, digest.hexdigest())
+        except Exception as error:
+            self._error = error
+
+    def _compare(self, file: Path, found: str) -> None:
+        expected = known_sha256(file)
+        if expected not in (None, found):
+            raise CheckpointError(
+                f"{file.resolve()} is damaged: its sha256 is {found[:12]}..., the Hub says {expected[:12]}...; "
+                "remove it and run the command again"
+            )
+        self._found[file.name] = found
+
+    def check(self) -> None:
+        """Raises CheckpointError where a file is known to be damaged by now."""
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> dict[str, str]:
+        """Names of files to their sha256; waits for them.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        self._thread.join()
+        self.check()
+        return self._found
+
+    def __enter__(self) -> "Hashes":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
