@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_vlm_mini.errors import CheckpointError
+
 from .options import DTYPES
+from .status import Status
 
 if TYPE_CHECKING:
     from mlx_vlm_mini.convert import Preview
@@ -39,6 +42,27 @@ BITS = click.Choice(["2", "3", "4", "5", "6", "8"])
 @click.option("--embedding-bits", type=BITS, help="Bits of the token embeddings, where others than -q.")
 @click.option("--head-bits", type=BITS, help="Bits of the head, where others than -q.")
 @click.option("--dtype", type=DTYPES, help="Type of what stays in floating point.  [default: as it is]")
+@click.option(
+    "--recipe",
+    type=click.Choice(["uniform", "mixed", "auto"]),
+    help="Where bits go: the same everywhere, more for some layers, or by measured losses.  [default: uniform; auto with a budget]",
+)
+@click.option(
+    "--bits-per-weight", type=click.FloatRange(2), metavar="BITS", help="Budget of recipe auto, over the whole model."
+)
+@click.option(
+    "--method",
+    type=click.Choice(["round", "gptq"]),
+    default="round",
+    show_default=True,
+    help="gptq makes up for each weight's error in others; it takes longer.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True),
+    help="Folder of pictures or JSONL of conversations for auto and gptq.  [default: drawn scenes]",
+)
+@click.option("--no-check", is_flag=True, help="Do not compare the result with SOURCE.")
 @click.option("--dequantize", is_flag=True, help="Bring what SOURCE holds quantized back to floating point.")
 @click.option("--allow-nan", is_flag=True, help="Convert weights that are NaN or infinite, too.")
 @click.option("--force", is_flag=True, help="Replace DESTINATION, a checkpoint folder, once the new one is whole.")
@@ -52,6 +76,7 @@ def command(
     force: bool,
     dry_run: bool,
     upload: str | None,
+    no_check: bool,
     **options: Any,
 ) -> None:
     """Convert SOURCE, a checkpoint folder or a Hub name, into the new folder DESTINATION.
@@ -76,13 +101,16 @@ def command(
         check_access(upload)
     done, total = 0, 1
     bar: Any
-    with click.progressbar(
-        length=1,
-        label="converting",
-        file=sys.stderr,
-        hidden=not sys.stderr.isatty(),
-        item_show_func=lambda _: f"{_size(done)} of {_size(total)}",
-    ) as bar:
+    with (
+        Status() as status,
+        click.progressbar(
+            length=1,
+            label="converting",
+            file=sys.stderr,
+            hidden=not sys.stderr.isatty(),
+            item_show_func=lambda _: f"{_size(done)} of {_size(total)}",
+        ) as bar,
+    ):
 
         def progress(*numbers: int) -> None:
             nonlocal done, total
@@ -91,7 +119,15 @@ def command(
             bar.update(done - bar.pos)
 
         report = convert(
-            source, destination, revision=revision, force=force, announce=_show, progress=progress, **settings
+            source,
+            destination,
+            revision=revision,
+            force=force,
+            announce=_show,
+            progress=progress,
+            say=status.show,
+            check=not no_check,
+            **settings,
         )
     for name, count in report.not_finite.items():
         click.echo(f"NaN or infinite: {count:,} values of {name}", err=True)
@@ -100,6 +136,13 @@ def command(
         f"{report.destination}: {_size(plan.bytes)} from {_size(plan.source_bytes)}, "
         f"{plan.bits_per_weight:.2f} bits per weight, in {_duration(report.seconds)}"
     )
+    if report.check is not None:
+        for what, value in report.check.rows():
+            click.echo(f"{what:<24} {value}", err=True)
+        if report.check.problems:
+            raise CheckpointError(
+                f"{report.destination} is broken: {'; '.join(report.check.problems)}; it is kept for you to look at"
+            )
     if upload is not None:
         from mlx_vlm_mini.convert.upload import upload_folder
 
@@ -116,6 +159,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
         "head": "head",
     }
     given = {part: options.pop(f"{name}_bits") for name, part in parts.items()}
+    options["recipe"] = options["recipe"] or ("uniform" if options["bits_per_weight"] is None else "auto")
     for name in ("bits", "group_size"):
         options[name] = None if options[name] is None else int(options[name])
     return {**options, "part_bits": {part: int(bits) for part, bits in given.items() if bits is not None}}

@@ -20,6 +20,8 @@ from mlx_vlm_mini.train.scenes import assistant, draw, questions, random_scene, 
 from mlx_vlm_mini.weights import load_weights
 
 QUESTION = "Describe the picture."
+SAMPLES = 64  # to calibrate with, at most
+SEED = 10_000
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
@@ -90,6 +92,13 @@ def read_samples(processor: Processor, path: Path, count: int) -> list[Sample]:
         answer = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
         samples.append(make_sample(processor, example.messages[:last], answer))
     return samples
+
+
+def find_samples(processor: Processor, calibration: str | None) -> list[Sample]:
+    """Samples to calibrate with: the user's, or scenes."""
+    if calibration is None:
+        return scene_samples(processor, SAMPLES, seed=SEED)
+    return read_samples(processor, Path(calibration), SAMPLES)
 
 
 def load_part(plan: Plan, *prefixes: str, dtype: mx.Dtype) -> None:

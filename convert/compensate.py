@@ -20,18 +20,16 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_vlm_mini.checkpoint import DTYPES
+from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.loading import Plan, compute_dtype
 
 from .calibrate import Sample, Walk, release
-from .quantize import Quantization
+from .quantize import Packed, Quantization
 
 DAMPING = 0.01  # of H's mean diagonal, added to it: inputs that calibration did not show
 BLOCK = 128  # columns whose corrections are gathered before they reach the others
 ROWS = 1024  # at a time, which bounds the memory
 SHRINK = tuple(1 - 0.04 * step for step in range(13))  # of a group's range: clipping a few pays where tails are heavy
-
-Packed = tuple[mx.array, mx.array, mx.array]
-"""A quantized weight as `mx.quantize` gives it: codes packed into uint32[rows, columns * bits / 32], scales, biases."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +277,8 @@ def compensate_model(
 
     def finish(path: str, seen: Seen | None) -> None:
         name = wanted[path]
+        if seen is not None and not np.isfinite(seen.hessian).all():
+            raise CheckpointError(f"{name} gets inputs that are not finite: the source is broken, or calibrates badly")
         target = dtype or DTYPES[plan.checkpoint.tensors[name].dtype][0]
         result[name] = compensate(layers[path].weight.astype(target), seen, chosen[name])
         values = mx.dequantize(*result[name], **chosen[name].as_config())

@@ -14,20 +14,25 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
+from mlx_vlm_mini.checkpoint import DTYPES
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.loading import Plan, compute_dtype
 from mlx_vlm_mini.weights import load_weights
 
 from .calibrate import Sample, Walk, divergence
 from .compensate import watch
-from .quantize import BITS, Quantization
+from .quantize import BITS, Output, Quantization
 
 Recipe = Literal["uniform", "mixed", "auto"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 Method = Literal["round", "gptq"]
+METHODS: tuple[Method, ...] = get_args(Method)
 MORE = {2: 4, 3: 5, 4: 6, 5: 8, 6: 8, 8: 8}
 """Bits of what a mixed recipe spends more on."""
+Losses = Mapping[str, Mapping[int, float]]
+"""What a model loses where one layer is quantized: by the name of its weight in the checkpoint and by bits."""
 PROBE = 3  # bits at which a layer's loss is measured; those at others follow from the errors of its weights
+MEASURED = 16  # samples to measure losses with
 UNITS = 100_000  # that a budget is counted in
 
 
@@ -66,14 +71,12 @@ def spend(losses: Sequence[Mapping[int, float]], sizes: Sequence[Mapping[int, in
     Args:
         losses, sizes: of each layer, by bits.
 
-    Raises:
-        CheckpointError: even the smallest sizes are above the budget.
+        budget: not below the sum of the smallest sizes.
     """
-    unit = max(1, sum(max(each.values()) for each in sizes) // UNITS)
-    costs = [{bits: -(-size // unit) for bits, size in each.items()} for each in sizes]
-    room = min(budget // unit, sum(max(each.values()) for each in costs))
-    if room < sum(min(each.values()) for each in costs):
-        raise CheckpointError("the budget is below what the fewest bits take")
+    base = sum(min(each.values()) for each in sizes)
+    unit = max(1, (sum(max(each.values()) for each in sizes) - base) // UNITS)
+    costs = [{bits: -(-(size - min(each.values())) // unit) for bits, size in each.items()} for each in sizes]
+    room = min((budget - base) // unit, sum(max(each.values()) for each in costs))
     best = np.zeros(room + 1)  # the least loss of the layers so far, by the units that they may take
     picks = []
     for loss, cost in zip(losses, costs, strict=True):
@@ -93,36 +96,40 @@ def spend(losses: Sequence[Mapping[int, float]], sizes: Sequence[Mapping[int, in
     return chosen[::-1]
 
 
-def allocate(
-    losses: Mapping[str, Mapping[int, float]],
-    weights: Mapping[str, int],
-    rest: int,
-    total: int,
-    budget: float,
-    group_size: int,
-) -> dict[str, Quantization]:
+def guess(outputs: Sequence[Output]) -> Losses:
+    """What stands for losses before anything is measured: that of a layer grows with its size and with its step."""
+    return {output.entries[0][0]: {bits: output.weights * 4.0**-bits for bits in BITS} for output in outputs}
+
+
+def allocate(outputs: Sequence[Output], losses: Losses, budget: float, group_size: int) -> dict[str, Quantization]:
     """Spend a budget on layers.
 
     Args:
-        losses: by a weight's name in the checkpoint and by bits, what the model loses.
-        weights: how many numbers each of these holds.
-        rest: bits of everything else that is written.
-        total: weights of the whole model.
+        outputs: everything that is written, the layers in question in floating point.
+        losses: what the model loses, by the name of a layer's weight and by bits.
         budget: bits per weight of the whole model.
+
+    Returns:
+        How each of the layers is quantized.
 
     Raises:
         CheckpointError: the budget is too small.
     """
-    scales = 32 / group_size  # a scale and a bias of 16 bits for a group
-    sizes = [{bits: int(weights[name] * (bits + scales)) for bits in losses[name]} for name in losses]
-    try:
-        bits = spend(list(losses.values()), sizes, int(budget * total) - rest)
-    except CheckpointError:
-        least = (rest + sum(min(each.values()) for each in sizes)) / total
+    layers = [output for output in outputs if output.entries[0][0] in losses]
+    rest = 8 * sum(output.nbytes for output in outputs if output.entries[0][0] not in losses)
+    total = sum(output.weights for output in outputs)
+    sizes = []
+    for output in layers:
+        scales = 2 * 8 * DTYPES[output.entries[0][1]][1] / group_size  # a scale and a bias, as bits for each weight
+        sizes.append({bits: int(output.weights * (bits + scales)) for bits in BITS})
+    least = (rest + sum(min(each.values()) for each in sizes)) / total
+    if int(budget * total) - rest < sum(min(each.values()) for each in sizes):
         raise CheckpointError(
-            f"{budget:g} bits per weight are too few: with the fewest bits everywhere the model takes {least:.2f}"
-        ) from None
-    return {name: Quantization(each, group_size) for name, each in zip(losses, bits, strict=True)}
+            f"{budget:g} bits per weight are too few: with the fewest bits everywhere it takes {least:.2f}"
+        )
+    names = [output.entries[0][0] for output in layers]
+    bits = spend([losses[name] for name in names], sizes, int(budget * total) - rest)
+    return {name: Quantization(each, group_size) for name, each in zip(names, bits, strict=True)}
 
 
 def measure(
@@ -131,11 +138,11 @@ def measure(
     group_size: int,
     samples: Sequence[Sample],
     say: Callable[[str], None] | None = None,
-) -> dict[str, dict[int, float]]:
+) -> Losses:
     """What the model's answers lose when one layer alone is rounded, for each layer and width.
 
-    Each layer is rounded to 3 bits and the KL divergence of the next-token distributions at the answers measured, in
-    nats; at other widths it is taken to grow and shrink as the errors of the weights do, weighed by their inputs' energy.
+    Each layer is rounded to 3 bits, and the KL divergence of the next-token distributions at the answers measured, in
+    nats; at other widths it is taken to grow and shrink as the errors of the weights, weighed by their inputs' energy.
     The whole model is in memory, and the samples' hidden states before every layer of the decoder.
 
     Args:
@@ -177,7 +184,7 @@ def measure(
             states.append(walk.run_layer(number, states[-1]))
         reference = answers(states[-1], len(decoder.layers))
 
-    losses: dict[str, dict[int, float]] = {}
+    losses: dict[str, Mapping[int, float]] = {}
     for count, name in enumerate(names, start=1):
         path = paths[name]
         layer, exact = layers[path], layers[path].weight
