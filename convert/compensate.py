@@ -54,8 +54,19 @@ class Seen:
         """
         order = np.argsort(-np.diag(self.damped), kind="stable")
         lower = np.linalg.cholesky(self.damped[np.ix_(order[::-1], order[::-1])])
-        upper = np.linalg.inv(lower)[::-1, ::-1]
-        return order, np.triu(upper).astype(np.float32)
+        return order, _invert(lower)[::-1, ::-1].astype(np.float32)
+
+
+def _invert(lower: np.ndarray) -> np.ndarray:
+    """The inverse of a lower triangle, by halves: that is products for the most part, and no pivots."""
+    if len(lower) <= 64:
+        return np.tril(np.linalg.inv(lower))
+    half = len(lower) // 2
+    first, last = _invert(lower[:half, :half]), _invert(lower[half:, half:])
+    inverse = np.zeros_like(lower)
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[half:, :half] = -last @ (lower[half:, :half] @ first)
+    return inverse
 
 
 def compensate(weight: mx.array, seen: Seen | None, quantization: Quantization) -> Packed:
