@@ -15,12 +15,12 @@ import mlx.core as mx
 
 from mlx_vlm_mini import __version__
 from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint
-from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.errors import CheckpointError, VLMError
 from mlx_vlm_mini.hub import SMALL_FILES, expand_user
 from mlx_vlm_mini.loading import DTypeName, Plan, load_processor, plan, read_config
 
 from .calibrate import find_samples
-from .check import Check
+from .check import Check, check_samples
 from .check import check as compare_with
 from .compensate import compensate_model
 from .parts import Preview, plan_parts
@@ -38,13 +38,16 @@ class Report:
     """What a conversion did.
 
     Attributes:
+        source, revision: as it was given; of a Hub name the commit, else None.
         preview: what was planned, and therefore done.
-        seconds: of the work, downloads not counted.
+        seconds: of the work, downloads and the check not counted.
         not_finite: names of tensors with NaN or infinity that were allowed, to how many.
         check: how the result compares with the source, where that was asked for.
     """
 
     destination: Path
+    source: str
+    revision: str | None
     preview: Preview
     seconds: float
     not_finite: Mapping[str, int]
@@ -118,6 +121,8 @@ def convert(
             if not found.is_whole:
                 found = found.download()
                 prepared = prepare(found.checkpoint, chosen)
+            if check:
+                _expect_check(prepared.planned)
             if chosen.is_calibrated:
                 prepared = _calibrate(found.checkpoint, chosen, prepared, say)
                 if announce is not None and chosen.recipe == "auto":
@@ -258,14 +263,24 @@ def _convert(
         config = _new_config(checkpoint.config, prepared.quantized, settings.dtype)
         (work.folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
         plan(open_checkpoint(work.folder))  # a folder that does not load is never shown
+        seconds = time.monotonic() - start
         checked = compare_with(checkpoint, open_checkpoint(work.folder), say) if check else None
         work.record["source"] = {"name": found.name, "revision": found.revision, "sha256": hashes.finish()}
     work.record["bits_per_weight"] = prepared.preview.bits_per_weight
     work.record["check"] = None if checked is None else checked.as_json()
     work.save_record()
     work.finish()
-    seconds = time.monotonic() - start
-    return Report(work.destination, prepared.preview, seconds, prepared.reader.not_finite, checked)
+    return Report(
+        work.destination, found.name, found.revision, prepared.preview, seconds, prepared.reader.not_finite, checked
+    )
+
+
+def _expect_check(planned: Plan) -> None:
+    """Raises CheckpointError before the work where its result could not be checked."""
+    try:
+        check_samples(load_processor(planned.checkpoint, planned.family, planned.config))
+    except VLMError as error:
+        raise CheckpointError(f"{error} (the check of the result needs it; --no-check does without)") from None
 
 
 def _find_repeated_head(planned: Plan) -> list[str]:

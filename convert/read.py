@@ -46,14 +46,12 @@ class Reader:
         return array
 
     def unpack(self, module: str, settings: dict[str, Any], dtype: mx.Dtype) -> mx.array:
-        """The weight of a quantized module in floating point."""
-        biases = f"{module}.biases"
-        return mx.dequantize(
-            self.read(f"{module}.weight"),
-            self.read(f"{module}.scales"),
-            self.read(biases) if biases in self.checkpoint.tensors else None,
-            **settings,
-        ).astype(dtype)
+        """The weight of a quantized module in floating point: computed in float32, so that only `dtype` rounds."""
+        weight, scales = self.read(f"{module}.weight"), self.read(f"{module}.scales")
+        if settings["mode"] != "affine":
+            return mx.dequantize(weight, scales, **settings).astype(dtype)
+        biases = self.read(f"{module}.biases").astype(mx.float32)
+        return mx.dequantize(weight, scales.astype(mx.float32), biases, **settings).astype(dtype)
 
 
 def are_equal(checkpoint: Checkpoint, name: str, other: str) -> bool:

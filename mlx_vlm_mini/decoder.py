@@ -133,7 +133,8 @@ class Decoder(nn.Module):
 
     def embed(self, input_ids: mx.array) -> mx.array:
         """int[B, L] -> float[B, L, C]: the tokens' embeddings, scaled where the config says so."""
-        embeddings = self.embed_tokens(input_ids)
+        # Embeddings in mxfp4 and its kin come out as bfloat16 whatever the rest of the model is.
+        embeddings = self.embed_tokens(input_ids).astype(self.norm.weight.dtype)
         scale = self.config.scales.embed_scale
         return embeddings if scale == 1 else embeddings * mx.array(scale, dtype=embeddings.dtype)
 

@@ -1,14 +1,18 @@
 """Checkpoints that several tests use: the goldens, copies of them to break, and one wide enough to quantize."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from checkpoints import PLAIN
+from hub import serve
 from mlx.utils import tree_flatten
 from reference import GOLDEN
 
@@ -63,3 +67,25 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensors[names[name.replace("blocks.1.", "blocks.2.")]] = tensors[names[name]]
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[Any, Callable[..., subprocess.CompletedProcess[str]]]]:
+    """A stand-in for the Hub with two models, and the program run with it as its Hub and an empty cache."""
+    folder = tmp_path / "served"
+    shutil.copytree(PLAIN, folder)
+    (folder / "modeling_evil.py").write_text("1/0")
+    (folder / "pytorch_model.bin").write_bytes(b"0" * 1000)
+    program = Path(sys.executable).with_name("mlx-vlm-mini")
+    with serve() as (address, kind):
+        kind.folders.update({"tiny/llava": folder, "tiny/llava-in-shards": GOLDEN / "llava-clip-llama-layers"})
+        kind.gated.add("meta/secret")
+
+        def run(*arguments: object, program: Path = program, **environment: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [program, *map(str, arguments)], capture_output=True, text=True, timeout=60, cwd=tmp_path,
+                env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"),
+                     "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
+            )  # fmt: skip
+
+        yield kind, run

@@ -1,45 +1,13 @@
 """Hub names, against a stand-in of the Hub's HTTP interface on loopback."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import PHOTO, PLAIN
-from hub import COMMIT, serve
-from reference import GOLDEN
+from hub import COMMIT
 
-PROGRAM = Path(sys.executable).with_name("mlx-vlm-mini")
 NAME, SHARDED = "tiny/llava", "tiny/llava-in-shards"
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[tuple[Any, Callable[..., subprocess.CompletedProcess[str]]]]:
-    """The stand-in, and the program run with it as its Hub and an empty cache."""
-    folder = tmp_path / "served"
-    shutil.copytree(PLAIN, folder)
-    (folder / "modeling_evil.py").write_text("1/0")
-    (folder / "pytorch_model.bin").write_bytes(b"0" * 1000)
-    with serve() as (address, kind):
-        kind.folders.update({NAME: folder, SHARDED: GOLDEN / "llava-clip-llama-layers"})
-        kind.gated.add("meta/secret")
-
-        def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                [PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=60, cwd=tmp_path,
-                env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"),
-                     "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
-            )  # fmt: skip
-
-        yield kind, run
-
-
 ASK = ("-p", "What is in this image?", "-i", PHOTO, "--max-tokens", 10, "--json")
 
 
