@@ -32,7 +32,7 @@ MORE = {2: 4, 3: 5, 4: 6, 5: 8, 6: 8, 8: 8}
 Losses = Mapping[str, Mapping[int, float]]
 """What a model loses where one layer is quantized: by the name of its weight in the checkpoint and by bits."""
 PROBE = 3  # bits at which a layer's loss is measured; those at others follow from the errors of its weights
-MEASURED = 16  # samples to measure losses with
+MEASURED = 8  # samples to measure losses with
 UNITS = 100_000  # that a budget is counted in
 
 
