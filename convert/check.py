@@ -15,6 +15,7 @@ from mlx_vlm_mini.train.scenes import draw, questions, random_scene, user
 from .calibrate import Observed, Sample, divergence, make_sample, observe
 
 PICTURES = 4
+QUESTIONS = 2
 SEED = 20_000
 LEAST_COSINE = 0.8  # of a picture's features, source to result
 MOST_DIVERGENCE = 0.5  # of what the source's distribution of another place would give
@@ -68,33 +69,32 @@ class Check:
         ]
 
 
-def check_samples(processor: Processor) -> tuple[list[Sample], int]:
+def check_samples(processor: Processor) -> list[Sample]:
     """The same questions with the same answers about every picture, so that distributions can be compared across them.
 
     Returns:
-        The samples, a picture's after another's, and the number of questions.
+        A picture's samples after another's, `QUESTIONS` each.
     """
     rngs = [np.random.default_rng([SEED, number]) for number in range(PICTURES)]
     scenes = [random_scene(rng) for rng in rngs]
     pictures = [draw(scene, rng) for scene, rng in zip(scenes, rngs, strict=True)]
-    asked = questions(scenes[0], rngs[0])[:2]  # to describe it, and to count
-    samples = [
+    asked = questions(scenes[0], rngs[0])[:QUESTIONS]  # to describe it, and to count
+    return [
         make_sample(processor, [user({"image": picture}, question)], answer)
         for picture in pictures
         for _, question, answer in asked
     ]
-    return samples, len(asked)
 
 
-def compare(source: Observed, result: Observed, num_questions: int) -> Check:
-    """Measure and judge; samples in the order that `check_samples` gives them."""
+def compare(source: Observed, result: Observed) -> Check:
+    """Measure and judge what `look` found."""
     reference, other = np.concatenate(source.logprobs), np.concatenate(result.logprobs)
     finite = bool(np.isfinite(other).all()) and all(bool(np.isfinite(each).all()) for each in result.features)
     with np.errstate(all="ignore"):
         kl = divergence(reference, other)
         chance = float(divergence(reference, np.roll(reference, len(reference) // 2 + 3, axis=0)).mean())
         cosine = min(float(_cosines(a, b).mean()) for a, b in zip(source.features, result.features, strict=True))
-        influence, source_influence = (_influence(each.logprobs, num_questions) for each in (result, source))
+        influence, source_influence = (_influence(each.logprobs) for each in (result, source))
     problems = []
     if not finite:
         problems.append("it gives values that are not finite")
@@ -108,8 +108,8 @@ def compare(source: Observed, result: Observed, num_questions: int) -> Check:
         if source_influence > SOME_INFLUENCE and influence < LEAST_INFLUENCE * source_influence:
             problems.append("another picture does not change its answers")
     return Check(
-        pictures=len(source.logprobs) // num_questions,
-        questions=num_questions,
+        pictures=len(source.logprobs) // QUESTIONS,
+        questions=QUESTIONS,
         positions=len(reference),
         mean_kl=float(kl.mean()),
         largest_kl=float(kl.max()),
@@ -128,34 +128,25 @@ def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return cosines
 
 
-def _influence(logprobs: list[np.ndarray], num_questions: int) -> float:
+def _influence(logprobs: list[np.ndarray]) -> float:
     """Mean KL divergence between the answers to a question about one picture and about the next."""
     found = [
         divergence(one, other)
-        for question in range(num_questions)
-        for one, other in pairwise(logprobs[question::num_questions])
+        for question in range(QUESTIONS)
+        for one, other in pairwise(logprobs[question::QUESTIONS])
     ]
     return float(np.concatenate(found).mean())
 
 
-def check(source: Checkpoint, result: Checkpoint, say: Callable[[str], None] | None = None) -> Check:
-    """Run source and result one after the other, each layer by layer, and compare.
+def look(checkpoint: Checkpoint, name: str, say: Callable[[str], None] | None = None) -> Observed:
+    """Run a checkpoint on the check's samples, layer by layer.
 
     Args:
-        say: called with what is being run.
+        name: what it is called while `say` is told what is being run.
 
     Raises:
-        CheckpointError: one of them cannot be loaded.
+        VLMError: it cannot be loaded, or does not take pictures and questions.
     """
-    say = say or (lambda _: None)
-    observed = []
-    count = 0
-    for name, checkpoint in (("source", source), ("result", result)):
-        planned = plan(checkpoint)
-        samples, count = check_samples(load_processor(checkpoint, planned.family, planned.config))
-
-        def tell(what: str, name: str = name) -> None:
-            say(f"checking: {name}, {what}")
-
-        observed.append(observe(planned, samples, compute_dtype(planned), tell))
-    return compare(observed[0], observed[1], count)
+    planned = plan(checkpoint)
+    samples = check_samples(load_processor(checkpoint, planned.family, planned.config))
+    return observe(planned, samples, compute_dtype(planned), lambda what: say and say(f"checking: {name}, {what}"))

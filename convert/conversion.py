@@ -19,9 +19,8 @@ from mlx_vlm_mini.errors import CheckpointError, VLMError
 from mlx_vlm_mini.hub import SMALL_FILES, expand_user
 from mlx_vlm_mini.loading import DTypeName, Plan, load_processor, plan, read_config
 
-from .calibrate import find_samples
-from .check import Check, check_samples
-from .check import check as compare_with
+from .calibrate import Observed, find_samples
+from .check import Check, compare, look
 from .compensate import compensate_model
 from .parts import Preview, plan_parts
 from .quantize import Output, Packed, Quantization, choose, find_layers, find_parts, plan_outputs
@@ -121,8 +120,6 @@ def convert(
             if not found.is_whole:
                 found = found.download()
                 prepared = prepare(found.checkpoint, chosen)
-            if check:
-                _expect_check(prepared.planned)
             if chosen.is_calibrated:
                 prepared = _calibrate(found.checkpoint, chosen, prepared, say)
                 if announce is not None and chosen.recipe == "auto":
@@ -238,6 +235,7 @@ def _convert(
     shard_limit: int,
 ) -> Report:
     """The work itself, from the first byte to the destination."""
+    reference = _look_at_source(found.checkpoint, say) if check else None
     start, done, checkpoint = time.monotonic(), 0, found.checkpoint
 
     def step(nbytes: int) -> None:
@@ -264,7 +262,9 @@ def _convert(
         (work.folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
         plan(open_checkpoint(work.folder))  # a folder that does not load is never shown
         seconds = time.monotonic() - start
-        checked = compare_with(checkpoint, open_checkpoint(work.folder), say) if check else None
+        checked = None
+        if reference is not None:
+            checked = compare(reference, look(open_checkpoint(work.folder), "result", say))
         work.record["source"] = {"name": found.name, "revision": found.revision, "sha256": hashes.finish()}
     work.record["bits_per_weight"] = prepared.preview.bits_per_weight
     work.record["check"] = None if checked is None else checked.as_json()
@@ -275,12 +275,12 @@ def _convert(
     )
 
 
-def _expect_check(planned: Plan) -> None:
-    """Raises CheckpointError before the work where its result could not be checked."""
+def _look_at_source(checkpoint: Checkpoint, say: Callable[[str], None] | None) -> Observed:
+    """What the source makes of the check's pictures, before the work: one that does not run is known before it."""
     try:
-        check_samples(load_processor(planned.checkpoint, planned.family, planned.config))
+        return look(checkpoint, "source", say)
     except VLMError as error:
-        raise CheckpointError(f"{error} (the check of the result needs it; --no-check does without)") from None
+        raise CheckpointError(f"{error} (found while checking the source; --no-check does without)") from None
 
 
 def _find_repeated_head(planned: Plan) -> list[str]:

@@ -6,6 +6,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import edit_json
 from click.testing import CliRunner
 from reference import GOLDEN, SPECS
 
@@ -13,7 +14,7 @@ from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.convert.calibrate import Observed, divergence, observe
-from mlx_vlm_mini.convert.check import check, check_samples, compare
+from mlx_vlm_mini.convert.check import check_samples, compare, look
 from mlx_vlm_mini.loading import load_processor, plan
 from mlx_vlm_mini.train.scenes import write_scenes
 
@@ -22,9 +23,13 @@ def run(*arguments):
     return CliRunner().invoke(main, ["convert", *map(str, arguments)])
 
 
+def check(source, result, say=None):
+    return compare(look(open_checkpoint(source), "source", say), look(open_checkpoint(result), "result", say))
+
+
 def samples_of(folder):
     planned = plan(open_checkpoint(folder))
-    return planned, check_samples(load_processor(planned.checkpoint, planned.family, planned.config))[0]
+    return planned, check_samples(load_processor(planned.checkpoint, planned.family, planned.config))
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
@@ -45,7 +50,7 @@ def test_layer_by_layer_equals_the_whole_model(name):
 def test_a_faithful_conversion_works(tmp_path, wide):
     convert(wide, tmp_path / "out")
     said = []
-    found = check(open_checkpoint(wide), open_checkpoint(tmp_path / "out"), said.append)
+    found = check(wide, tmp_path / "out", said.append)
     assert (found.problems, found.mean_kl, found.top1) == ((), 0.0, 1.0)
     assert found.cosine == pytest.approx(1) and found.influence == found.source_influence > 0.01
     assert {"checking: source, vision", "checking: result, layer 2 of 2"} <= set(said)
@@ -63,14 +68,14 @@ def test_quantized_models_are_checked_as_they_compute(tmp_path, wide):
     np.testing.assert_allclose(logprobs, np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True)), atol=1e-3)
 
 
-def break_tensors(folder, wanted, change):
+def break_tensors(folder, wanted, change, made_by="mlx"):
     """Change tensors of a folder whose names contain a text."""
     tensors = dict(mx.load(str(folder / "model.safetensors")))
     names = [name for name in tensors if wanted in name]
     assert names
     for name in names:
         tensors[name] = change(tensors[name])
-    mx.save_safetensors(str(folder / "new.safetensors"), tensors, {"format": "mlx"})
+    mx.save_safetensors(str(folder / "new.safetensors"), tensors, {"format": made_by})
     (folder / "new.safetensors").replace(folder / "model.safetensors")
 
 
@@ -91,9 +96,9 @@ def shuffled(array):
 )
 def test_broken_results(wanted, change, problem, tmp_path, wide):
     convert(wide, tmp_path / "out", bits=8, group_size=32)
-    assert check(open_checkpoint(wide), open_checkpoint(tmp_path / "out")).problems == ()
+    assert check(wide, tmp_path / "out").problems == ()
     break_tensors(tmp_path / "out", wanted, change)
-    found = check(open_checkpoint(wide), open_checkpoint(tmp_path / "out"))
+    found = check(wide, tmp_path / "out")
     assert any(problem in each for each in found.problems), found
     json.dumps(found.as_json(), allow_nan=False)
     assert found.as_json()["verdict"] == "broken"
@@ -104,9 +109,9 @@ def test_pictures_without_influence_in_the_source_are_no_fault():
     rng = np.random.default_rng(0)
     logprobs = np.log(rng.dirichlet(np.ones(7), 5)).astype(np.float32)
     blind = Observed([np.ones((2, 3))] * 4, [logprobs] * 4)
-    assert compare(blind, blind, 1).problems == ()
+    assert compare(blind, blind).problems == ()
     seeing = Observed(blind.features, [np.log(rng.dirichlet(np.ones(7), 5)) for _ in range(4)])
-    assert any("another picture" in each for each in compare(seeing, blind, 1).problems)
+    assert any("another picture" in each for each in compare(seeing, blind).problems)
 
 
 def test_divergence():
@@ -171,3 +176,22 @@ def test_recipes_from_the_terminal(tmp_path, wide):
     settings = json.loads((tmp_path / "out" / "conversion.json").read_text())["identity"]["settings"]
     assert (settings["recipe"], settings["bits_per_weight"], settings["method"]) == ("auto", 7.0, "gptq")
     assert " bits + " in result.stderr and "these bits are a guess" in result.stderr
+
+
+def test_a_source_that_does_not_run_is_found_before_the_work(tmp_path, copy_of):
+    folder = copy_of()
+    edit_json(folder / "preprocessor_config.json", size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    result = run(folder, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "takes 42x42 pixels, the image processor gives 56x56" in result.stderr
+    assert "found while checking the source; --no-check does without" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert run(folder, tmp_path / "out", "--no-check").exit_code == 0
+
+
+def test_a_source_with_nan_is_said_to_be_broken(tmp_path, wide):
+    folder = tmp_path / "nan"
+    shutil.copytree(wide, folder)
+    break_tensors(folder, "layers.0.self_attn.v_proj", lambda array: array * mx.nan, "pt")
+    result = run(folder, tmp_path / "out", "--allow-nan")
+    assert result.exit_code == 1 and "gives values that are not finite" in result.stderr
