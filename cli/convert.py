@@ -3,6 +3,7 @@
 import re
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -100,32 +101,41 @@ def command(
 
         check_access(upload)
     done, total = 0, 1
-    bar: Any
-    with (
-        Status() as status,
-        click.progressbar(
-            length=1,
-            label="converting",
-            file=sys.stderr,
-            hidden=not sys.stderr.isatty(),
-            item_show_func=lambda _: f"{_size(done)} of {_size(total)}",
-        ) as bar,
-    ):
+    bar: Any = click.progressbar(
+        length=1,
+        label="converting",
+        file=sys.stderr,
+        hidden=not sys.stderr.isatty(),
+        item_show_func=lambda _: f"{_size(done)} of {_size(total)}",
+    )
+    with Status() as status, ExitStack() as stack:  # the bar begins when the weights are here, and ends when written
 
         def progress(*numbers: int) -> None:
             nonlocal done, total
+            if not done:
+                status.clear()
+                stack.enter_context(bar)
             done, total = numbers
             bar.length = total
             bar.update(done - bar.pos)
+
+        def say(what: str) -> None:
+            if done:
+                stack.close()
+            status.show(what)
+
+        def announce(plan: "Preview") -> None:
+            status.clear()
+            _show(plan)
 
         report = convert(
             source,
             destination,
             revision=revision,
             force=force,
-            announce=_show,
+            announce=announce,
             progress=progress,
-            say=status.show,
+            say=say,
             check=not no_check,
             **settings,
         )

@@ -15,22 +15,34 @@ from .status import Status
 @click.option(
     "--pairs", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Share of lines with two pictures."
 )
-@click.option("--single", is_flag=True, help="One question a line, with its kind, as `eval` wants it.")
-def command(destination: Path, count: int, seed: int, most: int, pairs: float, single: bool) -> None:
+@click.option(
+    "--digits",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of lines with a handwritten digit (needs scikit-learn).",
+)
+@click.option(
+    "--test",
+    is_flag=True,
+    help="One question a line, with its kind, as `eval` wants it; digits that training never sees.",
+)
+def command(destination: Path, count: int, seed: int, most: int, pairs: float, digits: float, test: bool) -> None:
     """Write pictures of simple objects and conversations about them into the new folder OUT.
 
     \b
     Example:
       mlx-vlm-mini scenes scenes-train --count 20000 --seed 1
+      mlx-vlm-mini scenes scenes-test --count 1000 --seed 2 --test
     """
     from mlx_vlm_mini.errors import CheckpointError
-    from mlx_vlm_mini.train.scenes import write_scenes
+    from mlx_vlm_mini.train.questions import write_scenes
 
     if destination.exists():
         raise CheckpointError(f"{destination} exists; name another folder or remove it first")
     with Status() as status:
         write_scenes(
-            destination, count, seed=seed, most=most, pairs=pairs, single=single,
+            destination, count, seed=seed, most=most, pairs=pairs, digits=digits, test=test,
             progress=lambda done, total: status.show(f"drawing: {done} of {total}"),
         )  # fmt: skip
     click.echo(f"{destination / 'scenes.jsonl'}: {count} lines")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from mlx_vlm_mini.model import Inputs
 from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.prompt import Message
 from mlx_vlm_mini.train.examples import read_examples
-from mlx_vlm_mini.train.scenes import assistant, draw, questions, random_scene, user
+from mlx_vlm_mini.train.questions import Asker, dialogue, user
+from mlx_vlm_mini.train.scenes import draw, random_scene
 from mlx_vlm_mini.weights import load_weights
 
 QUESTION = "Describe the picture."
@@ -61,15 +63,13 @@ def scene_samples(processor: Processor, count: int, *, seed: int) -> list[Sample
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         scene = random_scene(rng)
-        picture = {"image": draw(scene, rng)}
-        asked = questions(scene, rng)
+        picture: Any = {"image": draw(scene, rng)}
+        asked = [question for _, exchange in Asker(rng).about(scene) for question in exchange[:1]]
         chosen = [asked[index] for index in rng.permutation(len(asked))[:3]]
         if number % 2:
             chosen[-1] = asked[0]  # the description, which is the longest answer
-        messages: list[Any] = []
-        for _, question, answer in chosen:
-            messages += [user(question) if messages else user(picture, question), assistant(answer)]
-        samples.append(make_sample(processor, messages[:-1], chosen[-1][2]))
+        messages = dialogue(chosen, partial(user, picture))
+        samples.append(make_sample(processor, messages[:-1], chosen[-1][1]))
     return samples
 
 

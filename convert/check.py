@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from mlx_vlm_mini.checkpoint import Checkpoint
 from mlx_vlm_mini.loading import compute_dtype, load_processor, plan
 from mlx_vlm_mini.processor import Processor
-from mlx_vlm_mini.train.scenes import draw, questions, random_scene, user
+from mlx_vlm_mini.train.questions import Asker, user
+from mlx_vlm_mini.train.scenes import draw, random_scene
 
 from .calibrate import Observed, Sample, divergence, make_sample, observe
 
@@ -78,11 +79,11 @@ def check_samples(processor: Processor) -> list[Sample]:
     rngs = [np.random.default_rng([SEED, number]) for number in range(PICTURES)]
     scenes = [random_scene(rng) for rng in rngs]
     pictures = [draw(scene, rng) for scene, rng in zip(scenes, rngs, strict=True)]
-    asked = questions(scenes[0], rngs[0])[:QUESTIONS]  # to describe it, and to count
+    asked = [exchange[0] for _, exchange in Asker(rngs[0]).about(scenes[0])[:QUESTIONS]]  # to describe it, to count
     return [
-        make_sample(processor, [user({"image": picture}, question)], answer)
+        make_sample(processor, [user(cast(Any, {"image": picture}), question)], answer)
         for picture in pictures
-        for _, question, answer in asked
+        for question, answer in asked
     ]
 
 

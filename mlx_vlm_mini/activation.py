@@ -11,5 +11,6 @@ ACTIVATIONS: dict[Activation, Callable[[mx.array], mx.array]] = {
     "gelu": nn.gelu,
     "gelu_pytorch_tanh": nn.gelu_approx,
     "quick_gelu": nn.gelu_fast_approx,
+    "relu": nn.relu,
     "silu": nn.silu,
 }

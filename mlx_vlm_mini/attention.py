@@ -5,6 +5,8 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import exponential
+
 Mask = mx.array | Literal["causal"] | None
 
 
@@ -33,6 +35,8 @@ def attend(
         float[B, H, L, D].
     """
     if attentions is None and softcap is None:
+        if exponential.is_slow() and queries.dtype == mx.float32 and queries.shape[2] > 1:
+            return _attend_in_chunks(queries * scale, keys, values, mask)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     (B, H, L, D), S, groups = queries.shape, keys.shape[2], queries.shape[1] // keys.shape[1]
     queries = (queries * scale).reshape(B, H // groups, groups, L, D)
@@ -48,6 +52,29 @@ def attend(
     if attentions is not None:
         attentions.append(weights.reshape(B, H, L, S))
     return (weights @ values[:, :, None]).reshape(B, H, L, D)
+
+
+def _attend_in_chunks(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
+    """`attend` for CPUs: a few heads at a time, so that their scores stay in the cache, and a faster softmax."""
+    (B, H, L, D), S, groups = queries.shape, keys.shape[2], queries.shape[1] // keys.shape[1]
+    queries = queries.reshape(-1, groups * L, D)  # the heads that share keys lie below one another
+    keys, values = keys.reshape(-1, S, D).swapaxes(-1, -2), values.reshape(-1, S, D)
+    if isinstance(mask, str):
+        mask = mx.arange(S - L, S)[:, None] >= mx.arange(S)
+    bias = None
+    if mask is not None:
+        bias = mx.tile(mx.where(mask, 0.0, mx.finfo(mx.float32).min).reshape(-1, L, S), (1, groups, 1))
+        if len(bias) > 1:
+            bias = mx.repeat(bias, len(keys) // len(bias), axis=0)
+    step = max(exponential.CHUNK // (groups * L * S), 1)
+    outputs = []
+    for start in range(0, len(keys), step):
+        part = slice(start, start + step)
+        scores = queries[part] @ keys[part]
+        if bias is not None:
+            scores = scores + (bias if len(bias) == 1 else bias[part])
+        outputs.append(exponential.softmax(scores) @ values[part])
+    return mx.concatenate(outputs).reshape(B, H, L, D)
 
 
 class Attention(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from .errors import CheckpointError
 
-Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu", "silu"]
+Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"]
 LayerType = Literal["full_attention", "sliding_attention"]
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("mlx_vlm_mini", "convert", "train", "cli")
 # What a module of the library may import, from the first room to the last (design.md).
 ORDER = (
-    "errors", "blas", "borrow", "config", "activation", "attention", "rope", "vision", "projector", "decoder", "anyres", "model",
+    "errors", "blas", "borrow", "config", "activation", "exponential", "attention", "rope", "vision", "projector", "decoder", "anyres", "model",
     "pickled", "checkpoint", "image", "preprocess", "tokenizer", "families", "weights", "hub", "prompt", "processor", "loading", "generation",
     "stream", "chat", "describe",
 )  # fmt: skip

@@ -16,7 +16,7 @@ from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.convert.calibrate import Observed, divergence, observe
 from mlx_vlm_mini.convert.check import check_samples, compare, look
 from mlx_vlm_mini.loading import load_processor, plan
-from mlx_vlm_mini.train.scenes import write_scenes
+from mlx_vlm_mini.train.questions import write_scenes
 
 
 def run(*arguments):

@@ -20,14 +20,14 @@ from mlx_vlm_mini.convert.quantize import BITS, Quantization
 from mlx_vlm_mini.convert.recipe import mixed, spend
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.loading import load_processor, plan
-from mlx_vlm_mini.train.scenes import write_scenes
+from mlx_vlm_mini.train.questions import write_scenes
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """Scenes to calibrate with, fewer than the default."""
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, 6, seed=3, single=True)
+    write_scenes(folder, 6, seed=3, test=True)
     return folder / "scenes.jsonl"
 
 

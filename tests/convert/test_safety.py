@@ -416,3 +416,65 @@ def test_a_source_that_is_cut_while_it_is_read(tmp_path, copy_of):
     with pytest.raises(CheckpointError, match="cannot read"):
         convert(folder, tmp_path / "out", announce=cut)
     assert [entry.name for entry in tmp_path.iterdir()] == [PLAIN.name]
+
+
+def rewrite(file: Path, change: Callable[[bytes], bytes], header: bool = True) -> None:
+    """Change a safetensors file's header, or its data."""
+    content = file.read_bytes()
+    split = 8 + int.from_bytes(content[:8], "little")
+    own = change(content[8:split] if header else content[split:])
+    file.write_bytes(len(own).to_bytes(8, "little") + own + content[split:] if header else content[:split] + own)
+
+
+def twice(header: bytes) -> bytes:
+    first = b'"language_model.model.norm.weight":'
+    start = header.index(first)
+    end = header.index(b"}", start) + 1
+    return b"{" + header[start:end] + b"," + header[1:]
+
+
+@pytest.mark.parametrize(
+    ("change", "header", "message"),
+    [
+        (lambda data: data[:-100], False, "is truncated: [0-9]* of [0-9]* bytes; download it again"),
+        (lambda data: b"", False, "is truncated"),
+        (lambda data: data + b"1234", False, "has 4 bytes behind its last tensor; download it again"),
+        (twice, True, "holds language_model.model.norm.weight twice; download it again"),
+        (lambda data: data.replace(b'"F32"', b'"F8_E4M3"', 1), True, "has type F8_E4M3; MLX reads F32, "),
+        (lambda data: data.replace(b"[", b"[1e9,", 1), True, "has a broken safetensors header; download it again"),
+        (lambda data: data[:-20], True, "has a broken safetensors header; download it again"),
+    ],
+)
+def test_a_broken_file(tmp_path, copy_of, change, header, message):
+    folder = copy_of()
+    rewrite(folder / "model.safetensors", change, header)
+    with pytest.raises(CheckpointError, match=message):
+        convert(folder, tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == [PLAIN.name]
+
+
+def test_no_flipped_bit_of_a_header_is_a_traceback(tmp_path, copy_of):
+    """What is noticed is one line; what is not (a bit of the metadata, say) leaves every tensor's place as it was."""
+    folder = copy_of("llava-clip-llama-layers")
+    file = max(folder.glob("model-*.safetensors"))
+    content, rng = file.read_bytes(), random.Random(5)
+    places = {name: info.start for name, info in open_checkpoint(folder).tensors.items()}
+    noticed = 0
+    for _ in range(150):
+        changed = bytearray(content)
+        place = rng.randrange(8 + int.from_bytes(content[:8], "little"))
+        changed[place] ^= 1 << rng.randrange(8)
+        file.write_bytes(changed)
+        checkpoint = open_checkpoint(folder)
+        try:
+            plan(checkpoint)
+        except CheckpointError as error:
+            noticed += 1
+            assert "\n" not in str(error)
+        else:
+            assert {name: info.start for name, info in checkpoint.tensors.items()} == places
+    assert noticed > 100
+    for length in (0, 7, 8, 9, 100, len(content) - 1):
+        file.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match="truncated"):
+            convert(folder, tmp_path / "out")

@@ -23,7 +23,7 @@ from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.train.evaluate import evaluate
 from mlx_vlm_mini.train.examples import collate, encode, read_examples
 from mlx_vlm_mini.train.lora import fuse_adapters, load_adapters
-from mlx_vlm_mini.train.scenes import Scene, Thing, describe, draw, questions, random_scene, write_scenes
+from mlx_vlm_mini.train.questions import write_scenes
 from mlx_vlm_mini.train.trainer import Settings, Trainer, batch_loss, order
 
 
@@ -31,7 +31,7 @@ from mlx_vlm_mini.train.trainer import Settings, Trainer, batch_loss, order
 def scenes(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
     write_scenes(folder / "train", 24, seed=1)
-    write_scenes(folder / "test", 12, seed=2, single=True)
+    write_scenes(folder / "test", 12, seed=2, test=True)
     return folder
 
 
@@ -43,57 +43,6 @@ def write(file: Path, *lines: object) -> Path:
 def talk(*contents: object) -> dict:
     roles = ("user", "assistant")
     return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
-
-
-# Scenes
-
-
-def test_a_scene_is_described_as_it_is_drawn():
-    things = (Thing("circle", "red", "large", 0.3, 0.3), Thing("square", "blue", "small", 1.5, 0.8))
-    scene = Scene(things, 200, 100, (128, 128, 128), 0.0)
-    assert describe(scene) == "A large red circle at the top left and a small blue square at the bottom right."
-    pixels = np.asarray(draw(scene, np.random.default_rng(0))).astype(int)
-    assert pixels.shape == (100, 200, 3)
-    assert np.abs(pixels[30, 30] - (214, 40, 40)).max() < 40 and np.abs(pixels[80, 150] - (36, 90, 214)).max() < 40
-    assert pixels[5, 195].tolist() == [128, 128, 128]
-
-
-def test_questions_have_one_right_answer():
-    """Answers are checked against the scene by another way than the one that made them."""
-    for number in range(200):
-        rng = np.random.default_rng([9, number])
-        scene = random_scene(rng)
-        words = [thing.name.split() for thing in scene.things]
-        for kind, question, answer in questions(scene, rng):
-            asked = question.strip("?.").split()
-            if kind == "colour":
-                (color,) = (color for color, shape in words if shape in asked)
-                assert answer == f"{color.capitalize()}."
-            if kind == "presence":
-                there = any(color in asked and shape in asked for color, shape in words)
-                assert answer == ("Yes." if there else "No.")
-            if kind == "count":
-                of = [shape for _, shape in words if f"{shape}s" in asked] if "object" not in question else words
-                assert answer == ["Zero.", "One.", "Two.", "Three.", "Four."][len(of)]
-
-
-def test_things_do_not_overlap_and_stand_out():
-    for number in range(100):
-        scene = random_scene(np.random.default_rng([3, number]))
-        side = min(scene.width, scene.height)
-        for i, one in enumerate(scene.things):
-            radius = {"small": 0.1, "large": 0.2}[one.size]
-            assert radius <= one.x <= scene.width / side - radius and radius <= one.y <= scene.height / side - radius
-            for other in scene.things[:i]:
-                assert np.hypot(one.x - other.x, one.y - other.y) > radius + {"small": 0.1, "large": 0.2}[other.size]
-
-
-def test_a_longer_set_begins_with_a_shorter_one(tmp_path, scenes):
-    write_scenes(tmp_path / "more", 30, seed=1)
-    longer, shorter = (folder / "scenes.jsonl" for folder in (tmp_path / "more", scenes / "train"))
-    assert longer.read_text().startswith(shorter.read_text())
-    for file in (scenes / "train" / "images").iterdir():
-        assert file.read_bytes() == (tmp_path / "more" / "images" / file.name).read_bytes()
 
 
 # Data
@@ -467,6 +416,6 @@ def test_the_whole_way_in_the_terminal(tmp_path, scenes):
         table.splitlines()[0].split() == ["kind", "questions", "right", "blank"] and "all                 12" in table
     )
     assert (
-        invoke("scenes", tmp_path / "more", "--count", 3, "--single")
+        invoke("scenes", tmp_path / "more", "--count", 3, "--test")
         == f"{tmp_path / 'more' / 'scenes.jsonl'}: 3 lines\n"
     )

@@ -1,0 +1,63 @@
+"""Attention on a CPU: the exponential made of sums and products, and heads a few at a time, against MLX's own."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_vlm_mini import exponential
+from mlx_vlm_mini.attention import attend
+
+
+def test_the_exponential_is_the_exponential():
+    x = np.linspace(-87, 88, 200_001, dtype=np.float32)
+    exact = np.exp(x.astype(np.float64))
+    error = np.abs(np.array(exponential.exp(mx.array(x))) / exact - 1)
+    assert error.max() < 5e-6 and error[np.abs(x) < 4].max() < 6e-7
+    assert exponential.exp(mx.array([0.0])).item() == 1.0
+    assert np.all(np.array(exponential.exp(mx.array([-88.0, -1e30, -mx.inf]))) < 2e-38)
+
+
+def test_softmax_and_its_gradient_are_softmaxs():
+    mx.random.seed(0)
+    x, weight = mx.random.normal((3, 5, 70)) * 6, mx.random.normal((3, 5, 70))
+    x[0, :, 40:] = mx.finfo(mx.float32).min
+    x[1, 2] = mx.finfo(mx.float32).min  # a row that sees nothing, as padding does
+    np.testing.assert_allclose(exponential.softmax(x), mx.softmax(x, axis=-1), atol=1e-6)
+    ours, theirs = (
+        mx.grad(lambda x, softmax=softmax: (softmax(x) * weight).sum())(x)
+        for softmax in (exponential.softmax, lambda x: mx.softmax(x, axis=-1))
+    )
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 5000, 1 << 18])
+@pytest.mark.parametrize("mask", ["causal", "none", "window", "batch"])
+@pytest.mark.parametrize(("heads", "shared", "cached"), [(4, 4, 0), (6, 2, 9), (4, 1, 3)])
+def test_attention_in_chunks_is_attention(monkeypatch, chunk, mask, heads, shared, cached):
+    monkeypatch.setattr(exponential, "CHUNK", chunk)
+    monkeypatch.setattr(exponential, "is_slow", lambda: True)
+    mx.random.seed(1)
+    B, L, D = 3, 17, 8
+    S = L + cached
+    q, k, v = (mx.random.normal((B, n, length, D)) for n, length in ((heads, L), (shared, S), (shared, S)))
+    seen = {
+        "causal": "causal",
+        "none": None,
+        "window": (mx.arange(S) <= mx.arange(cached, S)[:, None]) & (mx.arange(S) > mx.arange(cached, S)[:, None] - 4),
+        "batch": mx.random.uniform(shape=(B, 1, L, S)) < 0.7,
+    }[mask]
+    ours = attend(q, k, v, scale=D**-0.5, mask=seen)
+    theirs = mx.fast.scaled_dot_product_attention(q, k, v, scale=D**-0.5, mask=seen)
+    np.testing.assert_allclose(ours, theirs, atol=3e-6)
+    explicit: list[mx.array] = []
+    np.testing.assert_allclose(attend(q, k, v, scale=D**-0.5, mask=seen, attentions=explicit), theirs, atol=3e-6)
+    assert explicit[0].shape == (B, heads, L, S)
+
+
+def test_one_token_and_half_precision_take_mlxs_own(monkeypatch):
+    monkeypatch.setattr(exponential, "softmax", None)
+    monkeypatch.setattr(exponential, "is_slow", lambda: True)
+    one = mx.random.normal((1, 2, 1, 8))
+    attend(one, one, one, scale=1.0)
+    half = mx.random.normal((1, 2, 6, 8)).astype(mx.float16)
+    assert attend(half, half, half, scale=1.0, mask="causal").dtype == mx.float16
