@@ -7,6 +7,7 @@ Rounding a weight moves a layer's outputs; the weights that are not rounded yet 
 sum of x x^T over the layer's inputs x, a row w that became v has the error (w - v) H (w - v)^T.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -273,7 +274,7 @@ def compensate_model(
 
     Args:
         plan: its model is used up.
-        chosen: weights by their names in the checkpoint, to how they are quantized; what is not affine is left out.
+        chosen: weights by their names in the checkpoint, to how they are quantized, all of them affine.
         dtype: type of what stays in floating point, None as it is.
         say: called with what is being worked on.
 
@@ -283,7 +284,8 @@ def compensate_model(
     model, decoder = plan.model, plan.model.decoder
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Embedding)}
     wanted = {path: plan.ours[f"{path}.weight"] for path in layers}
-    wanted = {path: name for path, name in wanted.items() if name in chosen and chosen[name].mode == "affine"}
+    held = Counter(wanted.values())  # more than one layer of ours are in a fused tensor, which is left to rounding
+    wanted = {path: name for path, name in wanted.items() if name in chosen and held[name] == 1}
     result: dict[str, Packed] = {}
 
     def finish(path: str, seen: Seen | None) -> None:

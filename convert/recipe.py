@@ -6,6 +6,7 @@ quant/dynamic_quant.py, which serves that end, does not fit: it knows two widths
 measuring, and runs models of token batches, which know no pictures.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, cast, get_args
 
@@ -159,7 +160,10 @@ def measure(
     load_weights(model, plan.ours, plan.checkpoint, dtype)
     walk = Walk(plan, samples, dtype)
     layers = dict(model.named_modules())
-    paths = {plan.ours[f"{path}.weight"]: path for path, each in layers.items() if hasattr(each, "to_quantized")}
+    held: defaultdict[str, list[str]] = defaultdict(list)  # one layer of ours, or those of a fused tensor
+    for path, layer in layers.items():
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            held[plan.ours[f"{path}.weight"]].append(path)
     energies: dict[str, mx.array] = {}
 
     def record(path: str, x: mx.array) -> None:
@@ -178,7 +182,7 @@ def measure(
         walk.hidden = states
         return np.concatenate(walk.logprobs())
 
-    with watch(model, {path for path in paths.values() if isinstance(layers[path], nn.Linear)}, record):
+    with watch(model, {path for path, each in layers.items() if isinstance(each, nn.Linear)}, record):
         states = [embed()]
         for number in range(len(decoder.layers)):
             states.append(walk.run_layer(number, states[-1]))
@@ -186,24 +190,25 @@ def measure(
 
     losses: dict[str, Mapping[int, float]] = {}
     for count, name in enumerate(names, start=1):
-        path = paths[name]
-        layer, exact = layers[path], layers[path].weight
-        energy = energies.get(path, mx.ones(exact.shape[-1]))
-        errors = {}
-        for bits in BITS:
-            settings = Quantization(bits, group_size).as_config()
-            values = mx.dequantize(*mx.quantize(exact, **settings), **settings)
-            errors[bits] = cast(float, (mx.square((values - exact).astype(mx.float32)) * energy).sum().item())
-            if bits == PROBE:
-                layer.weight = values
-        start = int(path.split(".")[2]) if path.startswith("decoder.layers.") else None
-        if path == "decoder.lm_head":
+        paths, errors = held[name], dict.fromkeys(BITS, 0.0)
+        exact = [layers[path].weight for path in paths]
+        for path, weight in zip(paths, exact, strict=True):
+            energy = energies.get(path, mx.ones(weight.shape[-1]))
+            for bits in BITS:
+                settings = Quantization(bits, group_size).as_config()
+                values = mx.dequantize(*mx.quantize(weight, **settings), **settings)
+                errors[bits] += cast(float, (mx.square((values - weight).astype(mx.float32)) * energy).sum().item())
+                if bits == PROBE:
+                    layers[path].weight = values
+        if paths == ["decoder.lm_head"]:
             other = answers(states[-1], len(decoder.layers))
-        elif start is not None:
+        elif paths[0].startswith("decoder.layers."):
+            start = int(paths[0].split(".")[2])
             other = answers(states[start], start)
         else:
             other = answers(embed(), 0)
-        layer.weight = exact
+        for path, weight in zip(paths, exact, strict=True):
+            layers[path].weight = weight
         kl = max(float(divergence(reference, other).mean()), 0.0)
         losses[name] = {bits: kl * errors[bits] / errors[PROBE] if errors[PROBE] else 0.0 for bits in BITS}
         say(f"measured {count} of {len(names)} layers")
