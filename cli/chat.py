@@ -40,6 +40,8 @@ def command(
     system: str | None,
     revision: str | None,
     dtype: Any,
+    vision_tower: str | None,
+    conversation: str | None,
     **options: Any,
 ) -> None:
     """Talk with MODEL about images, in turns.
@@ -56,7 +58,9 @@ def command(
     opened = [open_image(image) for image in images]
     with Status() as status:
         status.show(f"loading {model}")
-        vlm, processor = load(model, revision=revision, dtype=dtype)
+        vlm, processor = load(
+            model, revision=revision, dtype=dtype, vision_tower=vision_tower, conversation=conversation
+        )
     chat = Chat(vlm, processor, system=system, **options)
     _converse(chat, [processor.prepare(image) for image in opened])
 

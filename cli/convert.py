@@ -10,7 +10,7 @@ import click
 
 from mlx_vlm_mini.errors import CheckpointError
 
-from .options import DTYPES
+from .options import DTYPES, original_options
 from .status import Status
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ BITS = click.Choice(["2", "3", "4", "5", "6", "8"])
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop; reads headers only, of Hub models too.")
 @click.option("--upload", metavar="REPO", help="Upload the result to the Hub, with a model card.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
+@original_options
+@click.option("--base", metavar="LLAMA", help="Weights to add to those of a delta, an original LLaVA's first form.")
 def command(
     source: str,
     destination: str | None,

@@ -18,7 +18,15 @@ from .status import Status
 )
 @loading_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: str, data: Path, revision: str | None, dtype: Any, as_json: bool) -> None:
+def command(
+    model: str,
+    data: Path,
+    revision: str | None,
+    dtype: Any,
+    vision_tower: str | None,
+    conversation: str | None,
+    as_json: bool,
+) -> None:
     """Ask MODEL the questions of a JSONL file and count exact matches, with the pictures and with blank ones.
 
     \b
@@ -32,7 +40,9 @@ def command(model: str, data: Path, revision: str | None, dtype: Any, as_json: b
     with Status() as status:
         examples = read_examples(data)
         status.show(f"loading {model}")
-        vlm, processor = load(model, revision=revision, dtype=dtype)
+        vlm, processor = load(
+            model, revision=revision, dtype=dtype, vision_tower=vision_tower, conversation=conversation
+        )
         scores = evaluate(
             vlm, processor, examples, progress=lambda done, total: status.show(f"asked {done} of {total}")
         )

@@ -42,6 +42,8 @@ def command(
     as_json: bool,
     revision: str | None,
     dtype: Any,
+    vision_tower: str | None,
+    conversation: str | None,
     **options: Any,
 ) -> None:
     """Ask MODEL once and print its answer.
@@ -74,7 +76,9 @@ def command(
     with Status() as status:
         begin = time.perf_counter()
         status.show(f"loading {model}")
-        vlm, processor = load(model, revision=revision, dtype=dtype)
+        vlm, processor = load(
+            model, revision=revision, dtype=dtype, vision_tower=vision_tower, conversation=conversation
+        )
         load_s = time.perf_counter() - begin
         status.show("reading the prompt")
         chunks: list[Chunk] = []

@@ -4,13 +4,23 @@ import json
 
 import click
 
+from .options import original_options
+
 
 @click.command("info")
 @click.argument("model", metavar="MODEL")
 @click.option("--check", is_flag=True, help="Check names and shapes of all tensors, and the other files, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
-def command(model: str, check: bool, as_json: bool, revision: str | None) -> None:
+@original_options
+def command(
+    model: str,
+    check: bool,
+    as_json: bool,
+    revision: str | None,
+    vision_tower: str | None,
+    conversation: str | None,
+) -> None:
     """Say what MODEL is: family, parts, sizes, bits per weight. Weights are not read, of Hub models not downloaded.
 
     \b
@@ -19,7 +29,7 @@ def command(model: str, check: bool, as_json: bool, revision: str | None) -> Non
     """
     from mlx_vlm_mini.describe import describe
 
-    described = describe(model, revision=revision, check=check)
+    described = describe(model, revision=revision, check=check, vision_tower=vision_tower, conversation=conversation)
     if as_json:
         click.echo(json.dumps(described, ensure_ascii=False))
         return

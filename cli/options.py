@@ -8,13 +8,29 @@ import click
 DTYPES = click.Choice(["float32", "float16", "bfloat16"])
 
 
+ORIGINAL_OPTIONS = (  # of the original LLaVA's checkpoints, whose config.json names what lies elsewhere
+    click.option("--conversation", metavar="NAME", help="Prompt of an original LLaVA.  [default: by the model's name]"),
+    click.option(
+        "--vision-tower", metavar="FOLDER", help="Vision tower of an original LLaVA.  [default: what it names]"
+    ),
+)
+
+
+def original_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--vision-tower and --conversation."""
+    for option in ORIGINAL_OPTIONS:
+        function = option(function)
+    return function
+
+
 def model_argument(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("model", metavar="[MODEL]", required=False)(function)
 
 
 def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--revision and --dtype."""
+    """--revision, --dtype, --vision-tower and --conversation."""
     for option in (
+        *ORIGINAL_OPTIONS,
         click.option("--dtype", type=DTYPES, help="Type to compute in.  [default: the checkpoint's; float32 on a CPU]"),
         click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub."),
     ):

@@ -49,8 +49,7 @@ def command(
     use_openblas()
     import mlx.core as mx
 
-    from mlx_vlm_mini.checkpoint import open_checkpoint
-    from mlx_vlm_mini.hub import find_folder
+    from mlx_vlm_mini.assembly import open_model
     from mlx_vlm_mini.loading import load_processor, plan
     from mlx_vlm_mini.train.examples import read_examples
     from mlx_vlm_mini.train.lora import fuse_adapters, save_adapters
@@ -63,7 +62,7 @@ def command(
         examples = read_examples(data)
         held = read_examples(valid) if valid is not None else []
         status.show(f"loading {model}")
-        checkpoint = open_checkpoint(find_folder(model, revision=revision))
+        checkpoint = open_model(model, revision=revision)
         planned = plan(checkpoint)
         processor = load_processor(checkpoint, planned.family, planned.config)
         load_weights(planned.model, planned.ours, checkpoint, mx.float32)

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_mini import __version__
+from mlx_vlm_mini.assembly import Assembly
 from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint
 from mlx_vlm_mini.errors import CheckpointError, VLMError
 from mlx_vlm_mini.hub import SMALL_FILES, expand_user
@@ -77,6 +78,9 @@ def convert(
     destination: str | Path,
     *,
     revision: str | None = None,
+    vision_tower: str | Path | None = None,
+    conversation: str | None = None,
+    base: str | Path | None = None,
     force: bool = False,
     announce: Callable[[Preview], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -95,6 +99,8 @@ def convert(
         source: a checkpoint folder, or a Hub name.
         destination: a folder that does not exist yet, or is empty.
         revision: branch, tag or commit on the Hub.
+        vision_tower, conversation: of an original LLaVA checkpoint, see `load`; the result holds both.
+        base: LLaMA's weights, which the original LLaVA's first checkpoints hold the difference to.
         force: replace a checkpoint folder that is there, once the new one is whole.
         announce: called with the plan before the work, and before weights are downloaded; with recipe "auto" again
             when the layers are measured.
@@ -109,8 +115,8 @@ def convert(
         CheckpointError: the source is not usable, the destination is in the way, or cannot be written.
     """
     destination, chosen = expand_user(destination), Settings(**settings)
-    found = find_source(source, revision)
-    work = Workplace(destination, found.checkpoint.folder, force=force)
+    found = find_source(source, revision, vision_tower=vision_tower, conversation=conversation, base=base)
+    work = Workplace(destination, found.folders, force=force)
     try:
         with work:
             prepared = prepare(found.checkpoint, chosen)
@@ -131,13 +137,22 @@ def convert(
         raise CheckpointError(f"cannot write {where}: {error.strerror or error}{again}") from None
 
 
-def preview(source: str | Path, *, revision: str | None = None, **settings: Any) -> Preview:
-    """What `convert` would do with the same settings; of a Hub model only the small files and the headers are fetched.
+def preview(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    vision_tower: str | Path | None = None,
+    conversation: str | None = None,
+    base: str | Path | None = None,
+    **settings: Any,
+) -> Preview:
+    """What `convert` would do, given the same; of a Hub model only the small files and the headers are fetched.
 
     Raises:
         CheckpointError: the source is not usable, or cannot be converted so.
     """
-    return prepare(find_source(source, revision).checkpoint, Settings(**settings)).preview
+    found = find_source(source, revision, vision_tower=vision_tower, conversation=conversation, base=base)
+    return prepare(found.checkpoint, Settings(**settings)).preview
 
 
 def _calibrate(
@@ -289,6 +304,8 @@ def _find_repeated_head(planned: Plan) -> list[str]:
     _, config = read_config(planned.checkpoint)
     if head is None or embeddings is None or not config.decoder.tie_word_embeddings:
         return []
+    if isinstance(planned.checkpoint, Assembly) and planned.checkpoint.base is not None:
+        return []  # equal differences make no equal weights
     return [head] if are_equal(planned.checkpoint, head, embeddings) else []
 
 

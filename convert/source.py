@@ -3,14 +3,16 @@
 import hashlib
 import json
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint
+from mlx_vlm_mini.assembly import Assembly, open_model
+from mlx_vlm_mini.checkpoint import Checkpoint
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.hub import fetch_headers, find_folder, has_weights, is_hub_name, known_sha256
+from mlx_vlm_mini.hub import is_hub_name, known_sha256
 
 
 @dataclass(frozen=True)
@@ -20,52 +22,66 @@ class Source:
     Attributes:
         name: as it was given.
         revision: of a Hub name the commit.
+        parts: `vision_tower`, `conversation` and `base`, as they were given.
         is_whole: whether the tensors are here; else their headers alone, from the Hub.
     """
 
     name: str
     revision: str | None
+    parts: Mapping[str, Any]
     checkpoint: Checkpoint
     is_whole: bool
 
     @property
     def files(self) -> list[Path]:
         """The files of tensors."""
-        return sorted({info.file for info in self.checkpoint.tensors.values()})
+        return sorted({info.file for checkpoint in self._checkpoints for info in checkpoint.tensors.values()})
+
+    @property
+    def folders(self) -> set[Path]:
+        """Where all of it lies."""
+        here = {file.parent for file in self.files if file.is_file()}
+        return {*here, *(checkpoint.folder for checkpoint in self._checkpoints)}
+
+    @property
+    def _checkpoints(self) -> list[Checkpoint]:
+        base = self.checkpoint.base if isinstance(self.checkpoint, Assembly) else None
+        return [self.checkpoint] if base is None else [self.checkpoint, base]
+
+    def called(self, file: Path) -> str:
+        """A file's name in records, which say nothing of the folders above."""
+        inside = file.is_relative_to(self.checkpoint.folder)
+        return str(file.relative_to(self.checkpoint.folder)) if inside else f"{file.parent.name}/{file.name}"
 
     def identity(self) -> dict[str, Any]:
         """What changes where the source changes: sizes and times of its files, and the config itself."""
-        files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in self.files}
+        files = {self.called(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in self.files}
         config = hashlib.sha256(json.dumps(self.checkpoint.config, sort_keys=True).encode()).hexdigest()
         return {"files": files, "config": config}
 
     def download(self) -> "Source":
         """The same with its tensors, which are fetched from the Hub."""
-        folder = find_folder(self.name, revision=self.revision)
-        return replace(self, checkpoint=open_checkpoint(folder), is_whole=True)
+        checkpoint = open_model(self.name, revision=self.revision, **self.parts)
+        return replace(self, checkpoint=checkpoint, is_whole=True)
 
 
-def find_source(name: str | Path, revision: str | None) -> Source:
+def find_source(name: str | Path, revision: str | None, **parts: Any) -> Source:
     """A source; of a Hub name that is not in the cache only the small files and the headers are fetched.
 
     Raises:
         CheckpointError: there is no such checkpoint, or the Hub does not give it.
     """
-    folder = find_folder(name, revision=revision, weights=False)
-    checkpoint = open_checkpoint(folder)
-    if isinstance(name, Path) or not is_hub_name(name):
-        return Source(str(name), None, checkpoint, True)
-    commit = folder.name
-    if not (whole := has_weights(folder)):
-        checkpoint.headers = fetch_headers(name, revision=commit)
-    return Source(name, commit, checkpoint, whole)
+    checkpoint = open_model(name, revision=revision, weights=False, **parts)
+    commit = checkpoint.folder.name if isinstance(name, str) and is_hub_name(name) else None
+    whole = all(info.file.is_file() for info in checkpoint.tensors.values())
+    return Source(str(name), commit, parts, checkpoint, whole)
 
 
 class Hashes:
     """The sha256 of a source's files, computed by a thread beside the conversion, and compared with the Hub's."""
 
     def __init__(self, source: Source) -> None:
-        self._files = source.files
+        self._source = source
         self._found: dict[str, str] = {}
         self._error: Exception | None = None
         self._stop = threading.Event()
@@ -73,7 +89,7 @@ class Hashes:
 
     def _run(self) -> None:
         try:
-            for file in self._files:
+            for file in self._source.files:
                 digest = hashlib.sha256()
                 with file.open("rb") as stream:
                     while block := stream.read(2**20):
@@ -91,7 +107,7 @@ class Hashes:
                 f"{file.resolve()} is damaged: its sha256 is {found[:12]}..., the Hub says {expected[:12]}...; "
                 "remove it and run the command again"
             )
-        self._found[file.name] = found
+        self._found[self._source.called(file)] = found
 
     def check(self) -> None:
         """Raises CheckpointError where a file is known to be damaged by now."""

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -31,10 +31,10 @@ class Workplace:
             the caller's.
     """
 
-    def __init__(self, destination: Path, source: Path | None = None, *, force: bool = False) -> None:
+    def __init__(self, destination: Path, sources: Iterable[Path] = (), *, force: bool = False) -> None:
         """Args:
             destination: the folder to come.
-            source: a folder that must stay as it is.
+            sources: folders that must stay as they are.
             force: replace a checkpoint folder that is there; it stays until the new one is whole.
 
         Raises:
@@ -46,8 +46,8 @@ class Workplace:
         self._force = force
         self.record: dict[str, Any] = {}
         self._lock: int | None = None
-        real = None if source is None else Path(os.path.realpath(source))
-        if real is not None and (self.destination.is_relative_to(real) or real.is_relative_to(self.destination)):
+        real = [Path(os.path.realpath(source)) for source in sources]
+        if any(self.destination.is_relative_to(each) or each.is_relative_to(self.destination) for each in real):
             raise CheckpointError(f"{destination} is the source, or lies in it, or holds it: name another folder")
         self._check_destination()
 

@@ -1,7 +1,7 @@
 """Any resolution: an image -> itself squashed and its tiles, and their features -> one sequence.
 
 Sources: LLaVA-NeXT (llava-vl.github.io/blog/2024-01-30-llava-next); image_processing_utils.py, image_transforms.py and
-models/llava_next of huggingface/transformers.
+models/llava_next of huggingface/transformers; llava/mm_utils.py and llava/model/llava_arch.py of haotian-liu/LLaVA.
 
 Sizes are (height, width). A pinpoint is a size in pixels that tiles fill.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 from PIL import Image
 
+from .config import TileMerge
 from .errors import CheckpointError
 
 Size = tuple[int, int]
@@ -75,15 +76,19 @@ def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
     return [image.resize(tiling.base_size[::-1], resample=kernel), *tiles]
 
 
-def _bars(size: Size, rows: int, columns: int) -> tuple[int, int]:
+def _bars(size: Size, rows: int, columns: int, merge: TileMerge) -> tuple[int, int]:
     """Rows above (as many below) and columns left (as many right) of a grid of features that show no image."""
     height, width = size
-    if width / height > columns / rows:
-        return (rows - int(round(height * (columns / width), 7))) // 2, 0
-    return 0, (columns - int(round(width * (rows / height), 7))) // 2
+    lies = width / height > columns / rows
+    shown = height * (columns / width) if lies else width * (rows / height)
+    if merge == "unpad":  # the original lets a hair below a whole number cost a row
+        shown = round(shown, 7)
+    return ((rows - int(shown)) // 2, 0) if lies else (0, (columns - int(shown)) // 2)
 
 
-def count_tokens(size: Size, pinpoints: Sequence[Size], *, tile_size: int, side: int) -> int:
+def count_tokens(
+    size: Size, pinpoints: Sequence[Size], *, tile_size: int, side: int, merge: TileMerge = "unpad"
+) -> int:
     """Tokens of an image in the prompt, from its size alone; `pack` gives as many features.
 
     Args:
@@ -92,16 +97,26 @@ def count_tokens(size: Size, pinpoints: Sequence[Size], *, tile_size: int, side:
         side: features along a tile.
     """
     rows, columns = (pixels // tile_size * side for pixels in choose_pinpoint(size, pinpoints))
-    above, left = _bars(size, rows, columns)
+    if merge in ("grid", "flat"):
+        return side * side + rows * columns
+    above, left = _bars(size, rows, columns, merge)
     return side * side + (rows - 2 * above) * (columns - 2 * left + 1)
 
 
-def pack(features: mx.array, newline: mx.array, size: Size, pinpoints: Sequence[Size], *, tile_size: int) -> mx.array:
-    """The squashed image's features, then the tiles' as rows of one grid without its bars, each row with a newline.
+def pack(
+    features: mx.array,
+    newline: mx.array | None,
+    size: Size,
+    pinpoints: Sequence[Size],
+    *,
+    tile_size: int,
+    merge: TileMerge = "unpad",
+) -> mx.array:
+    """The squashed image's features, then the tiles'.
 
     Args:
         features: float[1 + tiles, P, C].
-        newline: float[C].
+        newline: float[C], where `merge` puts one behind each row.
         size: the image's, in pixels.
         tile_size: pixels along a tile.
 
@@ -118,10 +133,14 @@ def pack(features: mx.array, newline: mx.array, size: Size, pinpoints: Sequence[
             f"an image of {size[1]}x{size[0]} pixels has {down * across} tiles by config.json's image_grid_pinpoints, "
             f"the image processor gives {count - 1}"
         )
+    if merge == "flat":
+        return features.flatten(0, 1)
     side = isqrt(P)
     rows, columns = down * side, across * side
-    above, left = _bars(size, rows, columns)
     grid = features[1:].reshape(down, across, side, side, C).transpose(0, 2, 1, 3, 4).reshape(rows, columns, C)
+    if newline is None:
+        return mx.concatenate([features[0], grid.flatten(0, 1)])
+    above, left = _bars(size, rows, columns, merge)
     grid = grid[above : rows - above, left : columns - left]  # (rows, columns, C), without the bars
     newlines = mx.broadcast_to(newline.astype(features.dtype), (grid.shape[0], 1, C))
     lines = mx.concatenate([grid, newlines], axis=1).flatten(0, 1)

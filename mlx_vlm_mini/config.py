@@ -13,6 +13,7 @@ from .errors import CheckpointError
 
 Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"]
 LayerType = Literal["full_attention", "sliding_attention"]
+TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
 
 
 _LARGEST = 10**8  # of any size in a config: far above every model, and products of two still fit 64 bits
@@ -118,7 +119,7 @@ class VisionConfig:
 class ProjectorConfig:
     """Image features to decoder embeddings: `num_layers` linear layers with an activation between them.
 
-    One layer is the linear projection of LLaVA (2023), two are the MLP of LLaVA-1.5.
+    One layer is the linear projection of LLaVA (2023), two are the MLP of LLaVA-1.5, none leaves features as they are.
     """
 
     input_size: int
@@ -128,8 +129,13 @@ class ProjectorConfig:
     bias: bool
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "input_size", "hidden_size", "num_layers")
+        _check_sizes(self, "input_size", "hidden_size", *(["num_layers"] if self.num_layers != 0 else []))
         _check_flags(self, "bias")
+        if self.num_layers == 0 and self.input_size != self.hidden_size:
+            raise CheckpointError(
+                f"config.json: features of {self.input_size} numbers are no embeddings of {self.hidden_size}: "
+                "a projector is needed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +217,25 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prescribed:
+    """What config.json itself says, of a family whose other files do not say it: its own code did."""
+
+    image_token: str
+    chat_template: str
+    """Jinja; whatever template the folder has, it is not the one that the model was trained with."""
+    end_token: str
+    """Ends an answer."""
+    image_processor: Mapping[str, Any]
+    """In the form of preprocessor_config.json."""
+    cut_at_images: bool = False
+    """`image_token` is in no vocabulary: the text is cut there, and each piece becomes tokens by itself."""
+    stop: str | None = None
+    """Text that ends an answer, too."""
+    extra_tokens: tuple[str, ...] = ()
+    """Of the prompt; where the tokenizer lacks them, they take the next free ids in this order."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class VLMConfig:
     """The three parts, and the token that holds an image's place in the prompt."""
 
@@ -218,9 +243,15 @@ class VLMConfig:
     vision: VisionConfig
     projector: ProjectorConfig
     decoder: DecoderConfig
-    image_token_id: int
+    image_token_id: int | None
+    """None where `prescribed` names the token instead."""
     image_grid_pinpoints: tuple[tuple[int, int], ...] | None
     """Heights and widths in pixels that an image's tiles may fill (`anyres`); None: an image is one row of pixels."""
+    tile_merge: TileMerge | None = None
+    """How the tiles' features follow the squashed image's: `unpad` as rows of one grid without the bars, a newline
+    behind each; `unpad_floor` the same with what is shown rounded down, as the original LLaVA does; `grid` as rows of
+    the whole grid; `flat` tile by tile."""
+    prescribed: Prescribed | None = None
 
     def __post_init__(self) -> None:
         patches = (self.vision.image_size // self.vision.patch_size) ** 2
@@ -229,5 +260,11 @@ class VLMConfig:
                 f"config.json: tiles need a feature for each of their {patches} patches, and vision_config with "
                 f"vision_feature_select_strategy gives {self.vision.num_features}"
             )
-        if not isinstance(self.image_token_id, int) or self.image_token_id < 0:
+        named = self.image_token_id is None and self.prescribed is not None
+        if not named and (not isinstance(self.image_token_id, int) or self.image_token_id < 0):
             raise CheckpointError(f"config.json: the image token must be a token id, not {self.image_token_id!r}")
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether the checkpoint has an embedding that ends a row of an image's tiles."""
+        return self.tile_merge in ("unpad", "unpad_floor")

@@ -5,15 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from .anyres import count_tokens
-from .checkpoint import open_checkpoint
-from .hub import fetch_headers, find_folder, is_hub_name
+from .assembly import open_model
 from .loading import load_processor, plan, read_config
 from .weights import rename
 
 PARTS = ("vision", "projector", "decoder")
 
 
-def describe(name: str | Path, *, revision: str | None = None, check: bool = False) -> dict[str, Any]:
+def describe(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    check: bool = False,
+    vision_tower: str | Path | None = None,
+    conversation: str | None = None,
+) -> dict[str, Any]:
     """Describe a checkpoint; of a Hub model only the small files and the headers are fetched.
 
     Args:
@@ -21,6 +27,7 @@ def describe(name: str | Path, *, revision: str | None = None, check: bool = Fal
         revision: branch, tag or commit on the Hub.
         check: also match every tensor to the model by name and shape, and read tokenizer, chat template and image
             settings.
+        vision_tower, conversation: of an original LLaVA checkpoint, see `load`.
 
     Returns:
         Names to values, JSON-ready; the three parts are dictionaries of their own. Sizes are bytes; `unused` counts
@@ -29,9 +36,9 @@ def describe(name: str | Path, *, revision: str | None = None, check: bool = Fal
     Raises:
         CheckpointError: the checkpoint cannot be understood, or `check` finds it broken.
     """
-    checkpoint = open_checkpoint(find_folder(name, revision=revision, weights=False))
-    if isinstance(name, str) and is_hub_name(name):
-        checkpoint.headers = fetch_headers(name, revision=revision)
+    checkpoint = open_model(
+        name, revision=revision, weights=False, vision_tower=vision_tower, conversation=conversation
+    )
     family, config = read_config(checkpoint)
     weights: dict[str, int] = defaultdict(int)
     sizes: dict[str, int] = defaultdict(int)
@@ -52,7 +59,8 @@ def describe(name: str | Path, *, revision: str | None = None, check: bool = Fal
     if pinpoints is None:
         image_tokens = {"image_tokens": vision.num_features}
     else:  # most where an image fills its tiles
-        counts = [count_tokens(size, [size], tile_size=vision.image_size, side=side) for size in pinpoints]
+        tiles: dict[str, Any] = {"tile_size": vision.image_size, "side": side, "merge": config.tile_merge or "unpad"}
+        counts = [count_tokens(size, [size], **tiles) for size in pinpoints]
         image_tokens = {"max_image_tokens": max(counts)}
     shapes: dict[str, dict[str, Any]] = {
         "vision": {
@@ -70,6 +78,7 @@ def describe(name: str | Path, *, revision: str | None = None, check: bool = Fal
         "model": str(name),
         "family": config.family,
         "model_type": checkpoint.config.get("model_type"),
+        **{key: checkpoint.config[key] for key in ("conversation",) if config.prescribed and key in checkpoint.config},
         "format": "mlx" if checkpoint.is_mlx else "torch",
         "types": "+".join(sorted(types)),
         "quantization": _quantization(checkpoint.quantization),

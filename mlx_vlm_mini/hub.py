@@ -160,9 +160,10 @@ def fetch_headers(name: str, *, revision: str | None = None) -> list[Header]:
     headers: list[Header] = []
     for file, part in sorted(metadata.files_metadata.items()):
         tensors = {}
+        place = Path(name) / file
         for key, info in part.tensors.items():
-            check_dtype(info.dtype, key, Path(file))
-            tensors[key] = TensorInfo(Path(file), info.dtype, tuple(info.shape), *info.data_offsets)
+            check_dtype(info.dtype, key, place)
+            tensors[key] = TensorInfo(place, info.dtype, tuple(info.shape), *info.data_offsets)
         headers.append((tensors, dict(part.metadata or {})))
     return headers
 

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from .checkpoint import DTYPES, Checkpoint, open_checkpoint, read_json
+from .assembly import open_model
+from .checkpoint import DTYPES, Checkpoint, read_json
 from .config import VLMConfig
 from .errors import CheckpointError
 from .families import Family, find_family
-from .hub import find_folder
 from .model import VLM
 from .preprocess import ImageSettings, image_settings
 from .processor import Processor
@@ -67,8 +67,14 @@ def plan(checkpoint: Checkpoint) -> Plan:
     return Plan(checkpoint, family, config, ours, tuple(unused), build(config, ours, checkpoint))
 
 
-def eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end an answer: of generation_config.json, else config.json, else the tokenizer's `eos_token`."""
+def eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, end_token: str | None = None) -> frozenset[int]:
+    """The ids that end an answer: of `end_token`, else of generation_config.json, else of config.json, else of the
+    tokenizer's `eos_token`."""
+    if end_token is not None:
+        end = tokenizer.token_to_id(end_token)
+        if end is None:
+            raise CheckpointError(f"{checkpoint.folder}: the tokenizer lacks {end_token}, which ends an answer")
+        return frozenset([end])
     text = checkpoint.config.get("text_config") or {}
     file = checkpoint.folder / "generation_config.json"
     for source in (read_json(file) if file.is_file() else {}, checkpoint.config, text):
@@ -88,6 +94,8 @@ def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> Imag
     Raises:
         CheckpointError: a file is broken, or speaks of another family's images.
     """
+    if config.prescribed is not None:
+        return image_settings(config.prescribed.image_processor, default_type=family.IMAGE_PROCESSOR)
     processor, image = folder / "processor_config.json", folder / "preprocessor_config.json"
     settings = read_json(processor).get("image_processor") if processor.is_file() else None
     if settings is None and image.is_file():
@@ -113,15 +121,25 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
     Raises:
         CheckpointError: the tokenizer or another of its files is missing or broken.
     """
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer, prescribed = load_tokenizer(checkpoint.folder), config.prescribed
+    found = find_chat_template(checkpoint.folder) if prescribed is None else prescribed.chat_template
+    if prescribed is not None:
+        _add_prescribed(tokenizer, prescribed.extra_tokens, config, checkpoint.folder)
     return Processor(
         config,
         family,
         tokenizer=tokenizer,
-        chat_template=find_chat_template(checkpoint.folder) or family.CHAT_TEMPLATE,
+        chat_template=found or family.CHAT_TEMPLATE,
         image_settings=find_image_settings(checkpoint.folder, family, config),
-        eos_token_ids=eos_token_ids(checkpoint, tokenizer),
+        eos_token_ids=eos_token_ids(checkpoint, tokenizer, None if prescribed is None else prescribed.end_token),
     )
+
+
+def _add_prescribed(tokenizer: Tokenizer, tokens: tuple[str, ...], config: VLMConfig, folder: Path) -> None:
+    tokenizer.backend.add_special_tokens([token for token in tokens if tokenizer.token_to_id(token) is None])
+    for token in tokens:
+        if (tokenizer.token_to_id(token) or 0) >= config.decoder.vocab_size:
+            raise CheckpointError(f"{folder}: config.json asks for {token} in prompts, and no embedding is left for it")
 
 
 def compute_dtype(plan: Plan) -> mx.Dtype:
@@ -133,7 +151,12 @@ def compute_dtype(plan: Plan) -> mx.Dtype:
 
 
 def load(
-    name: str | Path | None = None, *, revision: str | None = None, dtype: DTypeName | None = None
+    name: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: DTypeName | None = None,
+    vision_tower: str | Path | None = None,
+    conversation: str | None = None,
 ) -> tuple[VLM, Processor]:
     """Load a model and its processor.
 
@@ -141,6 +164,8 @@ def load(
         name: a checkpoint folder, or a name on the Hugging Face Hub such as "llava-hf/llava-1.5-7b-hf".
         revision: branch, tag or commit on the Hub.
         dtype: type to compute in; by default the checkpoint's on a GPU and float32 on a CPU.
+        vision_tower: of an original LLaVA checkpoint, in place of the one that its config.json names.
+        conversation: of an original LLaVA checkpoint, its prompt's name in place of the one that belongs to its name.
 
     Returns:
         `(model, processor)`, to be given to `generate`, `stream_generate` or `Chat`.
@@ -150,7 +175,7 @@ def load(
     """
     if name is None:
         raise CheckpointError("this version bundles no model: name a checkpoint folder or a Hub model")
-    checkpoint = open_checkpoint(find_folder(name, revision=revision))
+    checkpoint = open_model(name, revision=revision, vision_tower=vision_tower, conversation=conversation)
     planned = plan(checkpoint)
     processor = load_processor(checkpoint, planned.family, planned.config)
     chosen: Any = getattr(mx, dtype) if dtype is not None else compute_dtype(planned)

@@ -66,7 +66,7 @@ class VLM(nn.Module):
         self.vision = VisionTransformer(config.vision)
         self.projector = Projector(config.projector)
         self.decoder = Decoder(config.decoder)
-        if config.image_grid_pinpoints is not None:
+        if config.has_newline:
             self.image_newline = mx.zeros(config.decoder.hidden_size)
 
     @property
@@ -105,7 +105,8 @@ class VLM(nn.Module):
             features = features.flatten(0, 1)
         else:
             tile_size = self.config.vision.image_size
-            features = pack(features, self.image_newline, image.size, pinpoints, tile_size=tile_size)
+            newline, merge = self.image_newline if self.config.has_newline else None, self.config.tile_merge
+            features = pack(features, newline, image.size, pinpoints, tile_size=tile_size, merge=merge or "unpad")
         if len(features) != image.tokens:
             height, width = image.size
             raise PromptError(

@@ -1,6 +1,7 @@
 """The processor: messages with images -> everything the model needs."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,9 @@ class Processor:
 
     Attributes:
         tokenizer: text to ids and back.
+        image_token, image_token_id: what stands in the prompt where a row of image features goes.
         eos_token_ids: the ids that end an answer.
+        stops: texts that end it, too.
     """
 
     def __init__(
@@ -57,12 +60,16 @@ class Processor:
         self.tokenizer = tokenizer
         self.image_settings = image_settings
         self.eos_token_ids = eos_token_ids
-        token = tokenizer.id_to_token(config.image_token_id)
-        if token is None:
-            raise CheckpointError(
-                f"config.json gives images the token {config.image_token_id}, which the tokenizer does not have"
-            )
-        self.image_token = token
+        prescribed = config.prescribed
+        self.stops = () if prescribed is None or prescribed.stop is None else (prescribed.stop,)
+        self._cuts = prescribed is not None and prescribed.cut_at_images
+        named = None if prescribed is None else prescribed.image_token
+        token_id = config.image_token_id if named is None else 0 if self._cuts else tokenizer.token_to_id(named)
+        token = named if self._cuts or token_id is None else tokenizer.id_to_token(token_id)
+        if token_id is None or token is None:
+            wanted = named or config.image_token_id
+            raise CheckpointError(f"config.json gives images the token {wanted}, which the tokenizer does not have")
+        self.image_token, self.image_token_id = token, token_id
         self.chat_template = ChatTemplate(chat_template, tokenizer.special_tokens, token)
 
     def prepare(self, source: ImageSource | PreparedImage) -> PreparedImage:
@@ -101,6 +108,37 @@ class Processor:
             text += image.text + piece
         return text, slots
 
+    def tokenize(self, text: str, slots: Sequence[bool]) -> tuple[list[int], list[tuple[int, int]], np.ndarray]:
+        """Token ids of a whole prompt as `expand` gives it, where each token's text begins and ends, and bool[L]: at
+        which of them an image's features stand.
+
+        Raises:
+            PromptError: the tokenizer does not keep the image tokens as they are.
+        """
+        if self._cuts:
+            return self._tokenize_pieces(text, slots)
+        ids, offsets = self.tokenizer.encode_with_offsets(text, image_token=self.image_token)
+        places = np.flatnonzero(np.array(ids) == self.image_token_id)
+        if len(places) != len(slots):
+            raise PromptError(f"the text has {len(slots)} times {self.image_token}, its tokens {len(places)} times")
+        is_slot = np.zeros(len(ids), dtype=bool)
+        is_slot[places] = slots
+        return ids, offsets, is_slot
+
+    def _tokenize_pieces(self, text: str, slots: Sequence[bool]) -> tuple[list[int], list[tuple[int, int]], np.ndarray]:
+        """The same, the text between images being a prompt of its own each time, less the tokens in front of one."""
+        occurrences = [match.span() for match in re.finditer(re.escape(self.image_token), text)]
+        images = [span for span, is_slot in zip(occurrences, slots, strict=True) if is_slot]
+        ends = [start for start, _ in images] + [len(text)]
+        ids, offsets = self.tokenizer.encode_with_offsets(text[: ends[0]], image_token="")
+        is_slot = [False] * len(ids)
+        for (start, end), following in zip(images, ends[1:], strict=True):
+            more, places = self.tokenizer.encode_piece(text[end:following]) if following > end else ([], [])
+            ids += [self.image_token_id, *more]
+            offsets += [(start, end), *((end + first, end + last) for first, last in places)]
+            is_slot += [True, *[False] * len(more)]
+        return ids, offsets, np.array(is_slot, dtype=bool)
+
     def __call__(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Inputs:
         """Everything `model()` needs to answer a prompt, ready for prefill.
 
@@ -124,16 +162,11 @@ class Processor:
             )
             for image in prepared
         ]
-        ids = np.array(self.tokenizer.encode_prompt(text, image_token=self.image_token), dtype=np.int32)
-        if not len(ids):
+        ids, _, is_slot = self.tokenize(text, slots)
+        if not ids:
             raise PromptError("the prompt is empty: the chat template gives no text for these messages")
-        places = np.flatnonzero(ids == self.config.image_token_id)
-        if len(places) != len(slots):
-            raise PromptError(f"the text has {len(slots)} times {self.image_token}, its tokens {len(places)} times")
-        is_slot = np.zeros(len(ids), dtype=bool)
-        is_slot[places] = slots
         return Inputs(
-            input_ids=mx.array(ids)[None],
+            input_ids=mx.array(ids, dtype=mx.int32)[None],
             pixel_values=mx.array(np.concatenate([image.pixel_values for image in prepared])) if prepared else None,
             slots=is_slot,
             images=tuple(given),

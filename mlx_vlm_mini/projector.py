@@ -21,7 +21,7 @@ class Projector(nn.Module):
 
     def __call__(self, features: mx.array) -> mx.array:
         """float[B, P, input_size] -> float[B, P, hidden_size]."""
-        x = self.layers[0](features)
-        for layer in self.layers[1:]:
-            x = layer(self.act(x))
+        x = features
+        for number, layer in enumerate(self.layers):
+            x = layer(self.act(x) if number else x)
         return x

@@ -165,7 +165,7 @@ def stream_inputs(
     stats = Stats(prompt_tokens=len(inputs.slots), image_tokens=int(inputs.slots.sum()), cached_tokens=cached)
     if options.seed is not None:
         mx.random.seed(options.seed)
-    stop_filter, text_stream = _StopFilter(options.stops), TextStream(processor.tokenizer)
+    stop_filter, text_stream = _StopFilter((*options.stops, *processor.stops)), TextStream(processor.tokenizer)
     with wired_memory():
         embeddings = model.embed(inputs, cached)
         mx.eval(embeddings)

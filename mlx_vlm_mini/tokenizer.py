@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the `tokenizers` library from the folder's tokenizer.json.
+"""Text to token ids and back, by the `tokenizers` library from the folder's tokenizer.json or tokenizer.model.
 
 transformers' AutoTokenizer would import torch wherever it is installed; the file alone decides here.
 """
@@ -10,15 +10,19 @@ from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 
 from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
+from .sentencepiece import Prefix, build_backend, read_sentencepiece
 
 _CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
     "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
 }
+_SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer")
+"""Classes whose tokenizer.model is known to be read as theirs is."""
 
 
 class Tokenizer:
@@ -49,21 +53,23 @@ class Tokenizer:
                 raise PromptError("the prompt is not valid UTF-8 text") from None
         return self.backend.encode(text, add_special_tokens=add_special_tokens)
 
-    def encode_prompt(self, text: str, *, image_token: str) -> list[int]:
-        """Token ids of a whole prompt: one `bos_token`, whether the chat template wrote it or not.
-
-        Args:
-            image_token: may stand in front of the `bos_token` that the template wrote.
-        """
-        return self.encode_with_offsets(text, image_token=image_token)[0]
-
     def _has_bos(self, text: str, image_token: str) -> bool:
         bos = self.special_tokens.get("bos_token")
         return bool(bos) and re.match(f"(?:{re.escape(image_token)})*{re.escape(bos or '')}", text) is not None
 
     def encode_with_offsets(self, text: str, *, image_token: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of a whole prompt as `encode_prompt` gives them, and where each token's text begins and ends."""
+        """Token ids of a whole prompt, and where each token's text begins and ends: one `bos_token`, whether the chat
+        template wrote it or not.
+
+        Args:
+            image_token: may stand in front of the `bos_token` that the template wrote.
+        """
         encoding = self._encoding(text, not self._has_bos(text, image_token))
+        return encoding.ids, encoding.offsets
+
+    def encode_piece(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same of a text that goes on a prompt: no special tokens are put around it."""
+        encoding = self._encoding(text, False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -118,38 +124,87 @@ def _text_of(token: Any) -> str | None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json, tokenizer_config.json and special_tokens_map.json of a folder.
+    """Read tokenizer.json (or tokenizer.model), tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
     Raises:
-        CheckpointError: there is no tokenizer.json, or one of the files is broken.
+        CheckpointError: there is no tokenizer, or one of the files is broken.
     """
+    settings, more, added = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    special = dict(_CLASS_DEFAULTS.get(_class_of(settings), {}))
+    for source in (more, settings):
+        for key, value in source.items():
+            text = _text_of(value)
+            if key.endswith("_token") and isinstance(text, str):
+                special[key] = text
     file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder} has no tokenizer.json; save one with transformers: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
+    try:
+        if file.is_file():
+            backend = _from_json(file)
+        else:
+            backend = _from_sentencepiece(folder, settings, special)
+            for text, token_id in sorted(added.items(), key=lambda item: int(item[1])):
+                _add(
+                    backend,
+                    AddedToken(text, special=True, normalized=False),
+                    int(token_id),
+                    "added_tokens.json",
+                    folder,
+                )
+        _add_tokens(backend, settings, list(special.values()), folder)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/tokenizer_config.json is malformed: {error!r}") from None
+    return Tokenizer(backend, special)
+
+
+def _class_of(settings: dict[str, Any]) -> str:
+    return str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+
+
+def _from_json(file: Path) -> Backend:
     try:
         backend = Backend.from_file(str(file))
     except Exception as error:  # the library raises plain Exception for whatever is wrong in the file
         raise CheckpointError(f"{file} is broken: {str(error).splitlines()[0]}") from None
     backend.no_truncation()
     backend.no_padding()
-    settings, more = (
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json")
-    )
-    special = dict(_CLASS_DEFAULTS.get(str(settings.get("tokenizer_class", "")).removesuffix("Fast"), {}))
-    for source in (more, settings):
-        for key, value in source.items():
-            text = _text_of(value)
-            if key.endswith("_token") and isinstance(text, str):
-                special[key] = text
-    try:
-        _add_tokens(backend, settings, list(special.values()), folder)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/tokenizer_config.json is malformed: {error!r}") from None
-    return Tokenizer(backend, special)
+    return backend
+
+
+def _from_sentencepiece(folder: Path, settings: dict[str, Any], special: dict[str, str]) -> Backend:
+    """Llama's tokenizer from a tokenizer.model, as transformers 4 with `use_fast=False` reads it.
+
+    Without `legacy` in its settings it is true, as it was when folders without tokenizer.json were made.
+    """
+    file = folder / "tokenizer.model"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json and no tokenizer.model; save one with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    if _class_of(settings) not in _SENTENCEPIECE_CLASSES:
+        raise CheckpointError(
+            f"{file} belongs to a {settings['tokenizer_class']}, whose tokenizer.model is not read here; save a "
+            "tokenizer.json with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    model = read_sentencepiece(file)
+    added = settings.get("added_tokens_decoder") or {}
+    names = {int(token_id): _text_of(entry) for token_id, entry in added.items()}
+    legacy = settings.get("legacy") is not False
+    spaced = model.add_dummy_prefix if legacy else settings.get("add_prefix_space") is not False
+    prefix: Prefix = "none" if not spaced else "each" if legacy else "first"
+    backend = build_backend(model, prefix=prefix, names={i: name for i, name in names.items() if isinstance(name, str)})
+    for key, text in _CLASS_DEFAULTS["LlamaTokenizer"].items():
+        special.setdefault(key, text)
+    before = [special["bos_token"]] if settings.get("add_bos_token") is not False else []
+    behind = [special["eos_token"]] if settings.get("add_eos_token") else []
+    backend.add_special_tokens([text for text in (*before, *behind) if backend.token_to_id(text) is None])
+    around = [(text, backend.token_to_id(text)) for text in dict.fromkeys([*before, *behind])]
+    if around:
+        backend.post_processor = TemplateProcessing(single=[*before, "$A", *behind], special_tokens=around)
+    return backend
 
 
 def _add_tokens(backend: Backend, settings: dict[str, Any], special: list[str], folder: Path) -> None:
@@ -161,15 +216,19 @@ def _add_tokens(backend: Backend, settings: dict[str, Any], special: list[str], 
             continue
         options = {key: entry[key] for key in ("lstrip", "rstrip", "normalized", "single_word") if key in entry}
         token = AddedToken(text, special=bool(entry.get("special", False)), **options)
-        known = backend.token_to_id(text) is not None
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        if not known and backend.token_to_id(text) != int(token_id):
-            raise CheckpointError(
-                f"{folder}/tokenizer_config.json gives '{text}' the id {token_id}, "
-                f"the next free one in tokenizer.json is {backend.token_to_id(text)}"
-            )
+        _add(backend, token, int(token_id), "tokenizer_config.json", folder)
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     for entry in [*special, *(extra.values() if isinstance(extra, dict) else extra)]:
         text = _text_of(entry)
         if isinstance(text, str) and backend.token_to_id(text) is None:
             backend.add_special_tokens([text])
+
+
+def _add(backend: Backend, token: AddedToken, token_id: int, file: str, folder: Path) -> None:
+    known = backend.token_to_id(token.content) is not None
+    (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    if not known and backend.token_to_id(token.content) != token_id:
+        raise CheckpointError(
+            f"{folder}/{file} gives '{token.content}' the id {token_id}, "
+            f"the next free one of the tokenizer is {backend.token_to_id(token.content)}"
+        )

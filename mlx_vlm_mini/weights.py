@@ -22,14 +22,14 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 def rename(name: str, weights: Mapping[str, str | None]) -> str | None:
     """Our name of a checkpoint's tensor; None where the family drops it.
 
-    A map names whole modules or single tensors. What stands behind a module (`weight`, `bias`, and `scales` and
-    `biases` of a quantized one) is kept.
+    A map names whole modules or single tensors; a name with its own numbers counts before one with `{}`. What stands
+    behind a module (`weight`, `bias`, and `scales` and `biases` of a quantized one) is kept.
 
     Raises:
         KeyError: the map does not know the name.
     """
     numbers = _NUMBER.findall(name)
-    pattern = _NUMBER.sub("{}", name)
+    pattern = name if {name, name.rpartition(".")[0]} & weights.keys() else _NUMBER.sub("{}", name)
     module, _, parameter = pattern.rpartition(".")
     target = weights[pattern] if pattern in weights else weights[module]
     if target is None:
@@ -175,7 +175,7 @@ def _their_name(name: str, ours: Mapping[str, str]) -> str:
     """What a missing tensor would be called in this checkpoint, judged by a sibling in another layer or part."""
     pattern = _NUMBER.sub("{}", name)
     for sibling, theirs in ours.items():
-        if _NUMBER.sub("{}", sibling) == pattern:
+        if _NUMBER.sub("{}", sibling) == pattern and _NUMBER.findall(sibling) == _NUMBER.findall(theirs):
             return _NUMBER.sub("{}", theirs).format(*_NUMBER.findall(name))
     return name
 

@@ -1,16 +1,15 @@
 """Checkpoints that several tests use: the goldens, copies of them to break, and one wide enough to quantize."""
 
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import PLAIN, make_wide
-from hub import serve
+from hub import run_program, serve
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
@@ -49,16 +48,8 @@ def hub(tmp_path: Path) -> Iterator[tuple[Any, Callable[..., subprocess.Complete
     shutil.copytree(PLAIN, folder)
     (folder / "modeling_evil.py").write_text("1/0")
     (folder / "pytorch_model.bin").write_bytes(b"0" * 1000)
-    program = Path(sys.executable).with_name("mlx-vlm-mini")
     with serve() as (address, kind):
         kind.folders.update({"tiny/llava": folder, "tiny/llava-in-shards": GOLDEN / "llava-clip-llama-layers"})
         kind.gated.add("meta/secret")
 
-        def run(*arguments: object, program: Path = program, **environment: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                [program, *map(str, arguments)], capture_output=True, text=True, timeout=60, cwd=tmp_path,
-                env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"),
-                     "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
-            )  # fmt: skip
-
-        yield kind, run
+        yield kind, partial(run_program, address, tmp_path)

@@ -11,42 +11,29 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import edit_json, with_paths
+from parity import TOLERANCE, check_answer, check_golden
 from PIL import Image
 from reference import CASES, GOLDEN, SPECS, Reference, expected_outputs
 
 from mlx_vlm_mini import Chat, load
 from mlx_vlm_mini.anyres import count_tokens, pack
 from mlx_vlm_mini.families import llava, llava_next, paligemma
-from mlx_vlm_mini.generation import prefill
 from mlx_vlm_mini.image import open_image
 from mlx_vlm_mini.preprocess import LLAVA_NEXT_PINPOINTS, image_settings, preprocess
 from mlx_vlm_mini.rope import make_rope
 
 pytestmark = pytest.mark.reference
-TOLERANCE = 1e-4
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_the_goldens_are_what_the_reference_gives_today(name):
-    live = expected_outputs(name)
-    with np.load(GOLDEN / name / "expected.npz") as stored:
-        assert set(stored) == set(live)
-        for key, array in live.items():
-            np.testing.assert_allclose(stored[key], array, atol=1e-5, err_msg=key)
+    check_golden(GOLDEN / name, expected_outputs(name))
 
 
 def compare(folder, messages, chat_template, steps=6):
     """Our prefill and cached decoding against the reference's, distribution by distribution."""
     expected = Reference(folder, chat_template).answer(messages, GOLDEN, steps)
-    model, processor = load(folder)
-    inputs = processor(with_paths(messages))
-    np.testing.assert_array_equal(np.array(inputs.input_ids[0]), expected["prompt_ids"])
-    cache = model.make_cache()
-    logits = prefill(model.decoder, model.embed(inputs), cache, step=8)
-    for token, logprobs in zip(expected["token_ids"].tolist(), expected["logprobs"], strict=True):
-        own = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
-        np.testing.assert_allclose(own, logprobs, atol=TOLERANCE)
-        logits = model.decoder.logits(model.decoder(model.decoder.embed(mx.array([[token]])), cache))[:, -1]
+    check_answer(*load(folder), messages, expected)
 
 
 def variant(name, folder, text=None, vision=None, **changes):

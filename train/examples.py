@@ -145,7 +145,7 @@ def encode(processor: Processor, example: Example) -> Encoded:
         return processor.expand(messages[:count], shown, add_generation_prompt=prompt)
 
     text, is_slot = render(len(messages), False)
-    ids, offsets = processor.tokenizer.encode_with_offsets(text, image_token=processor.image_token)
+    ids, offsets, slots = processor.tokenize(text, is_slot)
     ends = np.array([end for _, end in offsets])
     answer = np.zeros(len(ids), dtype=bool)
     for number, message in enumerate(messages):
@@ -154,8 +154,6 @@ def encode(processor: Processor, example: Example) -> Encoded:
             if not through.startswith(before) or not text.startswith(through.rstrip()):
                 raise PromptError(f"{example.where}: the chat template does not show where the assistant begins")
             answer |= (ends > len(before)) & (ends <= len(through))
-    slots = np.array(ids) == processor.config.image_token_id
-    slots[slots] = is_slot
     if messages[-1]["role"] == "assistant" and ids[-1] not in processor.eos_token_ids:
         ids = [*ids, min(processor.eos_token_ids)]
         answer, slots = np.append(answer, True), np.append(slots, False)

@@ -1,5 +1,6 @@
 """Writing a model that was made or trained here as a checkpoint folder that other tools load, too."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,3 +57,5 @@ def save_trained(planned: Plan, folder: Path, dtype: mx.Dtype | None = None) -> 
         for file in sorted(source.folder.glob(pattern)):
             if not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
+    config = json.dumps(source.config, indent=2, ensure_ascii=False)  # which may say more than the file
+    (folder / "config.json").write_text(config, encoding="utf-8")

@@ -10,7 +10,7 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
-from . import llava, llava_next, paligemma
+from . import llava, llava_next, llava_original, paligemma
 
 
 class Family(Protocol):
@@ -35,7 +35,13 @@ class Family(Protocol):
         """What stands in the prompt's text for an image of `size`, height and width: one `image_token` an embedding."""
 
 
-FAMILIES: dict[str, Family] = {"llava": llava, "llava_next": llava_next, "paligemma": paligemma}
+FAMILIES: dict[str, Family] = {
+    "llava": llava,
+    "llava_llama": llava_original,
+    "llava_mistral": llava_original,
+    "llava_next": llava_next,
+    "paligemma": paligemma,
+}
 
 
 def find_family(hf: Mapping[str, Any]) -> Family:
@@ -45,6 +51,8 @@ def find_family(hf: Mapping[str, Any]) -> Family:
         CheckpointError: no family has this `model_type`.
     """
     model_type = hf.get("model_type")
+    if llava_original.is_original(hf):
+        return llava_original
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         what = "has no model_type" if model_type is None else f"says model_type '{model_type}'"

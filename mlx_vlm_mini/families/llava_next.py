@@ -38,7 +38,7 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
     given = hf.get("image_grid_pinpoints")
     plain = llava_config(hf, "llava_next")
     pinpoints = read_pinpoints(LLAVA_NEXT_PINPOINTS if given is None else given, plain.vision.image_size, "config.json")
-    return replace(plain, image_grid_pinpoints=pinpoints)
+    return replace(plain, image_grid_pinpoints=pinpoints, tile_merge="unpad")
 
 
 def pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:

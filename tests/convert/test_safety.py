@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from checkpoints import PLAIN, edit_json
+from reference import GOLDEN
 
 from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.convert import conversion, convert, write
@@ -478,3 +479,21 @@ def test_no_flipped_bit_of_a_header_is_a_traceback(tmp_path, copy_of):
         file.write_bytes(content[:length])
         with pytest.raises(CheckpointError, match="truncated"):
             convert(folder, tmp_path / "out")
+
+
+def test_a_vision_tower_elsewhere_is_a_source_too(tmp_path, monkeypatch):
+    """Of an original LLaVA: protected, hashed, and part of what a conversion is known by."""
+    source, tower = tmp_path / "llava-v1.5-tiny", tmp_path / "tower"
+    shutil.copytree(GOLDEN / "llava-original-v1.5", source)
+    shutil.move(source / "tower", tower)
+    for destination in (tower, tower / "sub"):
+        with pytest.raises(CheckpointError, match="is the source, or lies in it, or holds it"):
+            convert(source, destination, vision_tower=tower, force=True)
+    with pytest.raises(Stop):
+        convert(source, tmp_path / "out", vision_tower=tower, shard_limit=SHARD, progress=stop_after(0.6))
+    (file,) = [each for each in tower.iterdir() if each.suffix in (".safetensors", ".bin")]
+    os.utime(file)
+    names = written(monkeypatch, source, tmp_path / "out", vision_tower=tower, shard_limit=SHARD)
+    assert len(names) == len(list((tmp_path / "out").glob("*.safetensors")))
+    digests = json.loads((tmp_path / "out" / "conversion.json").read_text())["source"]["sha256"]
+    assert digests[f"tower/{file.name}"] == hashlib.sha256(file.read_bytes()).hexdigest()

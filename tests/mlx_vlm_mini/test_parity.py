@@ -8,13 +8,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import with_paths
-from reference import CASES, GOLDEN, SPECS, STEPS
+from llava_original import SPECS as ORIGINALS
+from reference import CASES, GOLDEN, STEPS
+from reference import SPECS as OTHERS
 
 from mlx_vlm_mini import load
 from mlx_vlm_mini.generation import decode, prefill
 from mlx_vlm_mini.stream import stream_generate
 
 TOLERANCE = 1e-4
+SPECS = {**OTHERS, **ORIGINALS}
 CASES_OF_GOLDENS = [(name, case) for name in sorted(SPECS) for case in sorted(SPECS[name].cases)]
 every_case = pytest.mark.parametrize(("golden", "case"), CASES_OF_GOLDENS, indirect=["golden"], scope="module")
 

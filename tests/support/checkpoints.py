@@ -30,6 +30,15 @@ def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(content))
 
 
+def check_fields(config: Any, expected: dict[str, Any]) -> None:
+    """Fields of a config by their dotted names."""
+    for path, value in expected.items():
+        found = config
+        for name in path.split("."):
+            found = getattr(found, name)
+        assert found == value, path
+
+
 def with_paths(messages: list[dict[str, Any]], folder: Path = GOLDEN) -> list[dict[str, Any]]:
     """Messages with their images' names as paths."""
     return [

@@ -3,7 +3,10 @@
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qs
 
+PROGRAM = Path(sys.executable).with_name("mlx-vlm-mini")
 COMMIT = "c0ffee" + "0" * 34
 
 
@@ -181,3 +185,14 @@ def serve() -> Iterator[tuple[str, type[Hub]]]:
             yield f"http://127.0.0.1:{server.server_port}", kind
         finally:
             server.shutdown()
+
+
+def run_program(
+    address: str, folder: Path, *arguments: object, program: str | Path = PROGRAM, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The program in a folder, with a stand-in as its Hub and a cache of its own."""
+    return subprocess.run(
+        [program, *map(str, arguments)], capture_output=True, text=True, timeout=60, cwd=folder,
+        env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"),
+             "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
+    )  # fmt: skip
