@@ -40,6 +40,8 @@ def command(
     system: str | None,
     revision: str | None,
     dtype: Any,
+    min_tiles: int | None,
+    max_tiles: int | None,
     vision_tower: str | None,
     conversation: str | None,
     **options: Any,
@@ -59,7 +61,13 @@ def command(
     with Status() as status:
         status.show(f"loading {model}")
         vlm, processor = load(
-            model, revision=revision, dtype=dtype, vision_tower=vision_tower, conversation=conversation
+            model,
+            revision=revision,
+            dtype=dtype,
+            vision_tower=vision_tower,
+            conversation=conversation,
+            min_tiles=min_tiles,
+            max_tiles=max_tiles,
         )
     chat = Chat(vlm, processor, system=system, **options)
     _converse(chat, [processor.prepare(image) for image in opened])

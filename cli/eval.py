@@ -23,6 +23,8 @@ def command(
     data: Path,
     revision: str | None,
     dtype: Any,
+    min_tiles: int | None,
+    max_tiles: int | None,
     vision_tower: str | None,
     conversation: str | None,
     as_json: bool,
@@ -41,7 +43,13 @@ def command(
         examples = read_examples(data)
         status.show(f"loading {model}")
         vlm, processor = load(
-            model, revision=revision, dtype=dtype, vision_tower=vision_tower, conversation=conversation
+            model,
+            revision=revision,
+            dtype=dtype,
+            vision_tower=vision_tower,
+            conversation=conversation,
+            min_tiles=min_tiles,
+            max_tiles=max_tiles,
         )
         scores = evaluate(
             vlm, processor, examples, progress=lambda done, total: status.show(f"asked {done} of {total}")

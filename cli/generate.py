@@ -42,6 +42,8 @@ def command(
     as_json: bool,
     revision: str | None,
     dtype: Any,
+    min_tiles: int | None,
+    max_tiles: int | None,
     vision_tower: str | None,
     conversation: str | None,
     **options: Any,
@@ -77,7 +79,13 @@ def command(
         begin = time.perf_counter()
         status.show(f"loading {model}")
         vlm, processor = load(
-            model, revision=revision, dtype=dtype, vision_tower=vision_tower, conversation=conversation
+            model,
+            revision=revision,
+            dtype=dtype,
+            vision_tower=vision_tower,
+            conversation=conversation,
+            min_tiles=min_tiles,
+            max_tiles=max_tiles,
         )
         load_s = time.perf_counter() - begin
         status.show("reading the prompt")

@@ -28,9 +28,13 @@ def model_argument(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--revision, --dtype, --vision-tower and --conversation."""
+    """What `load` takes: --revision, --dtype, the limits of tiles, --vision-tower and --conversation."""
     for option in (
         *ORIGINAL_OPTIONS,
+        click.option(
+            "--max-tiles", type=click.IntRange(1), help="Tiles of an image at most, where a family cuts it (InternVL)."
+        ),
+        click.option("--min-tiles", type=click.IntRange(1), help="Tiles of an image at least."),
         click.option("--dtype", type=DTYPES, help="Type to compute in.  [default: the checkpoint's; float32 on a CPU]"),
         click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub."),
     ):

@@ -65,7 +65,7 @@ def command(
         checkpoint = open_model(model, revision=revision)
         planned = plan(checkpoint)
         processor = load_processor(checkpoint, planned.family, planned.config)
-        load_weights(planned.model, planned.ours, checkpoint, mx.float32)
+        load_weights(planned.model, planned.ours, checkpoint, mx.float32, planned.family.WEIGHTS)
         planned.model.train()
         trainer = Trainer(planned.model, processor, examples, output, Settings(**settings), valid=held)
         if trainer.step:

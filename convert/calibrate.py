@@ -103,7 +103,7 @@ def find_samples(processor: Processor, calibration: str | None) -> list[Sample]:
 
 def load_part(plan: Plan, *prefixes: str, dtype: mx.Dtype) -> None:
     """Read the model's tensors whose names begin like this."""
-    load_weights(plan.model, plan.ours, plan.checkpoint, dtype, prefixes=prefixes)
+    load_weights(plan.model, plan.ours, plan.checkpoint, dtype, plan.family.WEIGHTS, prefixes=prefixes)
 
 
 def release(module: nn.Module) -> None:

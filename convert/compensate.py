@@ -7,7 +7,6 @@ Rounding a weight moves a layer's outputs; the weights that are not rounded yet 
 sum of x x^T over the layer's inputs x, a row w that became v has the error (w - v) H (w - v)^T.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from mlx.utils import tree_unflatten
 from mlx_vlm_mini.checkpoint import DTYPES
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.loading import Plan, compute_dtype
+from mlx_vlm_mini.weights import count_blocks, fused, join_rows
 
 from .calibrate import Sample, Walk, release
 from .quantize import Packed, Quantization
@@ -284,8 +284,9 @@ def compensate_model(
     model, decoder = plan.model, plan.model.decoder
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Embedding)}
     wanted = {path: plan.ours[f"{path}.weight"] for path in layers}
-    held = Counter(wanted.values())  # more than one layer of ours are in a fused tensor, which is left to rounding
-    wanted = {path: name for path, name in wanted.items() if name in chosen and held[name] == 1}
+    wanted = {path: name for path, name in wanted.items() if name in chosen}
+    held = fused(plan.ours)
+    parts: dict[str, Packed] = {}  # by our weights' names, of which a fused tensor holds several
     result: dict[str, Packed] = {}
 
     def finish(path: str, seen: Seen | None) -> None:
@@ -293,9 +294,13 @@ def compensate_model(
         if seen is not None and not np.isfinite(seen.hessian).all():
             raise CheckpointError(f"{name} gets inputs that are not finite: the source is broken, or calibrates badly")
         target = dtype or DTYPES[plan.checkpoint.tensors[name].dtype][0]
-        result[name] = compensate(layers[path].weight.astype(target), seen, chosen[name])
-        values = mx.dequantize(*result[name], **chosen[name].as_config())
+        packed = parts[f"{path}.weight"] = compensate(layers[path].weight.astype(target), seen, chosen[name])
+        values = mx.dequantize(*packed, **chosen[name].as_config())
         layers[path].weight = values.astype(layers[path].weight.dtype)
+        if parts.keys() >= set(held[name]):
+            blocks = count_blocks(name, plan.family.WEIGHTS, plan.config)
+            weight, scales, biases = (join_rows(each, blocks) for each in zip(*map(parts.pop, held[name]), strict=True))
+            result[name] = weight, scales, biases
 
     last: tuple[mx.array, Seen] | None = None
 

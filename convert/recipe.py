@@ -157,7 +157,7 @@ def measure(
     model, decoder = plan.model, plan.model.decoder
     say("loading")
     dtype = compute_dtype(plan)
-    load_weights(model, plan.ours, plan.checkpoint, dtype)
+    load_weights(model, plan.ours, plan.checkpoint, dtype, plan.family.WEIGHTS)
     walk = Walk(plan, samples, dtype)
     layers = dict(model.named_modules())
     held: defaultdict[str, list[str]] = defaultdict(list)  # one layer of ours, or those of a fused tensor

@@ -91,7 +91,12 @@ class Attention(nn.Module):
         o_bias: bool,
         scale: float,
         softcap: float | None = None,
+        qk_norm: tuple[int, float] | None = None,
     ) -> None:
+        """
+        Args:
+            qk_norm: width and eps of an RMS norm over queries and one over keys: of each head, or of all at once.
+        """
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -101,6 +106,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=o_bias)
+        if qk_norm is not None:
+            width, eps = qk_norm
+            self.q_norm = nn.RMSNorm(width, eps=eps)
+            self.k_norm = nn.RMSNorm(width, eps=eps)
 
     def __call__(
         self,
@@ -113,8 +122,12 @@ class Attention(nn.Module):
     ) -> mx.array:
         """float[B, L, C] -> float[B, L, C]. `rope` turns queries and keys, mlx-lm's `cache` keeps keys and values."""
         B, L, _ = x.shape
-        q = self.q_proj(x).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)  # (B, H, L, D)
-        k = self.k_proj(x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
+        q, k = self.q_proj(x), self.k_proj(x)
+        if "q_norm" in self:
+            q = self.q_norm(q.reshape(B, L, -1, self.q_norm.weight.size))
+            k = self.k_norm(k.reshape(B, L, -1, self.k_norm.weight.size))
+        q = q.reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)  # (B, H, L, D)
+        k = k.reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
         v = self.v_proj(x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
         if rope is not None:
             offset = 0 if cache is None else cache.offset

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from .errors import CheckpointError
 
 Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"]
+VisionNorm = Literal["layer_norm", "rms_norm"]
 LayerType = Literal["full_attention", "sliding_attention"]
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
 
@@ -47,6 +48,25 @@ def _check_multiple(config: object, name: str, divisor: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What differs in the blocks of vision towers; the defaults are CLIP's and SigLIP's."""
+
+    norm_type: VisionNorm = "layer_norm"
+    qkv_bias: bool = True
+    qk_norm_eps: float | None = None
+    """Of an RMS norm over the queries of all heads, and one over the keys (InternViT-6B); None: there are none."""
+    layer_scale: bool = False
+    """Learned factors of what attention and MLP add to the stream (arXiv:2103.17239)."""
+
+    def __post_init__(self) -> None:
+        _check_flags(self, "qkv_bias", "layer_scale")
+        if self.norm_type not in get_args(VisionNorm):
+            raise CheckpointError(f"config.json: unknown norm_type {self.norm_type!r} of the vision tower")
+        if self.qk_norm_eps is not None:
+            _check_positive(self, "qk_norm_eps")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """A pre-norm vision transformer on a square image.
 
@@ -62,6 +82,7 @@ class VisionConfig:
     patch_size: int
     hidden_act: Activation
     layer_norm_eps: float
+    blocks: BlockConfig
     class_token: bool
     """A learned token in front of the patches (CLIP)."""
     patch_bias: bool
@@ -73,6 +94,8 @@ class VisionConfig:
     feature_layers: tuple[int, ...]
     drop_first_feature: bool
     """LLaVA's feature strategy `default`: the first row, CLIP's class token, is left out."""
+    resample_positions: bool
+    """Images of another size get the position embeddings resampled (InternViT); otherwise they are refused."""
 
     def __post_init__(self) -> None:
         _check_sizes(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -82,6 +105,7 @@ class VisionConfig:
         if self.patch_size > self.image_size:
             raise CheckpointError(f"config.json: patch_size {self.patch_size} exceeds image_size {self.image_size}")
         _check_flags(self, "class_token", "patch_bias", "pre_norm", "post_norm", "drop_first_feature")
+        _check_flags(self, "resample_positions")
         if not self.feature_layers:
             raise CheckpointError("config.json: the list of vision feature layers is empty")
         for layer in self.feature_layers:
@@ -116,10 +140,23 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShuffleConfig:
+    """Pixel shuffle: squares of `factor` x `factor` neighbouring features become one feature (InternVL)."""
+
+    factor: int
+    transposed: bool
+    """The smaller grid comes column by column, as InternVL-Chat 1.1 and 1.2 were trained."""
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "factor")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
     """Image features to decoder embeddings: `num_layers` linear layers with an activation between them.
 
     One layer is the linear projection of LLaVA (2023), two are the MLP of LLaVA-1.5, none leaves features as they are.
+    Before them come a pixel shuffle and a norm where the config has them; `input_size` is what enters the first layer.
     """
 
     input_size: int
@@ -127,6 +164,8 @@ class ProjectorConfig:
     num_layers: int
     hidden_act: Activation
     bias: bool
+    shuffle: ShuffleConfig | None = None
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         _check_sizes(self, "input_size", "hidden_size", *(["num_layers"] if self.num_layers != 0 else []))
@@ -147,10 +186,12 @@ class NormConfig:
     """Added to the stored weight: Gemma's are around 0 and multiply by 1 + weight."""
     sandwich: bool = False
     """Norms behind attention and MLP too, before the residual (Gemma 2)."""
+    qk_norm: bool = False
+    """Norms of each head's queries and keys (Qwen3)."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "rms_norm_eps")
-        _check_flags(self, "sandwich")
+        _check_flags(self, "sandwich", "qk_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +287,7 @@ class VLMConfig:
     image_token_id: int | None
     """None where `prescribed` names the token instead."""
     image_grid_pinpoints: tuple[tuple[int, int], ...] | None
-    """Heights and widths in pixels that an image's tiles may fill (`anyres`); None: an image is one row of pixels."""
+    """Heights and widths in pixels that an image's tiles may fill (`anyres`); None: all features are shown."""
     tile_merge: TileMerge | None = None
     """How the tiles' features follow the squashed image's: `unpad` as rows of one grid without the bars, a newline
     behind each; `unpad_floor` the same with what is shown rounded down, as the original LLaVA does; `grid` as rows of
@@ -263,6 +304,13 @@ class VLMConfig:
         named = self.image_token_id is None and self.prescribed is not None
         if not named and (not isinstance(self.image_token_id, int) or self.image_token_id < 0):
             raise CheckpointError(f"config.json: the image token must be a token id, not {self.image_token_id!r}")
+        shuffle = self.projector.shuffle
+        factor = 1 if shuffle is None else shuffle.factor
+        if self.projector.input_size != self.vision.feature_size * factor**2:
+            raise CheckpointError(
+                f"config.json: the projector reads {self.projector.input_size} numbers, the vision tower gives "
+                f"{self.vision.feature_size} in each of {factor**2} features"
+            )
 
     @property
     def has_newline(self) -> bool:

@@ -1,8 +1,8 @@
 """The decoder: embeddings -> logits.
 
 Source: LLaMA (arXiv:2302.13971). Mistral (arXiv:2310.06825) adds grouped queries and a sliding window, Qwen2
-(arXiv:2407.10671) biases on queries, keys and values, Gemma 2 (arXiv:2408.00118) norms on both sides and caps. Modules
-are named as Hugging Face names them.
+(arXiv:2407.10671) biases on queries, keys and values, Qwen3 (arXiv:2505.09388) norms of each head's queries and keys,
+Gemma 2 (arXiv:2408.00118) norms on both sides and caps. Modules are named as Hugging Face names them.
 """
 
 from collections.abc import Sequence
@@ -89,6 +89,7 @@ class DecoderLayer(nn.Module):
             o_bias=config.o_bias,
             scale=(config.scales.query_pre_attn_scalar or config.head_dim) ** -0.5,
             softcap=config.scales.attn_logit_softcapping,
+            qk_norm=(config.head_dim, config.norms.rms_norm_eps) if config.norms.qk_norm else None,
         )
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)

@@ -6,7 +6,11 @@ from typing import Any
 
 from .anyres import count_tokens
 from .assembly import open_model
-from .loading import load_processor, plan, read_config
+from .checkpoint import Checkpoint
+from .config import VLMConfig
+from .families import Family
+from .loading import find_image_settings, load_processor, plan, read_config
+from .tiles import Tiles, count_tiles
 from .weights import rename
 
 PARTS = ("vision", "projector", "decoder")
@@ -47,8 +51,8 @@ def describe(
         try:
             ours = rename(theirs, family.WEIGHTS)
         except KeyError:
-            ours = None
-        part = "unused" if ours is None else ours.partition(".")[0]
+            ours = ()
+        part = ours[0].partition(".")[0] if ours else "unused"
         if part not in (*PARTS, "unused"):  # what stands between the towers, an image's newline say
             part = "projector"
         weights[part] += checkpoint.num_weights(theirs)
@@ -56,7 +60,9 @@ def describe(
         types.add(info.dtype)
     vision, decoder = config.vision, config.decoder
     pinpoints, side = config.image_grid_pinpoints, vision.image_size // vision.patch_size
-    if pinpoints is None:
+    if config.projector.shuffle is not None:
+        image_tokens = _tokens_of_tiles(checkpoint, family, config)
+    elif pinpoints is None:
         image_tokens = {"image_tokens": vision.num_features}
     else:  # most where an image fills its tiles
         tiles: dict[str, Any] = {"tile_size": vision.image_size, "side": side, "merge": config.tile_merge or "unpad"}
@@ -96,6 +102,16 @@ def describe(
         described["image_settings"] = processor.image_settings is not None
         described["check"] = "every tensor has its place, name and shape"
     return described
+
+
+def _tokens_of_tiles(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> dict[str, int]:
+    """Tokens of a tile and of the longest image, where the image settings say how one is cut."""
+    settings = find_image_settings(checkpoint.folder, family, config)
+    if settings is None or not isinstance(settings.tiling, Tiles):
+        return {}
+    tower = (1, settings.tiling.max_tiles)  # an image of this shape gets as many tiles as there may be
+    tokens = family.image_text(config, settings, "\0", tower).count("\0")
+    return {"tile_tokens": tokens // count_tiles(tower, settings.tiling), "max_image_tokens": tokens}
 
 
 def _amounts(weights: int, size: int) -> dict[str, Any]:

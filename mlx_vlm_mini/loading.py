@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from .config import VLMConfig
 from .errors import CheckpointError
 from .families import Family, find_family
 from .model import VLM
-from .preprocess import ImageSettings, image_settings
+from .preprocess import TILINGS, ImageSettings, image_settings
 from .processor import Processor
 from .prompt import find_chat_template
 from .tokenizer import Tokenizer, load_tokenizer
@@ -106,8 +107,10 @@ def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> Imag
         found = image_settings(settings, default_type=family.IMAGE_PROCESSOR)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder}: the image processor's settings are malformed: {error!r}") from None
-    if (found.tiling is None) != (config.image_grid_pinpoints is None):
-        cuts, takes = ("no tiles", "needs them") if found.tiling is None else ("tiles", "takes none")
+    expected = TILINGS.get(family.IMAGE_PROCESSOR, NoneType)
+    if not isinstance(found.tiling, expected):
+        cuts = "no tiles" if found.tiling is None else "tiles"
+        takes = "takes none" if expected is NoneType else "needs them" if found.tiling is None else "needs others"
         raise CheckpointError(
             f"{folder}: the image processor gives {cuts}, family '{config.family}' {takes}: copy "
             "preprocessor_config.json from the original repository"
@@ -155,6 +158,8 @@ def load(
     *,
     revision: str | None = None,
     dtype: DTypeName | None = None,
+    min_tiles: int | None = None,
+    max_tiles: int | None = None,
     vision_tower: str | Path | None = None,
     conversation: str | None = None,
 ) -> tuple[VLM, Processor]:
@@ -164,6 +169,8 @@ def load(
         name: a checkpoint folder, or a name on the Hugging Face Hub such as "llava-hf/llava-1.5-7b-hf".
         revision: branch, tag or commit on the Hub.
         dtype: type to compute in; by default the checkpoint's on a GPU and float32 on a CPU.
+        min_tiles, max_tiles: tiles of an image, without its thumbnail, in families that cut one into a grid of its
+            shape (InternVL); by default as the checkpoint says.
         vision_tower: of an original LLaVA checkpoint, in place of the one that its config.json names.
         conversation: of an original LLaVA checkpoint, its prompt's name in place of the one that belongs to its name.
 
@@ -178,6 +185,8 @@ def load(
     checkpoint = open_model(name, revision=revision, vision_tower=vision_tower, conversation=conversation)
     planned = plan(checkpoint)
     processor = load_processor(checkpoint, planned.family, planned.config)
+    if min_tiles is not None or max_tiles is not None:
+        processor.limit_tiles(min_tiles, max_tiles)
     chosen: Any = getattr(mx, dtype) if dtype is not None else compute_dtype(planned)
-    load_weights(planned.model, planned.ours, checkpoint, chosen)
+    load_weights(planned.model, planned.ours, checkpoint, chosen, planned.family.WEIGHTS)
     return planned.model, processor

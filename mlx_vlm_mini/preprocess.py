@@ -14,6 +14,7 @@ from PIL import Image
 
 from .anyres import Tiling, read_pinpoints
 from .errors import CheckpointError, ImageError
+from .tiles import Tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,12 @@ class ImageSettings:
     rescale_factor: float | None
     image_mean: tuple[float, ...] | None
     image_std: tuple[float, ...] | None
-    tiling: Tiling | None
+    tiling: Tiling | Tiles | None
     """How an image is cut first, what stands above then being done to each piece; None: it stays whole."""
 
 
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP_DEFAULTS: dict[str, Any] = {
     "do_resize": True, "size": {"shortest_edge": 224}, "resample": 3,
     "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "do_pad": False,
@@ -52,7 +54,18 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         **_CLIP_DEFAULTS, "size": {"height": 224, "width": 224}, "do_center_crop": False, "crop_size": None,
         "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5),
     },
+    "GotOcr2": {
+        **_CLIP_DEFAULTS, "size": {"height": 384, "width": 384}, "do_center_crop": False, "crop_size": None,
+        "min_patches": 1, "max_patches": 12, "use_thumbnail": True,
+    },
+    "InternVLChat": {  # no class of transformers: what the family's own code does, by the names of GotOcr2's settings
+        **_CLIP_DEFAULTS, "size": {"height": 448, "width": 448}, "do_center_crop": False, "crop_size": None,
+        "image_mean": _IMAGENET_MEAN, "image_std": _IMAGENET_STD,
+        "min_patches": 1, "max_patches": 12, "use_thumbnail": False,
+    },
 }  # fmt: skip
+TILINGS: dict[str, type[Tiling | Tiles]] = {"LlavaNext": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles}
+"""Image processors that cut an image, and how."""
 
 
 def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
@@ -84,7 +97,7 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
     mean, std = (_as_channels(values[key], key) for key in ("image_mean", "image_std"))
     if 0 in std:
         raise CheckpointError("preprocessor_config.json: image_std must not be 0")
-    normalize, padded = values["do_normalize"], kind == "Llava" and values["do_pad"]
+    normalize, padded = values["do_normalize"], kind in ("Llava", "InternVLChat") and values["do_pad"]
     return ImageSettings(
         size=_as_size(values["size"], square=False) if values["do_resize"] else None,
         resample=values["resample"],
@@ -93,7 +106,7 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         rescale_factor=_as_number(values["rescale_factor"], "rescale_factor") if values["do_rescale"] else None,
         image_mean=mean if normalize else None,
         image_std=std if normalize else None,
-        tiling=_tiling(values) if kind == "LlavaNext" else None,
+        tiling=_tiling(values) if kind == "LlavaNext" else _tiles(values) if kind in TILINGS else None,
     )
 
 
@@ -109,6 +122,19 @@ def _tiling(values: Mapping[str, Any]) -> Tiling:
         )
     pinpoints = read_pinpoints(values["image_grid_pinpoints"], tile_size, "preprocessor_config.json")
     return Tiling(pinpoints=pinpoints, tile_size=tile_size, base_size=(base[0], base[1]))
+
+
+def _tiles(values: Mapping[str, Any]) -> Tiles:
+    """`crop_to_patches` is not read: transformers' InternVL turns it on, whatever a file says."""
+    size = _as_size(values["size"], square=False)
+    if set(size) != {"height", "width"} or size["height"] != size["width"]:
+        raise CheckpointError(f"preprocessor_config.json: tiles need as size equal height and width, not {dict(size)}")
+    return Tiles(
+        tile_size=size["height"],
+        min_tiles=values["min_patches"],
+        max_tiles=values["max_patches"],
+        thumbnail=bool(values["use_thumbnail"]),
+    )
 
 
 def _as_size(size: Any, *, square: bool) -> Mapping[str, int]:

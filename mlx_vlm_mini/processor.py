@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +15,7 @@ from .image import ImageSource, open_image
 from .model import InputImage, Inputs
 from .preprocess import ImageSettings
 from .prompt import ChatTemplate, Message, Prompt, images_of, to_messages
+from .tiles import Tiles
 from .tokenizer import Tokenizer
 
 
@@ -71,6 +72,22 @@ class Processor:
             raise CheckpointError(f"config.json gives images the token {wanted}, which the tokenizer does not have")
         self.image_token, self.image_token_id = token, token_id
         self.chat_template = ChatTemplate(chat_template, tokenizer.special_tokens, token)
+
+    def limit_tiles(self, fewest: int | None = None, most: int | None = None) -> None:
+        """Cut images into other numbers of tiles than the checkpoint says; None leaves a limit as it is.
+
+        Raises:
+            CheckpointError: the family does not cut images so, or the limits make no sense.
+        """
+        tiles = None if self.image_settings is None else self.image_settings.tiling
+        if self.image_settings is None or not isinstance(tiles, Tiles):
+            raise CheckpointError(f"family '{self.config.family}' has no limits of tiles: leave them out")
+        tiles = replace(
+            tiles,
+            min_tiles=tiles.min_tiles if fewest is None else fewest,
+            max_tiles=tiles.max_tiles if most is None else most,
+        )
+        self.image_settings = replace(self.image_settings, tiling=tiles)
 
     def prepare(self, source: ImageSource | PreparedImage) -> PreparedImage:
         """Open an image and make its pixels ready.

@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
+from .bytelevel import MERGES, VOCABULARY, read_byte_level
 from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
 from .sentencepiece import Prefix, build_backend, read_sentencepiece
@@ -21,7 +22,7 @@ _CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
 }
-_SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer")
+_SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer", "InternLM2Tokenizer")
 """Classes whose tokenizer.model is known to be read as theirs is."""
 
 
@@ -124,7 +125,8 @@ def _text_of(token: Any) -> str | None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json (or tokenizer.model), tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+    """Read tokenizer.json (or vocab.json and merges.txt, or tokenizer.model), tokenizer_config.json,
+    special_tokens_map.json and added_tokens.json.
 
     Raises:
         CheckpointError: there is no tokenizer, or one of the files is broken.
@@ -144,7 +146,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if file.is_file():
             backend = _from_json(file)
         else:
-            backend = _from_sentencepiece(folder, settings, special)
+            byte_level = (folder / VOCABULARY).is_file() and (folder / MERGES).is_file()
+            backend = read_byte_level(folder) if byte_level else _from_sentencepiece(folder, settings, special)
             for text, token_id in sorted(added.items(), key=lambda item: int(item[1])):
                 _add(
                     backend,

@@ -1,15 +1,18 @@
 """The vision transformer: pixels -> patch features.
 
 Source: "An Image is Worth 16x16 Words" (arXiv:2010.11929). CLIP (arXiv:2103.00020) adds a class token and a norm in
-front, SigLIP (arXiv:2303.15343) a bias in the patch projection. Modules are named as timm names them.
+front, SigLIP (arXiv:2303.15343) a bias in the patch projection, InternViT (arXiv:2312.14238) layer scales, RMS norms,
+norms of queries and keys, and positions for any size. Modules are named as timm names them.
 """
+
+from math import inf, nextafter
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .activation import ACTIVATIONS
 from .attention import Attention
-from .config import VisionConfig
+from .config import VisionConfig, VisionNorm
 from .errors import ImageError
 
 
@@ -45,26 +48,34 @@ class MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+NORMS: dict[VisionNorm, type[nn.LayerNorm | nn.RMSNorm]] = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+
+
 class Block(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        heads = config.num_attention_heads
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        heads, norm, qk_norm_eps = config.num_attention_heads, NORMS[config.blocks.norm_type], config.blocks.qk_norm_eps
+        self.norm1 = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.attn = Attention(
             config.hidden_size,
             num_heads=heads,
             num_kv_heads=heads,
             head_dim=config.hidden_size // heads,
-            qkv_bias=True,
+            qkv_bias=config.blocks.qkv_bias,
             o_bias=True,
             scale=(config.hidden_size // heads) ** -0.5,
+            qk_norm=None if qk_norm_eps is None else (config.hidden_size, qk_norm_eps),
         )
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
+        if config.blocks.layer_scale:
+            self.ls1, self.ls2 = mx.ones(config.hidden_size), mx.ones(config.hidden_size)
 
     def __call__(self, x: mx.array, attentions: list[mx.array] | None = None) -> mx.array:
-        x = x + self.attn(self.norm1(x), attentions=attentions)
-        return x + self.mlp(self.norm2(x))
+        added = self.attn(self.norm1(x), attentions=attentions)
+        x = x + (added * self.ls1 if "ls1" in self else added)
+        added = self.mlp(self.norm2(x))
+        return x + (added * self.ls2 if "ls2" in self else added)
 
 
 class VisionTransformer(nn.Module):
@@ -81,31 +92,47 @@ class VisionTransformer(nn.Module):
         if config.post_norm:
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def __call__(self, pixel_values: mx.array, attentions: list[mx.array] | None = None) -> mx.array:
-        """Encode images.
-
-        Args:
-            pixel_values: float[B, height, width, 3], normalised, both sides `image_size` pixels.
-            attentions: where given, each block appends its weights float[B, H, P, P] (class token first).
-
-        Returns:
-            float[B, num_features, feature_size].
+    def _positions(self, height: int, width: int) -> mx.array:
+        """Position embeddings of an image, float[P, C]; bicubic between the stored ones where it has another size.
 
         Raises:
-            ImageError: the image has another size than the position embeddings.
+            ImageError: the tower takes no such size.
         """
-        side = self.config.image_size
-        if pixel_values.shape[1:] != (side, side, 3):
-            height, width = pixel_values.shape[1:3]
+        config, side = self.config, self.config.image_size
+        if (height, width) == (side, side):
+            return self.pos_embed
+        stored, wanted = side // config.patch_size, height // config.patch_size
+        if not config.resample_positions or height != width or not wanted:
             raise ImageError(
                 f"the vision tower takes {side}x{side} pixels, the image processor gives {width}x{height}: "
                 "preprocessor_config.json does not fit config.json"
             )
+        first, rest = self.pos_embed[: -(stored**2)], self.pos_embed[-(stored**2) :]
+        scale = nextafter(wanted / stored, inf)  # so that Upsample, which cuts fractions off, makes no row too few
+        resample = nn.Upsample(scale_factor=scale, mode="cubic", align_corners=False)
+        grid = resample(rest.astype(mx.float32).reshape(1, stored, stored, -1))  # (1, wanted, wanted, C)
+        return mx.concatenate([first, grid.reshape(wanted**2, -1).astype(first.dtype)])
+
+    def __call__(self, pixel_values: mx.array, attentions: list[mx.array] | None = None) -> mx.array:
+        """Encode images.
+
+        Args:
+            pixel_values: float[B, side, side, 3], normalised; `image_size` pixels along a side, or any number of them
+                where the config says `resample_positions`.
+            attentions: where given, each block appends its weights float[B, H, P, P] (class token first).
+
+        Returns:
+            float[B, P, feature_size], P being `num_features` for images of `image_size` pixels.
+
+        Raises:
+            ImageError: the image has another size than the position embeddings.
+        """
+        positions = self._positions(*pixel_values.shape[1:3])
         x = self.patch_embed(pixel_values)  # (B, P, C)
         if "class_token" in self:
             first = mx.broadcast_to(self.class_token, (x.shape[0], 1, x.shape[2]))
             x = mx.concatenate([first, x], axis=1)
-        x = x + self.pos_embed
+        x = x + positions
         if "norm_pre" in self:
             x = self.norm_pre(x)
         states = [x]

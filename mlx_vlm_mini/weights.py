@@ -1,7 +1,8 @@
-"""From a checkpoint's tensors to the model's: rename by weight map, check strictly, cast, load."""
+"""From a checkpoint's tensors to the model's: rename by weight map, split fused ones, check strictly, cast, load."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -11,19 +12,21 @@ from mlx.utils import tree_flatten
 from .checkpoint import Checkpoint
 from .config import VLMConfig
 from .errors import CheckpointError
+from .families.maps import PerHead, Weights
 from .model import VLM
 
 CONVOLUTIONS = frozenset({"vision.patch_embed.weight"})
 """Our names of convolution kernels: (out, in, h, w) on the Hub, (out, h, w, in) here and in MLX's files."""
 
+_BATCHED = frozenset({"vision.class_token", "vision.pos_embed"})
+"""Our names of tensors that some families store with axes of length 1 in front."""
+
+
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def rename(name: str, weights: Mapping[str, str | None]) -> str | None:
-    """Our name of a checkpoint's tensor; None where the family drops it.
-
-    A map names whole modules or single tensors; a name with its own numbers counts before one with `{}`. What stands
-    behind a module (`weight`, `bias`, and `scales` and `biases` of a quantized one) is kept.
+def _find(name: str, weights: Weights) -> tuple[str | tuple[str, ...] | None, str]:
+    """What a map says of a tensor, its layer numbers filled in, and what of the name stands behind that.
 
     Raises:
         KeyError: the map does not know the name.
@@ -31,21 +34,38 @@ def rename(name: str, weights: Mapping[str, str | None]) -> str | None:
     numbers = _NUMBER.findall(name)
     pattern = name if {name, name.rpartition(".")[0]} & weights.keys() else _NUMBER.sub("{}", name)
     module, _, parameter = pattern.rpartition(".")
-    target = weights[pattern] if pattern in weights else weights[module]
-    if target is None:
-        return None
-    return target.format(*numbers) + ("" if pattern in weights else f".{parameter}")
+    whole = pattern in weights
+    target = weights[pattern if whole else module]
+    if isinstance(target, tuple):
+        target = type(target)(each.format(*numbers) for each in target)
+    elif target is not None:
+        target = target.format(*numbers)
+    return target, "" if whole else f".{parameter}"
 
 
-def hub_name(name: str, weights: Mapping[str, str | None]) -> str:
-    """What one of our tensors is called on the Hub: by the first entry of the map that gives it.
+def rename(name: str, weights: Weights) -> tuple[str, ...]:
+    """Our names of a checkpoint's tensor: one, several of a fused one, none where the family drops it.
+
+    A map names whole modules or single tensors; a name with its own numbers counts before one with `{}`. What stands
+    behind a module (`weight`, `bias`, and `scales` and `biases` of a quantized one) is kept.
+
+    Raises:
+        KeyError: the map does not know the name.
+    """
+    target, rest = _find(name, weights)
+    targets = () if target is None else (target,) if isinstance(target, str) else target
+    return tuple(each + rest for each in targets)
+
+
+def hub_name(name: str, weights: Weights) -> str:
+    """What one of our tensors is called on the Hub: by the first entry of the map that gives it alone.
 
     Raises:
         KeyError: the map gives no such tensor.
     """
     numbers, (module, _, parameter) = _NUMBER.findall(name), name.rpartition(".")
     for theirs, ours in weights.items():
-        if ours is None or ours.count("{}") > len(numbers):
+        if not isinstance(ours, str) or ours.count("{}") > len(numbers):
             continue
         if ours.format(*numbers) in (name, module):
             whole = theirs.format(*numbers)
@@ -53,13 +73,11 @@ def hub_name(name: str, weights: Mapping[str, str | None]) -> str:
     raise KeyError(name)
 
 
-def match_names(
-    names: Iterable[str], weights: Mapping[str, str | None], config: VLMConfig
-) -> tuple[dict[str, str], list[str]]:
+def match_names(names: Iterable[str], weights: Weights, config: VLMConfig) -> tuple[dict[str, str], list[str]]:
     """Match a checkpoint's tensors to ours.
 
     Returns:
-        Our names to theirs, and their names that the family drops.
+        Our names to theirs, those of a fused tensor in the order of its rows; and their names that the family drops.
 
     Raises:
         CheckpointError: a tensor is unknown, or two have one meaning.
@@ -68,15 +86,15 @@ def match_names(
     unused, unknown = [], []
     for name in names:
         try:
-            target = rename(name, weights)
+            targets = rename(name, weights)
         except KeyError:
             unknown.append(name)
             continue
-        if target is None:
+        if not targets:
             unused.append(name)
-        elif target in ours:
-            raise CheckpointError(f"the checkpoint has both {ours[target]} and {name}, which mean the same tensor")
-        else:
+        for target in targets:
+            if target in ours:
+                raise CheckpointError(f"the checkpoint has both {ours[target]} and {name}, which mean the same tensor")
             ours[target] = name
     if unknown:
         raise CheckpointError(f"the checkpoint has {_list(unknown)}, which family '{config.family}' does not know")
@@ -154,20 +172,24 @@ def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) ->
     extra = [theirs for name, theirs in ours.items() if name not in expected and not _is_idle(name, config)]
     if extra:
         raise CheckpointError(f"{checkpoint.folder} has {_list(extra)}, which config.json has no place for")
-    for name, array in expected.items():
-        info = checkpoint.tensors[ours[name]]
+    held = fused(ours)
+    for theirs in dict.fromkeys(ours[name] for name in expected):
+        names, info = held[theirs], checkpoint.tensors[theirs]
+        name, array = names[0], expected[names[0]]
         stored = info.shape
         if name in CONVOLUTIONS and not checkpoint.is_mlx and len(stored) == 4:
             stored = (stored[0], *stored[2:], stored[1])
-        if stored != array.shape:
+        if name in _BATCHED:
+            stored = stored[-array.ndim :] if set(stored[: -array.ndim]) <= {1} else stored
+        asked = (sum(expected[each].shape[0] for each in names), *array.shape[1:]) if len(names) > 1 else array.shape
+        if stored != asked:
             raise CheckpointError(
-                f"{checkpoint.folder}: {ours[name]} has shape {list(info.shape)}, "
-                f"config.json asks for {list(array.shape)}"
+                f"{checkpoint.folder}: {theirs} has shape {list(info.shape)}, config.json asks for {list(asked)}"
                 + (" (out, height, width, in)" if name in CONVOLUTIONS else "")
             )
         if info.is_float != mx.issubdtype(array.dtype, mx.floating):
             kind = "whole numbers" if array.dtype != mx.float32 else "floating-point numbers"
-            raise CheckpointError(f"{checkpoint.folder}: {ours[name]} has type {info.dtype} instead of {kind}")
+            raise CheckpointError(f"{checkpoint.folder}: {theirs} has type {info.dtype} instead of {kind}")
     return model
 
 
@@ -192,20 +214,62 @@ def to_mlx_layout(name: str, array: mx.array, checkpoint: Checkpoint) -> mx.arra
     return array
 
 
+def fused(ours: Mapping[str, str]) -> dict[str, list[str]]:
+    """A checkpoint's tensors to what they hold: one tensor of ours, several of a fused one in the order of its rows."""
+    held: dict[str, list[str]] = {}
+    for name, theirs in ours.items():
+        held.setdefault(theirs, []).append(name)
+    return held
+
+
+def split_rows(array: mx.array, rows: Sequence[int], blocks: int) -> list[mx.array]:
+    """Cut a fused tensor: it is `blocks` times the same, an equal share of each part's `rows` after another."""
+    shares = [count // blocks for count in rows]
+    parts = mx.split(array.reshape(blocks, sum(shares), *array.shape[1:]), list(accumulate(shares))[:-1], axis=1)
+    return [part.reshape(count, *array.shape[1:]) for part, count in zip(parts, rows, strict=True)]
+
+
+def join_rows(parts: Sequence[mx.array], blocks: int) -> mx.array:
+    """What `split_rows` cuts into these parts."""
+    shares = [part.reshape(blocks, part.shape[0] // blocks, *part.shape[1:]) for part in parts]
+    return mx.concatenate(shares, axis=1).reshape(-1, *parts[0].shape[1:])
+
+
+def count_blocks(theirs: str, weights: Weights, config: VLMConfig) -> int:
+    """How many times a fused tensor holds a share of each of its parts."""
+    return config.decoder.num_key_value_heads if isinstance(_find(theirs, weights)[0], PerHead) else 1
+
+
 def load_weights(
-    model: VLM, ours: Mapping[str, str], checkpoint: Checkpoint, dtype: mx.Dtype, *, prefixes: tuple[str, ...] = ("",)
+    model: VLM,
+    ours: Mapping[str, str],
+    checkpoint: Checkpoint,
+    dtype: mx.Dtype,
+    weights: Weights,
+    *,
+    prefixes: tuple[str, ...] = ("",),
 ) -> None:
     """Read the tensors into the model, floats as `dtype`, packed ones as they are.
 
     Args:
+        weights: the family's map.
         prefixes: how our names of the tensors begin that are to be read.
     """
-    arrays = []
-    for name, theirs in ours.items():
-        if not name.startswith(prefixes) or _is_idle(name, model.config):
+    arrays: list[tuple[str, mx.array]] = []
+    expected = dict(tree_flatten(model.parameters()))
+    for theirs, names in fused(ours).items():
+        if not names[0].startswith(prefixes) or _is_idle(names[0], model.config):
             continue
-        array = to_mlx_layout(name, checkpoint.read(theirs), checkpoint)
-        arrays.append((name, array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array))
+        array = to_mlx_layout(names[0], checkpoint.read(theirs), checkpoint)
+        if mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(dtype)
+        if names[0] in _BATCHED:
+            array = array.reshape(expected[names[0]].shape)
+        if len(names) == 1:
+            arrays.append((names[0], array))
+            continue
+        blocks = count_blocks(theirs, weights, model.config)
+        arrays += zip(names, split_rows(array, [expected[name].shape[0] for name in names], blocks), strict=True)
     model.load_weights(arrays, strict="" in prefixes)
     model.eval()
     try:

@@ -16,7 +16,7 @@ FOLDERS = ("mlx_vlm_mini", "convert", "train", "cli")
 # What a module of the library may import, from the first room to the last (design.md).
 ORDER = (
     "errors", "blas", "borrow", "config", "activation", "exponential", "attention", "rope", "vision", "projector", "decoder", "anyres", "model",
-    "pickled", "checkpoint", "image", "preprocess", "sentencepiece", "tokenizer", "families", "weights", "hub", "assembly", "prompt", "processor", "loading", "generation",
+    "pickled", "checkpoint", "image", "tiles", "preprocess", "bytelevel", "sentencepiece", "tokenizer", "families", "weights", "hub", "assembly", "prompt", "processor", "loading", "generation",
     "stream", "chat", "describe",
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint, read_json
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families import llava
+from mlx_vlm_mini.families.maps import Weights
 from mlx_vlm_mini.families.parts import clip_weights, llama_weights
 from mlx_vlm_mini.hub import PICKLED_FILES, WEIGHT_FILES, find_folder
 from mlx_vlm_mini.loading import plan
@@ -149,9 +150,7 @@ def _write_tokenizer(folder: Path, destination: Path) -> int:
     return int(token_id)
 
 
-def _fill(
-    ours: dict[str, mx.array], part: Checkpoint, names: Mapping[str, str | None], vocab_size: int
-) -> dict[str, mx.array]:
+def _fill(ours: dict[str, mx.array], part: Checkpoint, names: Weights, vocab_size: int) -> dict[str, mx.array]:
     """Put a part's tensors in the place of fresh ones; returns those of the tower's last norm, which we do not use.
 
     Rows that the vocabulary gained are the mean of those it had (as transformers' `resize_token_embeddings` starts).
@@ -162,7 +161,7 @@ def _fill(
             norm[theirs.rpartition(".")[2]] = part.read(theirs)
             continue
         try:
-            name = rename(theirs, names)
+            name = next(iter(rename(theirs, names)), None)
         except KeyError:
             if theirs.startswith(("text_model.", "logit_", "visual_projection", "text_projection")):
                 continue  # CLIP's other half

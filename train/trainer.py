@@ -128,6 +128,8 @@ class Trainer:
     ) -> None:
         if model.config.image_grid_pinpoints is not None:
             raise CheckpointError(f"family '{model.config.family}' cuts images into tiles, which cannot be trained yet")
+        if model.config.projector.shuffle is not None:
+            raise CheckpointError(f"family '{model.config.family}' joins image features, which cannot be trained yet")
         if model.config.decoder.prefix_lm:
             raise CheckpointError(f"family '{model.config.family}' is a prefix-LM, which cannot be trained yet")
         self.model, self.processor, self.settings = model, processor, settings

@@ -10,13 +10,14 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
-from . import llava, llava_next, llava_original, paligemma
+from . import internvl, internvl_chat, llava, llava_next, llava_original, paligemma
+from .maps import Weights
 
 
 class Family(Protocol):
     """What one file of this folder says."""
 
-    WEIGHTS: Mapping[str, str | None]
+    WEIGHTS: Weights
     """Checkpoint name -> ours, of tensors or whole modules; `{}` is a layer number, None drops on purpose."""
 
     CHAT_TEMPLATE: str
@@ -36,6 +37,8 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
+    "internvl": internvl,
+    "internvl_chat": internvl_chat,
     "llava": llava,
     "llava_llama": llava_original,
     "llava_mistral": llava_original,

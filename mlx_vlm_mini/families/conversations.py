@@ -154,5 +154,5 @@ def chat_template(conversation: Conversation | Instruct, image: str) -> str:
             "ASSISTANT": assistant, "AFTER_ASSISTANT": after, "COLON": conversation.colon,
             "BARE": conversation.colon.rstrip(), "ANSWER": answer,
         }  # fmt: skip
-    settings = "".join(f"{{% set {key} = {json.dumps(value)} %}}" for key, value in values.items())
+    settings = "".join(f"{{% set {key} = {json.dumps(value, ensure_ascii=False)} %}}" for key, value in values.items())
     return settings + _SAID + (_INSTRUCT if isinstance(conversation, Instruct) else _TURNS)

@@ -12,9 +12,10 @@ from PIL import Image
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.preprocess import ImageSettings, preprocess
 
+from .maps import Weights
 from .parts import LLAVA_WEIGHTS, llava_config
 
-WEIGHTS: Mapping[str, str | None] = LLAVA_WEIGHTS
+WEIGHTS: Weights = LLAVA_WEIGHTS
 
 IMAGE_PROCESSOR = "Llava"
 

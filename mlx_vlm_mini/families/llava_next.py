@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_mini.anyres import count_tokens, cut, read_pinpoints
+from mlx_vlm_mini.anyres import Tiling, count_tokens, cut, read_pinpoints
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import LLAVA_NEXT_PINPOINTS, ImageSettings, preprocess
 
+from .maps import Weights
 from .parts import LLAVA_WEIGHTS, llava_config
 
-WEIGHTS: Mapping[str, str | None] = {
+WEIGHTS: Weights = {
     **LLAVA_WEIGHTS,
     "image_newline": "image_newline",
     "model.image_newline": "image_newline",
@@ -42,7 +43,7 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
 
 
 def pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
-    assert settings.tiling is not None  # loading.py has seen to it
+    assert isinstance(settings.tiling, Tiling)  # loading.py has seen to it
     pieces = [preprocess(piece, settings) for piece in cut(image, settings.tiling, settings.resample)]
     if len({piece.shape for piece in pieces}) > 1:
         raise CheckpointError(
@@ -53,7 +54,7 @@ def pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
 
 def image_text(config: VLMConfig, settings: ImageSettings, image_token: str, size: tuple[int, int]) -> str:
     """As many tokens as the image processor's settings promise; the model has its own in config.json."""
-    assert settings.tiling is not None
+    assert isinstance(settings.tiling, Tiling)
     side = config.vision.image_size // config.vision.patch_size
     tokens = count_tokens(size, settings.tiling.pinpoints, tile_size=settings.tiling.tile_size, side=side)
     return image_token * tokens

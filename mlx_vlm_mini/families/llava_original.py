@@ -16,19 +16,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_mini.anyres import count_tokens, read_pinpoints
+from mlx_vlm_mini.anyres import Tiling, count_tokens, read_pinpoints
 from mlx_vlm_mini.config import Prescribed, ProjectorConfig, TileMerge, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings, preprocess
 
 from . import llava_next
 from .conversations import chat_template, choose_conversation, find_conversation
+from .maps import Weights
 from .parts import clip_weights, llama_weights, text_decoder, vision_tower
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 """What stands before the tower's names in a checkpoint that holds it."""
 
-WEIGHTS: Mapping[str, str | None] = {
+WEIGHTS: Weights = {
     **clip_weights(TOWER),
     "model.mm_projector": "projector.layers.0",
     **{f"model.mm_projector.{2 * i}": f"projector.layers.{i}" for i in range(8)},  # activations between them
@@ -158,7 +159,7 @@ def pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
 
 
 def image_text(config: VLMConfig, settings: ImageSettings, image_token: str, size: tuple[int, int]) -> str:
-    if settings.tiling is None or config.tile_merge is None:
+    if not isinstance(settings.tiling, Tiling) or config.tile_merge is None:
         return image_token * config.vision.num_features
     vision, tiling = config.vision, settings.tiling
     side = vision.image_size // vision.patch_size

@@ -18,9 +18,10 @@ from mlx_vlm_mini.config import ProjectorConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings, preprocess
 
+from .maps import Weights
 from .parts import text_decoder, vision_tower, vlm_weights
 
-WEIGHTS: Mapping[str, str | None] = vlm_weights("linear", post_norm=True)
+WEIGHTS: Weights = vlm_weights("linear", post_norm=True)
 
 IMAGE_PROCESSOR = "Siglip"
 

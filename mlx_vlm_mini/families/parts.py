@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 
 from mlx_vlm_mini.config import (
     Activation,
+    BlockConfig,
     DecoderConfig,
     LayerType,
     NormConfig,
@@ -45,6 +46,12 @@ _QWEN2 = {
     "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
     "max_window_layers": 28, "layer_types": None,
 }  # fmt: skip
+_QWEN3 = {**_QWEN2, "head_dim": 128}
+_PHI3 = {
+    **_LLAMA, "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None,
+}  # fmt: skip
+_INTERNLM2 = {**_LLAMA, "vocab_size": 103168, "bias": True}
 _GEMMA = {
     **_LLAMA, "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
     "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
@@ -56,9 +63,14 @@ _GEMMA2 = {
     "sliding_window": 4096, "layer_types": None, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
 }  # fmt: skip
 _GEMMA2_SCALES = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
-_DECODERS = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "gemma": _GEMMA, "gemma2": _GEMMA2}
-
-
+_DECODERS = {
+    "llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "qwen3": _QWEN3, "phi3": _PHI3, "internlm2": _INTERNLM2,
+    "gemma": _GEMMA, "gemma2": _GEMMA2,
+}  # fmt: skip
+_BIAS_KEYS = {  # what says whether queries, keys, values and their output have biases
+    "llama": "attention_bias", "qwen3": "attention_bias", "gemma": "attention_bias", "gemma2": "attention_bias",
+    "internlm2": "bias",
+}  # fmt: skip
 _SAME_ACTIVATION = {
     "swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "gelu_python": "gelu",
 }  # fmt: skip
@@ -90,22 +102,29 @@ def vision_tower(
         num_hidden_layers=depth,
         num_attention_heads=values["num_attention_heads"],
         intermediate_size=values["intermediate_size"],
-        image_size=_side(values["image_size"], "image_size"),
-        patch_size=_side(values["patch_size"], "patch_size"),
+        image_size=side(values["image_size"], "image_size"),
+        patch_size=side(values["patch_size"], "patch_size"),
         hidden_act=activation(values["hidden_act"]),
         layer_norm_eps=values["layer_norm_eps"],
+        blocks=BlockConfig(),
         class_token=clip,
         patch_bias=not clip,
         pre_norm=clip,
         post_norm=post_norm,
-        feature_layers=tuple(layer + depth + 1 if -depth - 1 <= layer < 0 else layer for layer in layers),
+        feature_layers=tuple(from_start(layer, depth) for layer in layers),
         drop_first_feature=drop_first_feature,
+        resample_positions=False,
     )
 
 
-def _side(size: Any, name: str) -> int:
+def from_start(layer: int, depth: int) -> int:
+    """A layer's number where it may count from the end of `depth` layers; 0 is what enters the first."""
+    return layer + depth + 1 if -depth - 1 <= layer < 0 else layer
+
+
+def side(size: Any, name: str) -> int:
     """A square's side, which configs also write as [height, width]."""
-    sides = set(size) if isinstance(size, list) else {size}
+    sides = set(size) if isinstance(size, list | tuple) else {size}
     if len(sides) != 1:
         raise CheckpointError(f"config.json: {name} must be square, not {size}")
     return cast(int, sides.pop())
@@ -128,7 +147,7 @@ def text_decoder(
     theta = rope.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
     layer_types = _layer_types(model_type, values)
     sliding = "sliding_attention" in layer_types
-    biased = model_type in ("llama", "gemma", "gemma2") and values["attention_bias"]
+    biased = model_type in _BIAS_KEYS and values[_BIAS_KEYS[model_type]]
     gemma = model_type in ("gemma", "gemma2")
     act = values["hidden_activation"] if model_type == "gemma2" else values["hidden_act"]
     if gemma and act == "gelu":  # what old configs wrote, and the weights were trained with the other
@@ -146,6 +165,7 @@ def text_decoder(
             rms_norm_eps=values["rms_norm_eps"],
             rms_norm_offset=1.0 if gemma else 0.0,
             sandwich=model_type == "gemma2",
+            qk_norm=model_type == "qwen3",
         ),
         scales=ScaleConfig(
             embed_scale=values["hidden_size"] ** 0.5 if gemma else 1.0,
@@ -177,13 +197,13 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layer_types(model_type: str, values: Mapping[str, Any]) -> tuple[LayerType, ...]:
     layers, window = values["num_hidden_layers"], values.get("sliding_window")
-    if model_type == "mistral" and window is not None:
+    if model_type in ("mistral", "phi3") and window is not None:
         return ("sliding_attention",) * layers
     if model_type == "gemma2" and window is not None:
         if values["layer_types"] is not None:
             return tuple(values["layer_types"])
         return tuple("full_attention" if i % 2 else "sliding_attention" for i in range(layers))
-    if model_type == "qwen2" and values["use_sliding_window"] and window is not None:
+    if model_type in ("qwen2", "qwen3") and values["use_sliding_window"] and window is not None:
         if values["layer_types"] is not None:
             return tuple(values["layer_types"])
         first = values["max_window_layers"]
@@ -221,13 +241,14 @@ def clip_weights(prefix: str, *, post_norm: bool = False) -> dict[str, str | Non
 
 _LAYER_MODULES = (
     "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "self_attn.q_norm", "self_attn.k_norm",
     "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
     "pre_feedforward_layernorm", "post_feedforward_layernorm",
 )  # fmt: skip
 
 
 def llama_weights(prefix: str) -> dict[str, str | None]:
-    """Names of a Llama, Mistral, Qwen2 or Gemma decoder without its head: ours are the same behind the prefix."""
+    """Names of a Llama, Mistral, Qwen or Gemma decoder without its head: ours are the same behind the prefix."""
     names: dict[str, str | None] = {prefix + name: f"decoder.{name}" for name in ("embed_tokens", "norm")}
     names |= {prefix + "layers.{}." + name: "decoder.layers.{}." + name for name in _LAYER_MODULES}
     names[prefix + "layers.{}.self_attn.rotary_emb.inv_freq"] = None

@@ -43,6 +43,7 @@ CHATML = (
     "{% if content['type'] == 'image' %}{{ '<image>' }}{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+INTERNVL = CHATML.replace("'<image>'", "'<IMG_CONTEXT>\\n'")
 INSTRUCT = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
     "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<image>\n' }}{% else %}"
@@ -171,6 +172,7 @@ def sparse_paligemma(config: dict[str, Any]) -> None:
     config["hidden_size"] = 2048
 
 
+GOTOCR = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
 SPECS = {
     "llava-clip-llama": Spec(
         vision=("clip_vision_model", dict(
@@ -264,6 +266,71 @@ SPECS = {
         image_processor=("Siglip", dict(size={"height": 48, "width": 48}, image_seq_length=9)),
         tokenizer="gemma", chat_template="", template_file="processor_config.json",
         rename=memory_names, shards=2, seed=9, family="paligemma", cases=("image", "two_images")),
+    "internvl-qwen2": Spec(  # photo.jpg: 3 x 2 tiles; shapes.png: 2 x 3
+        vision=("internvl_vision", dict(
+            hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=5, image_size=[24, 24],
+            patch_size=[6, 6], attention_bias=True)),
+        text=("qwen2", dict(
+            hidden_size=56, intermediate_size=80, num_hidden_layers=2, num_attention_heads=7, num_key_value_heads=1,
+            max_position_embeddings=512, rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+        llava=dict(tie_word_embeddings=False, image_seq_length=4),
+        image_processor=("GotOcr2", dict(size={"height": 24, "width": 24}, max_patches=6, **GOTOCR)),
+        tokenizer="qwen2", chat_template=INTERNVL, template_file="chat_template.json",
+        config=old_rope_keys, seed=10, family="internvl"),
+    "internvl-rms-qwen3": Spec(  # InternViT-6B's kind; 6 x 6 patches on positions of 4 x 4
+        vision=("internvl_vision", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=3, num_attention_heads=3, image_size=[16, 16],
+            patch_size=[4, 4], norm_type="rms_norm", use_qk_norm=True)),
+        text=("qwen3", dict(
+            hidden_size=52, intermediate_size=70, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
+            head_dim=12, max_position_embeddings=512, tie_word_embeddings=True,
+            rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+        llava=dict(vision_feature_layer=-2, tie_word_embeddings=True, image_seq_length=9),
+        image_processor=("GotOcr2", dict(size={"height": 24, "width": 24}, min_patches=2, max_patches=3, **GOTOCR)),
+        tokenizer="qwen2", chat_template=INTERNVL, template_file="chat_template.jinja",
+        rename=memory_names, shards=2, seed=11, family="internvl"),
+    "internvl-chat-internlm2": Spec(  # as InternVL-Chat-V1-5: InternViT-6B's kind, 7 tiles with the thumbnail
+        vision=("intern_vit_6b", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=3, image_size=16, patch_size=4)),
+        text=("InternLM2ForCausalLM", dict(
+            model_type="internlm2", hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=6,
+            num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=1e6, bias=False,
+            rope_scaling={"type": "dynamic", "factor": 2.0})),
+        llava=dict(
+            template="internlm2-chat", ps_version="v2", force_image_size=16, dynamic_image_size=True, use_thumbnail=True,
+            max_dynamic_patch=6, downsample_ratio=0.5, select_layer=-1),
+        image_processor=("", {}), tokenizer="pieces", chat_template="", template_file="", seed=12, family="internvl_chat"),
+    "internvl-chat-qwen3": Spec(  # as InternVL3_5: InternViT-300M's kind, vocab.json and merges.txt
+        vision=("intern_vit_6b", dict(
+            hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=5, image_size=16, patch_size=4,
+            qkv_bias=True, qk_normalization=False, norm_type="layer_norm")),
+        text=("Qwen3ForCausalLM", dict(
+            model_type="qwen3", hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+            num_key_value_heads=2, head_dim=12, max_position_embeddings=512, rope_theta=1e6)),
+        llava=dict(
+            template="internvl2_5", ps_version="v2", force_image_size=16, dynamic_image_size=True, use_thumbnail=True,
+            max_dynamic_patch=5, system_message=None),
+        image_processor=("", {}), tokenizer="qwen2 files", chat_template="", template_file="", shards=2, seed=13,
+        family="internvl_chat"),
+    "internvl-chat-llama": Spec(  # as InternVL-Chat-V1-1: one squashed image, columns first, 4 x 4 patches on positions of 2 x 2
+        vision=("intern_vit_6b", dict(
+            hidden_size=32, intermediate_size=44, num_hidden_layers=3, num_attention_heads=2, image_size=12, patch_size=6)),
+        text=("LlamaForCausalLM", dict(
+            model_type="llama", hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5)),
+        llava=dict(template="internvl_zh", force_image_size=24, select_layer=-2),
+        image_processor=("", {}), tokenizer="llama", chat_template="", template_file="", seed=14, family="internvl_chat"),
+    "internvl-chat-phi3": Spec(  # as InternVL2-4B, without its thumbnail
+        vision=("intern_vit_6b", dict(
+            hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4,
+            qkv_bias=True, qk_normalization=False, norm_type="layer_norm")),
+        text=("Phi3ForCausalLM", dict(
+            model_type="phi3", hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, sliding_window=30, pad_token_id=2)),
+        llava=dict(
+            template="phi3-chat", ps_version="v2", force_image_size=16, dynamic_image_size=True, min_dynamic_patch=2,
+            max_dynamic_patch=4),
+        image_processor=("", {}), tokenizer="llama", chat_template="", template_file="", seed=15, family="internvl_chat"),
 }  # fmt: skip
 
 
@@ -343,6 +410,7 @@ def make_tokenizer(kind: str) -> Any:
 
 def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -352,13 +420,13 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
         "Siglip": SiglipImageProcessorPil,
         "Llava": LlavaImageProcessorPil,
         "LlavaNext": LlavaNextImageProcessorPil,
+        "GotOcr2": GotOcr2ImageProcessorPil,
     }
     return classes[kind](**options)
 
 
 def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
     """A model with random weights in which no norm, bias or embedding is at a neutral value."""
-    import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     (vision_type, vision), (text_type, text) = spec.vision, spec.text
@@ -366,22 +434,29 @@ def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
         spec.family,
         vision_config=AutoConfig.for_model(vision_type, **vision),
         text_config=AutoConfig.for_model(text_type, vocab_size=vocab_size, **text),
-        image_token_index=image_token_id,
+        **{"image_token_id" if spec.family == "internvl" else "image_token_index": image_token_id},
         **spec.llava,
     )
     model = AutoModelForImageTextToText.from_config(config).eval()
-    generator = torch.Generator().manual_seed(spec.seed)
+    return fill(model, spec.seed, gemma=text_type.startswith("gemma"))
+
+
+def fill(model: Any, seed: int, *, gemma: bool = False) -> Any:
+    """Put random numbers into a model, none of them neutral."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
 
     def noise(tensor: Any) -> Any:
         return torch.randn(tensor.shape, generator=generator)
 
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            gemma = text_type.startswith("gemma") and "language_model" in name  # adds 1 in its norms, scales embeddings
+            small = gemma and "language_model" in name  # Gemma adds 1 in its norms and scales embeddings
             if tensor.ndim == 1:
-                tensor.copy_(0.3 * noise(tensor) + ("norm" in name and name.endswith("weight") and not gemma))
+                tensor.copy_(0.3 * noise(tensor) + ("norm" in name and name.endswith("weight") and not small))
             elif "embed" in name:
-                tensor.copy_((0.1 if gemma else 0.7) * noise(tensor))
+                tensor.copy_((0.1 if small else 0.7) * noise(tensor))
             else:
                 tensor.copy_(1.4 * noise(tensor) / tensor[0].numel() ** 0.5)
     return model
@@ -389,12 +464,18 @@ def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
 
 def save(spec: Spec, folder: Path) -> None:
     """Write a checkpoint folder in the layout that the spec asks for."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
     from transformers import LlavaNextProcessor, LlavaProcessor, PaliGemmaProcessor
 
+    if spec.family == "internvl_chat":
+        return save_chat(spec, folder)
     folder.mkdir(parents=True)
     tokenizer = make_tokenizer(spec.tokenizer)
-    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    if spec.family == "internvl":
+        from internvl_reference import name_image_tokens
+
+        tokenizer = name_image_tokens(tokenizer)
+    image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>" if spec.family == "internvl" else "<image>")
     model = make_model(spec, len(tokenizer) + 5, image_token_id)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
@@ -404,25 +485,18 @@ def save(spec: Spec, folder: Path) -> None:
 
     tensors = {spec.rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    files = ["model.safetensors"]
-    if spec.shards > 1:
-        files = [f"model-{i + 1:05}-of-{spec.shards:05}.safetensors" for i in range(spec.shards)]
-        index = {name: files[i % spec.shards] for i, name in enumerate(names)}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": index}, indent=1)
-        )
-    for i, file in enumerate(files):
-        save_file(
-            {name: tensors[name].contiguous() for name in names[i :: spec.shards]},
-            folder / file,
-            {"format": "pt"},
-        )
+    write_tensors(spec, folder, tensors)
 
     kind, options = spec.image_processor
     clip = spec.vision[0] == "clip_vision_model"
     if spec.family == "paligemma":
         processor: Any = PaliGemmaProcessor(make_image_processor(kind, options), tokenizer)
+    elif spec.family == "internvl":
+        from internvl_reference import ImagesOnly
+
+        processor = ImagesOnly(
+            make_image_processor(kind, options), tokenizer, spec.llava["image_seq_length"], spec.chat_template
+        )
     else:
         processor = {"llava": LlavaProcessor, "llava_next": LlavaNextProcessor}[spec.family](
             image_processor=make_image_processor(kind, options),
@@ -445,6 +519,70 @@ def save(spec: Spec, folder: Path) -> None:
         content = json.loads((folder / "processor_config.json").read_text())
         (folder / "preprocessor_config.json").write_text(json.dumps(content.pop("image_processor"), indent=1))
         (folder / "processor_config.json").write_text(json.dumps(content, indent=1))
+
+
+def write_tensors(spec: Spec, folder: Path, tensors: dict[str, Any]) -> None:
+    """Write the tensors in as many files as the spec asks for."""
+    from safetensors.torch import save_file
+
+    names = sorted(tensors)
+    files = ["model.safetensors"]
+    if spec.shards > 1:
+        files = [f"model-{i + 1:05}-of-{spec.shards:05}.safetensors" for i in range(spec.shards)]
+        index = {name: files[i % spec.shards] for i, name in enumerate(names)}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": index}, indent=1)
+        )
+    for i, file in enumerate(files):
+        save_file(
+            {name: tensors[name].contiguous() for name in names[i :: spec.shards]},
+            folder / file,
+            {"format": "pt"},
+        )
+
+
+def save_chat(spec: Spec, folder: Path) -> None:
+    """Write a checkpoint folder in the layout of InternVL's authors."""
+    from internvl_reference import TOKENS, ChatModel, save_pieces
+
+    folder.mkdir(parents=True)
+    if spec.tokenizer == "pieces":
+        tokenizer, size = None, save_pieces(folder)
+    else:
+        tokenizer = make_tokenizer(spec.tokenizer.removesuffix(" files"))
+        ends = ["<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+        tokenizer.add_special_tokens({"additional_special_tokens": [*ends, *TOKENS]})
+        size = len(tokenizer)
+    text = {"architectures": [spec.text[0]], "vocab_size": size + 5, **spec.text[1]}
+    config = {
+        "architectures": ["InternVLChatModel"], "model_type": "internvl_chat", **spec.llava,
+        "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+        "vision_config": {"architectures": ["InternVisionModel"], "model_type": spec.vision[0], **spec.vision[1]},
+        "llm_config": text, "torch_dtype": "float32",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
+    model = fill(ChatModel(config), spec.seed)
+    write_tensors(spec, folder, model.names())
+    if tokenizer is not None:
+        tokenizer.chat_template = CHATML  # which the authors' own code does not use
+        tokenizer.save_pretrained(folder)
+    if spec.tokenizer.endswith(" files"):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text(json.dumps(content["model"]["vocab"], ensure_ascii=False))
+        merges = "".join(" ".join(pair) + "\n" for pair in content["model"]["merges"])
+        (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+        added = {str(token.pop("id")): token for token in content["added_tokens"]}
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings |= {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    crop = {
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "crop_size": 448,
+        "size": 448,
+        "image_mean": [0.5, 0.5, 0.5],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(crop))  # not used either
 
 
 def with_pictures(messages: list[dict[str, Any]], pictures: Path) -> tuple[list[dict[str, Any]], list[Image.Image]]:
@@ -490,7 +628,12 @@ class Reference:
         self.model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
-        self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        if self.model.config.model_type == "internvl":
+            from internvl_reference import ImagesOnly
+
+            self.processor = ImagesOnly.from_pretrained(folder, backend="pil")
+        else:
+            self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
         self.chat_template = chat_template
 
     def count_tiles(self, size: Any) -> int:
@@ -555,13 +698,22 @@ class Reference:
         return answer
 
 
+def open_reference(folder: Path, chat_template: str | None = None) -> Any:
+    """What answers for a checkpoint folder: transformers, or our writing of the authors' own code."""
+    if json.loads((folder / "config.json").read_text())["model_type"] == "internvl_chat":
+        from internvl_reference import ChatReference
+
+        return ChatReference(folder)
+    return Reference(folder, chat_template)
+
+
 def expected_outputs(name: str, golden: Path = GOLDEN) -> dict[str, np.ndarray]:
     """What the reference answers to every case, computed now: `case/what` to an array."""
-    reference = Reference(golden / name, SPECS[name].chat_template)
+    reference = open_reference(golden / name, SPECS[name].chat_template)
     return {
         f"{case}/{what}": array
         for case in SPECS[name].cases
-        for what, array in reference.answer(CASES[case], golden).items()
+        for what, array in reference.answer(CASES[case], golden, STEPS).items()
     }
 
 

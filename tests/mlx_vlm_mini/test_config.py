@@ -13,17 +13,22 @@ from mlx_vlm_mini import load
 from mlx_vlm_mini.activation import ACTIVATIONS
 from mlx_vlm_mini.config import (
     Activation,
+    BlockConfig,
     DecoderConfig,
     LayerType,
     NormConfig,
+    Prescribed,
     ProjectorConfig,
     ScaleConfig,
+    ShuffleConfig,
     VisionConfig,
+    VisionNorm,
     VLMConfig,
 )
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families import FAMILIES, llava
 from mlx_vlm_mini.rope import depends_on_length, make_rope
+from mlx_vlm_mini.vision import NORMS
 
 PACKAGE = Path(mlx_vlm_mini.__file__).parent
 
@@ -171,7 +176,12 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
     assert limit({"type": "linear", "factor": 2.0}) == limit({}) == []
 
 
-@pytest.mark.parametrize("config", [VisionConfig, ProjectorConfig, NormConfig, ScaleConfig, DecoderConfig, VLMConfig])
+@pytest.mark.parametrize(
+    "config",
+    [
+        BlockConfig, VisionConfig, ShuffleConfig, ProjectorConfig, NormConfig, ScaleConfig, DecoderConfig, Prescribed, VLMConfig,
+    ],
+)  # fmt: skip
 def test_every_field_has_a_reader_and_towers_stay_small(config):
     code = "".join(
         file.read_text() for file in PACKAGE.glob("*.py") if file.name not in ("config.py", "describe.py")
@@ -183,9 +193,10 @@ def test_every_field_has_a_reader_and_towers_stay_small(config):
 
 def test_every_literal_has_a_user():
     families = "".join(file.read_text() for file in (PACKAGE / "families").glob("*.py"))
-    values = {*get_args(Activation), *get_args(LayerType)} - {"relu"}  # of models composed and trained here
+    known = {*get_args(Activation), *get_args(LayerType), *get_args(VisionNorm)}
+    values = known - {"relu"}  # of models composed and trained here
     assert [value for value in sorted(values) if f'"{value}"' not in families] == []
-    assert set(ACTIVATIONS) == set(get_args(Activation))
+    assert set(ACTIVATIONS) == set(get_args(Activation)) and set(NORMS) == set(get_args(VisionNorm))
 
 
 def test_towers_do_not_know_families():

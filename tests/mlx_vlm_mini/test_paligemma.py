@@ -88,7 +88,7 @@ def test_every_layout_is_read(text, vision, projector, copy_of):
         part, _, rest = hub_name(ours, paligemma.WEIGHTS).partition(".")
         prefix = {"language_model": text, "vision_tower": vision, "multi_modal_projector": projector}[part]
         name = prefix + rest.removeprefix("model.").removeprefix("vision_model.")
-        assert rename(name, paligemma.WEIGHTS) == ours
+        assert rename(name, paligemma.WEIGHTS) == (ours,)
         tensors[name] = open_checkpoint(folder).read(theirs)
     for file in folder.glob("model*"):
         file.unlink()

@@ -1,0 +1,38 @@
+"""A tokenizer from vocab.json and merges.txt, where there is no tokenizer.json: GPT-2's kind, as Qwen2 has it.
+
+Source: models/qwen2/tokenization_qwen2.py of huggingface/transformers.
+"""
+
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from .errors import CheckpointError
+
+VOCABULARY, MERGES = "vocab.json", "merges.txt"
+
+_WORDS = (  # contractions, words, single digits, punctuation, line ends, spaces
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def read_byte_level(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder's vocab.json and merges.txt, without the tokens that other files add.
+
+    Raises:
+        CheckpointError: one of the files is broken.
+    """
+    try:
+        tokenizer = Tokenizer(BPE.from_file(str(folder / VOCABULARY), str(folder / MERGES)))
+    except Exception as error:  # the library raises plain Exception for whatever is wrong in the files
+        raise CheckpointError(f"{folder}: {VOCABULARY} or {MERGES} is broken: {str(error).splitlines()[0]}") from None
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

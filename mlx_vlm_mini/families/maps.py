@@ -1,0 +1,84 @@
+"""Weight maps: what a checkpoint's tensors are called here, and how fused ones are cut; those of InternVL's parts.
+
+Source: modeling_intern_vit.py, modeling_internlm2.py and modeling_phi3.py of OpenGVLab/InternVL; models/internvl of
+huggingface/transformers.
+"""
+
+from collections.abc import Mapping
+
+
+class PerHead(tuple[str, ...]):
+    """A tuple of a map whose tensor holds, for each key and value head, its queries, its key and its value."""
+
+    __slots__ = ()
+
+
+Weights = Mapping[str, str | tuple[str, ...] | None]
+"""A checkpoint's names, of tensors or whole modules, to ours.
+
+`{}` is a layer number. None drops on purpose. A tuple cuts a fused tensor by rows, for each module as many as it has.
+"""
+
+_ATTENTION = "decoder.layers.{}.self_attn."
+_MLP = "decoder.layers.{}.mlp."
+_QKV = (_ATTENTION + "q_proj", _ATTENTION + "k_proj", _ATTENTION + "v_proj")
+
+
+def intern_vit(prefix: str) -> Weights:
+    """An InternViT as its authors write it, queries, keys and values fused."""
+    block, ours = prefix + "encoder.layers.{}.", "vision.blocks.{}."
+    return {
+        prefix + "embeddings.class_embedding": "vision.class_token",
+        prefix + "embeddings.position_embedding": "vision.pos_embed",
+        prefix + "embeddings.patch_embedding": "vision.patch_embed",
+        block + "attn.qkv": (ours + "attn.q_proj", ours + "attn.k_proj", ours + "attn.v_proj"),
+        block + "attn.proj": ours + "attn.o_proj",
+        block + "attn.q_norm": ours + "attn.q_norm",
+        block + "attn.k_norm": ours + "attn.k_norm",
+        **{block + name: ours + name for name in ("norm1", "norm2", "ls1", "ls2", "mlp.fc1", "mlp.fc2")},
+    }
+
+
+def native_intern_vit(prefix: str) -> Weights:
+    """An InternViT as transformers writes it."""
+    block, ours = prefix + "encoder.layer.{}.", "vision.blocks.{}."
+    modules = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
+    return {
+        prefix + "embeddings.cls_token": "vision.class_token",
+        prefix + "embeddings.mask_token": None,
+        prefix + "embeddings.position_embeddings": "vision.pos_embed",
+        prefix + "embeddings.patch_embeddings.projection": "vision.patch_embed",
+        prefix + "layernorm": "vision.norm",
+        **{block + "attention." + name: ours + "attn." + name for name in modules},
+        block + "attention.projection_layer": ours + "attn.o_proj",
+        block + "layernorm_before": ours + "norm1",
+        block + "layernorm_after": ours + "norm2",
+        block + "lambda_1": ours + "ls1",
+        block + "lambda_2": ours + "ls2",
+        block + "mlp.fc1": ours + "mlp.fc1",
+        block + "mlp.fc2": ours + "mlp.fc2",
+    }
+
+
+def phi3(prefix: str) -> Weights:
+    """What Phi-3 fuses; else its names are Llama's."""
+    return {
+        prefix + "layers.{}.self_attn.qkv_proj": _QKV,
+        prefix + "layers.{}.mlp.gate_up_proj": (_MLP + "gate_proj", _MLP + "up_proj"),
+    }
+
+
+def internlm2(prefix: str) -> Weights:
+    """InternLM2's names behind those that are Llama's."""
+    layer = prefix + "layers.{}."
+    return {
+        prefix + "tok_embeddings": "decoder.embed_tokens",
+        layer + "attention.wqkv": PerHead(_QKV),
+        layer + "attention.wo": _ATTENTION + "o_proj",
+        layer + "feed_forward.w1": _MLP + "gate_proj",
+        layer + "feed_forward.w2": _MLP + "down_proj",
+        layer + "feed_forward.w3": _MLP + "up_proj",
+        layer + "attention_norm": "decoder.layers.{}.input_layernorm",
+        layer + "ffn_norm": "decoder.layers.{}.post_attention_layernorm",
+        layer + "attention.rotary_emb.inv_freq": None,
+    }
