@@ -10,6 +10,7 @@ import pytest
 from checkpoints import PHOTO, PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import GOLDEN
 
 from mlx_vlm_mini import load
 from mlx_vlm_mini.checkpoint import open_checkpoint
@@ -21,6 +22,7 @@ from mlx_vlm_mini.convert.recipe import mixed, spend
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.loading import load_processor, plan
 from mlx_vlm_mini.train.questions import write_scenes
+from mlx_vlm_mini.weights import join_rows, split_rows
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +210,24 @@ def test_compensated_models_are_nearer_than_rounded_ones(tmp_path, wide, few):
     assert settings_of(tmp_path / "gptq") == settings_of(tmp_path / "round")
     rounded, compensated = (mean_kl(wide, tmp_path / method) for method in ("round", "gptq"))
     assert compensated < 0.8 * rounded
+
+
+def test_a_fused_tensor_is_put_together_as_it_was_cut():
+    array = mx.random.normal((24, 5))
+    for rows, blocks in (([8, 8, 8], 1), ([12, 8, 4], 4), ([24], 1)):
+        assert (join_rows(split_rows(array, rows, blocks), blocks) == array).all()
+
+
+def test_fused_tensors_are_compensated(tmp_path, few):
+    """InternVL's query, key and value in one, of which each is seen by itself."""
+    source, parts = GOLDEN / "internvl-chat-llama", {"vision": 3}
+    kl = {}
+    for method in ("round", "gptq"):
+        options = {} if method == "round" else {"calibration": str(few)}
+        convert(source, tmp_path / method, bits=8, group_size=32, part_bits=parts, method=method, **options)
+        kl[method] = mean_kl(source, tmp_path / method)
+    assert "vision_model.encoder.layers.0.attn.qkv.scales" in open_checkpoint(tmp_path / "gptq").tensors
+    assert 0 < kl["gptq"] < 0.8 * kl["round"]
 
 
 def test_the_same_command_gives_the_same_files(tmp_path, wide, few):
