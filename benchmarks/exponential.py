@@ -11,9 +11,9 @@ from mlx_vlm_mini.blas import use_openblas
 
 use_openblas()
 
-import mlx.core as mx  # noqa: E402
+import mlx.core as mx
 
-from mlx_vlm_mini.attention import attend  # noqa: E402
+from mlx_vlm_mini.attention import attend
 
 SHAPES = {  # batch, heads, heads of keys, length, head_dim, mask
     "CLIP ViT-B/14 at 336 pixels": (1, 12, 12, 577, 64, None),

@@ -23,17 +23,17 @@ import mlx_vlm_mini
 
 mlx_vlm_mini.load  # noqa: B018 - uses OpenBLAS where there is one, before mlx is imported
 
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
 
-from mlx_vlm_mini.checkpoint import open_checkpoint  # noqa: E402
-from mlx_vlm_mini.convert import conversion, convert  # noqa: E402
-from mlx_vlm_mini.convert.calibrate import divergence, observe, scene_samples  # noqa: E402
-from mlx_vlm_mini.families import llava  # noqa: E402
-from mlx_vlm_mini.loading import compute_dtype, load_processor, plan  # noqa: E402
-from mlx_vlm_mini.model import VLM  # noqa: E402
-from mlx_vlm_mini.weights import hub_name, to_torch_layout  # noqa: E402
+from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.convert import conversion, convert
+from mlx_vlm_mini.convert.calibrate import divergence, observe, scene_samples
+from mlx_vlm_mini.families import llava
+from mlx_vlm_mini.loading import compute_dtype, load_processor, plan
+from mlx_vlm_mini.model import VLM
+from mlx_vlm_mini.weights import hub_name, to_torch_layout
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "llava-clip-llama"
 HELD_OUT = 777  # seed

@@ -4,10 +4,12 @@ import json
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .drawing import check_drawing, draw_answer, drawing_options, find_mask_decoder
 from .main import INTERRUPTED
 from .options import loading_options, model_argument, sampling_options
 from .status import Status
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 @sampling_options
 @loading_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
+@drawing_options
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -40,6 +43,8 @@ def command(
     images: tuple[str, ...],
     system: str | None,
     as_json: bool,
+    draw: Path | None,
+    mask_decoder: str | None,
     revision: str | None,
     dtype: Any,
     min_tiles: int | None,
@@ -55,10 +60,12 @@ def command(
     \b
     Example:
       mlx-vlm-mini generate llava-hf/llava-1.5-7b-hf -p "What is this?" -i photo.jpg
+      mlx-vlm-mini generate google/paligemma2-3b-mix-448 -p "detect cat" -i photo.jpg --draw boxes.png
     """
     from mlx_vlm_mini.errors import PromptError
     from mlx_vlm_mini.image import open_image
 
+    check_drawing(draw, mask_decoder, images)
     if prompt == "-" and "-" in images:
         raise click.UsageError("stdin can give the prompt or an image, not both")
     if prompt == "-":
@@ -70,6 +77,7 @@ def command(
 
     from mlx_vlm_mini import load, stream_generate
 
+    decode_masks = None if draw is None else find_mask_decoder(mask_decoder, model)
     parts = [*({"type": "image", "image": image} for image in opened), {"type": "text", "text": prompt}]
     messages: list[Any] = [{"role": "user", "content": parts}]
     if system is not None:
@@ -99,10 +107,15 @@ def command(
                     click.echo(chunk.text, nl=False)
         except KeyboardInterrupt:
             interrupted = True
-    if as_json:
-        click.echo(json.dumps(_as_object(chunks, load_s, interrupted), ensure_ascii=False))
-    else:
+    if not as_json:
         click.echo()
+    drawn = {}
+    if draw is not None and not interrupted:
+        text = "".join(chunk.text for chunk in chunks)
+        drawn["detections"] = draw_answer(text, opened[0], draw, decode_masks)
+    if as_json:
+        click.echo(json.dumps(_as_object(chunks, load_s, interrupted) | drawn, ensure_ascii=False))
+    else:
         _note(chunks)
     if interrupted:
         ctx.exit(INTERRUPTED)

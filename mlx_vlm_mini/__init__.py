@@ -1,8 +1,8 @@
 """Vision-language models on Apple MLX: convert them, chat with them, import them.
 
-The public names are `load`, `generate`, `stream_generate` and `Chat`. They are imported when first used, so that
-`import mlx_vlm_mini` costs nothing. No module may have one of these names: importing it would put it in the place of
-the function.
+The public names are `load`, `generate`, `stream_generate` and `Chat`, and for answers that name places
+`find_detections` and `draw_detections`. They are imported when first used, so that `import mlx_vlm_mini` costs nothing.
+No module may have one of these names: importing it would put it in the place of the function.
 """
 
 import sys
@@ -11,13 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chat import Chat
+    from .detections import find_detections
+    from .draw import draw_detections
     from .loading import load
     from .stream import generate, stream_generate
 
 __version__ = "0.1.0"
-__all__ = ["Chat", "__version__", "generate", "load", "stream_generate"]
+__all__ = ["Chat", "__version__", "draw_detections", "find_detections", "generate", "load", "stream_generate"]
 
-_HOME = {"Chat": ".chat", "generate": ".stream", "load": ".loading", "stream_generate": ".stream"}
+_HOME = {
+    "Chat": ".chat",
+    "draw_detections": ".draw",
+    "find_detections": ".detections",
+    "generate": ".stream",
+    "load": ".loading",
+    "stream_generate": ".stream",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,8 @@ from . import exponential
 
 Mask = mx.array | Literal["causal"] | None
 
+BLOCK = 2**23  # scores held at a time where the attention is not fused, unless its weights are asked for
+
 
 def attend(
     queries: mx.array,
@@ -34,17 +36,22 @@ def attend(
     Returns:
         float[B, H, L, D].
     """
-    if attentions is None and softcap is None:
-        if exponential.is_slow() and queries.dtype == mx.float32 and queries.shape[2] > 1:
-            return _attend_in_chunks(queries * scale, keys, values, mask)
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     (B, H, L, D), S, groups = queries.shape, keys.shape[2], queries.shape[1] // keys.shape[1]
+    fused = attentions is None and softcap is None
+    by_hand = fused and exponential.is_slow() and queries.dtype == mx.float32 and L > 1
+    if fused and not by_hand:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    rows = max(1, BLOCK // (B * H * S))
+    if attentions is None and rows < L:
+        return _attend_in_blocks(queries, keys, values, rows, scale=scale, softcap=softcap, mask=mask)
+    if by_hand:
+        return _attend_in_chunks(queries * scale, keys, values, mask)
+    if isinstance(mask, str):
+        mask = mx.arange(S - L, S)[:, None] >= mx.arange(S)
     queries = (queries * scale).reshape(B, H // groups, groups, L, D)
     scores = queries @ keys[:, :, None].swapaxes(-1, -2)
     if softcap is not None:
         scores = softcap * mx.tanh(scores / softcap)
-    if isinstance(mask, str):
-        mask = mx.arange(S - L, S)[:, None] >= mx.arange(S)
     if mask is not None:
         mask = mask if mask.ndim == 2 else mask[:, None]
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
@@ -52,6 +59,24 @@ def attend(
     if attentions is not None:
         attentions.append(weights.reshape(B, H, L, S))
     return (weights @ values[:, :, None]).reshape(B, H, L, D)
+
+
+def _attend_in_blocks(
+    queries: mx.array, keys: mx.array, values: mx.array, rows: int, *, mask: Mask, **options: Any
+) -> mx.array:
+    """`attend`, `rows` queries after `rows` queries, none of which depends on the others."""
+    blocks: list[mx.array] = []
+    L, S = queries.shape[2], keys.shape[2]
+    for start in range(0, L, rows):
+        block, seen, end = queries[:, :, start : start + rows], mask, S
+        if isinstance(mask, mx.array):
+            seen = mask[..., start : start + rows, :]
+        elif mask == "causal":  # what comes after the block is seen by none of it
+            end = S - L + start + block.shape[2]
+        if blocks:  # one after the other, else all their scores are held at once
+            (block,) = mx.depends([block], [blocks[-1]])
+        blocks.append(attend(block, keys[:, :, :end], values[:, :, :end], mask=seen, **options))
+    return mx.concatenate(blocks, axis=2)
 
 
 def _attend_in_chunks(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:

@@ -131,7 +131,11 @@ class VisionConfig:
     @property
     def num_features(self) -> int:
         """Feature rows that one image, or one tile of it, gives."""
-        return self.num_positions - self.drop_first_feature
+        return self.features_at(self.image_size)
+
+    def features_at(self, side: int) -> int:
+        """The same for images of `side` pixels along a side."""
+        return (side // self.patch_size) ** 2 + self.class_token - self.drop_first_feature
 
     @property
     def feature_size(self) -> int:
@@ -204,8 +208,11 @@ class ScaleConfig:
     """Attention scores are divided by its root; None: by that of `head_dim`."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    fits_float16: bool = True
+    """Whether no activation exceeds 65504, float16's largest number: Gemma's do."""
 
     def __post_init__(self) -> None:
+        _check_flags(self, "fits_float16")
         optional = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
         _check_positive(self, "embed_scale", *(name for name in optional if getattr(self, name) is not None))
 

@@ -13,6 +13,10 @@ from .errors import CheckpointError
 from .pickled import read_pickled
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_HUB_FILE = re.compile(
+    r"https://huggingface\.co/(?:(?P<kind>space|dataset|model)s/)?(?P<name>[^/]+/[^/]+)/(?:resolve|blob)/"
+    r"(?P<revision>[^/]+)/(?P<file>[^?#]+)"
+)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 """Everything but the weights: configs, tokenizers, chat templates."""
@@ -115,6 +119,21 @@ def known_sha256(file: Path) -> str | None:
     """The sha256 that the Hub gives for a file in its cache, which stores large files under it; None elsewhere."""
     stored = file.resolve()
     return stored.name if file.is_symlink() and _SHA256.fullmatch(stored.name) else None
+
+
+def find_file(name: str | Path) -> Path:
+    """One file on this machine: a path, or the Hub's address of a file, which is downloaded once and then cached.
+
+    Raises:
+        CheckpointError: the Hub does not give it.
+    """
+    match = _HUB_FILE.match(str(name))
+    if match is None or isinstance(name, Path):
+        return Path(os.path.expanduser(name))  # noqa: PTH111 - as above
+    with _hub_errors(match["name"], match["revision"]):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(match["name"], match["file"], repo_type=match["kind"], revision=match["revision"]))
 
 
 def _verify(files: Iterable[Path]) -> None:

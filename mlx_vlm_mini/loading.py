@@ -146,10 +146,15 @@ def _add_prescribed(tokenizer: Tokenizer, tokens: tuple[str, ...], config: VLMCo
 
 
 def compute_dtype(plan: Plan) -> mx.Dtype:
-    """The checkpoint's own type on a GPU, float32 on a CPU, where half precision is many times slower."""
+    """The checkpoint's own type on a GPU, float32 on a CPU, where half precision is many times slower.
+
+    A float16 checkpoint whose activations float16 cannot hold is computed in bfloat16.
+    """
     if mx.default_device().type != mx.DeviceType.gpu:
         return mx.float32
     stored = plan.checkpoint.tensors[plan.ours["decoder.norm.weight"]].dtype
+    if stored == "F16" and not plan.config.decoder.scales.fits_float16:
+        return mx.bfloat16
     return DTYPES[stored][0] if stored in ("F16", "BF16") else mx.float32
 
 
@@ -184,6 +189,11 @@ def load(
         raise CheckpointError("this version bundles no model: name a checkpoint folder or a Hub model")
     checkpoint = open_model(name, revision=revision, vision_tower=vision_tower, conversation=conversation)
     planned = plan(checkpoint)
+    if dtype == "float16" and not planned.config.decoder.scales.fits_float16:
+        raise CheckpointError(
+            f"float16 cannot hold what this model's decoder computes ({planned.config.family}: numbers above 65504): "
+            "choose bfloat16 or float32"
+        )
     processor = load_processor(checkpoint, planned.family, planned.config)
     if min_tiles is not None or max_tiles is not None:
         processor.limit_tiles(min_tiles, max_tiles)

@@ -37,7 +37,7 @@ class ImageSettings:
 
 
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP_DEFAULTS: dict[str, Any] = {
     "do_resize": True, "size": {"shortest_edge": 224}, "resample": 3,
     "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "do_pad": False,
@@ -60,7 +60,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "InternVLChat": {  # no class of transformers: what the family's own code does, by the names of GotOcr2's settings
         **_CLIP_DEFAULTS, "size": {"height": 448, "width": 448}, "do_center_crop": False, "crop_size": None,
-        "image_mean": _IMAGENET_MEAN, "image_std": _IMAGENET_STD,
+        "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
         "min_patches": 1, "max_patches": 12, "use_thumbnail": False,
     },
 }  # fmt: skip

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
+import published
 import pytest
-from checkpoints import edit_json, with_paths
+from checkpoints import edit_json, random_mask_decoder, with_paths
 from parity import TOLERANCE, check_answer, check_golden
 from PIL import Image
 from reference import CASES, GOLDEN, SPECS, Reference, expected_outputs
@@ -19,8 +20,11 @@ from mlx_vlm_mini import Chat, load
 from mlx_vlm_mini.anyres import count_tokens, pack
 from mlx_vlm_mini.families import llava, llava_next, paligemma
 from mlx_vlm_mini.image import open_image
+from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.mask_decoder import load_mask_decoder
 from mlx_vlm_mini.preprocess import LLAVA_NEXT_PINPOINTS, image_settings, preprocess
 from mlx_vlm_mini.rope import make_rope
+from mlx_vlm_mini.weights import rename
 
 pytestmark = pytest.mark.reference
 
@@ -292,3 +296,59 @@ def test_colours_equal_the_reference(mode):
         open_image(image), image_settings({"do_resize": False, "image_processor_type": "SiglipImageProcessor"}, "")
     )
     np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_masks_equal_the_reference(tmp_path):
+    """big_vision's decoder composed of torch's own layers; its names of them are those of the file."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(),
+                nn.Conv2d(128, 128, 1),
+            )  # fmt: skip
+
+        def forward(self, x):
+            return x + self.net(x)
+
+    ups = [(128, 128), (128, 64), (64, 32), (32, 16)]
+    layers = [nn.Conv2d(512, 128, 1), nn.ReLU(), Block(), Block()]
+    for sizes in ups:
+        layers += [nn.ConvTranspose2d(*sizes, 4, stride=2, padding=1), nn.ReLU()]
+    reference = nn.Sequential(*layers, nn.Conv2d(16, 1, 1))
+    arrays = random_mask_decoder(tmp_path / "vae-oid.npz")
+    decoder = {
+        name.removeprefix("decoder."): torch.tensor(array) for name, array in arrays.items() if "decoder" in name
+    }
+    reference.load_state_dict(decoder)
+    codes = np.random.default_rng(2).integers(0, 128, (3, 16))
+    with torch.no_grad():
+        x = torch.tensor(arrays["_vq_vae._embedding"])[torch.tensor(codes)].reshape(3, 4, 4, 512)
+        expected = reference(x.permute(0, 3, 1, 2))[:, 0].numpy()
+    masks = load_mask_decoder(tmp_path / "vae-oid.npz")(codes)
+    np.testing.assert_allclose(masks, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", sorted(published.CONFIGS))
+def test_full_size_tensors_equal_the_reference(name):
+    """Names and shapes that the reference's class gives a published config, on the meta device, all find their place."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    hf = published.CONFIGS[name]
+    with torch.device("meta"):
+        reference = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**hf))
+    shapes = {theirs: tuple(tensor.shape) for theirs, tensor in reference.state_dict().items()}
+    if hf["model_type"] == "paligemma":  # tied: files hold it once
+        assert shapes.pop("lm_head.weight") == shapes["model.language_model.embed_tokens.weight"]
+    planned = plan(published.without_data(hf, shapes))  # refuses what is missing, superfluous or of another shape
+    assert {theirs.partition("vision_tower.")[2].removeprefix("vision_model.") for theirs in planned.unused} == (
+        set() if hf["model_type"] == "paligemma" else {"post_layernorm.weight", "post_layernorm.bias"}
+    )
+    ours = published.published(name)
+    numbers = {rename(theirs, planned.family.WEIGHTS): shape for theirs, shape in shapes.items()}
+    numbers.pop(None, None)
+    assert numbers == {rename(theirs, planned.family.WEIGHTS): info.shape for theirs, info in ours.tensors.items()}

@@ -169,6 +169,7 @@ def text_decoder(
         ),
         scales=ScaleConfig(
             embed_scale=values["hidden_size"] ** 0.5 if gemma else 1.0,
+            fits_float16=not gemma,
             **({key: values[key] for key in _GEMMA2_SCALES} if model_type == "gemma2" else {}),
         ),
         max_position_embeddings=values["max_position_embeddings"],

@@ -1,10 +1,10 @@
-"""Attention on a CPU: the exponential made of sums and products, and heads a few at a time, against MLX's own."""
+"""Attention on a CPU: the exponential made of sums and products, heads a few at a time, queries in blocks, against MLX's own."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_mini import exponential
+from mlx_vlm_mini import attention, exponential
 from mlx_vlm_mini.attention import attend
 
 
@@ -61,3 +61,48 @@ def test_one_token_and_half_precision_take_mlxs_own(monkeypatch):
     attend(one, one, one, scale=1.0)
     half = mx.random.normal((1, 2, 6, 8)).astype(mx.float16)
     assert attend(half, half, half, scale=1.0, mask="causal").dtype == mx.float16
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("mask", [None, "causal", "rows", "batch"])
+def test_attention_in_blocks_of_queries_is_attention(mask, softcap, slow, monkeypatch):
+    """With gradients; the last block is smaller than the others."""
+    mx.random.seed(0)
+    queries, keys, values = (mx.random.normal(shape) for shape in ((2, 4, 11, 6), (2, 2, 15, 6), (2, 2, 15, 6)))
+    seen = mx.random.uniform(shape=(2, 1, 11, 15)) < 0.7
+    given = {"rows": seen[0, 0], "batch": seen}.get(mask, mask)
+
+    def attended(queries):
+        return attend(queries, keys, values, scale=0.4, softcap=softcap, mask=given)
+
+    def both():
+        return np.array(attended(queries)), np.array(mx.grad(lambda queries: mx.sin(attended(queries)).sum())(queries))
+
+    monkeypatch.setattr(exponential, "is_slow", lambda: False)
+    whole = both()
+    monkeypatch.setattr(exponential, "is_slow", lambda: slow)
+    for rows in (3, 5, 10):
+        monkeypatch.setattr(attention, "BLOCK", 2 * 4 * 15 * rows)
+        for expected, blocks in zip(whole, both(), strict=True):
+            np.testing.assert_allclose(blocks, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, "causal"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_holds_one_block_of_scores_at_a_time(softcap, mask, monkeypatch):
+    monkeypatch.setattr(exponential, "is_slow", lambda: True)
+    keys = mx.random.normal((1, 8, 2000, 4))
+    mx.eval(keys)
+
+    def peak():
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(attend(keys, keys, keys, scale=1.0, softcap=softcap, mask=mask))
+        return mx.get_peak_memory() - before
+
+    scores = 4 * 8 * 2000**2  # bytes
+    monkeypatch.setattr(attention, "BLOCK", 2**30)
+    assert peak() > scores
+    monkeypatch.setattr(attention, "BLOCK", 2**19)
+    assert peak() < scores / 4

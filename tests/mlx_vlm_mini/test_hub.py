@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from checkpoints import PHOTO, PLAIN
+from checkpoints import PHOTO, PLAIN, random_mask_decoder
 from hub import COMMIT
+
+from mlx_vlm_mini.mask_decoder import ADDRESS, FILE
 
 NAME, SHARDED = "tiny/llava", "tiny/llava-in-shards"
 ASK = ("-p", "What is in this image?", "-i", PHOTO, "--max-tokens", 10, "--json")
@@ -71,3 +73,19 @@ def test_no_network(hub):
         failed = run("generate", NAME, "-p", "x", **environment)
         assert failed.returncode == 1 and failed.stderr.count("\n") == 1
         assert "nor in the Hub's cache, and the Hub cannot be reached" in failed.stderr
+
+
+def test_one_file_by_its_address(hub, tmp_path):
+    """The mask decoder, of a Space; asked for in a process of its own, whose Hub is the stand-in."""
+    kind, run = hub
+    kind.folders["big-vision/paligemma-hf"] = tmp_path / "space"
+    (tmp_path / "space").mkdir()
+    random_mask_decoder(tmp_path / "space" / FILE)
+    ask = ("generate", PLAIN, *ASK, "--draw", "out.png", "--mask-decoder")
+    done = run(*ask, ADDRESS)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "the answer names no boxes: out.png is the image as it was\n"
+    assert f"/spaces/big-vision/paligemma-hf/resolve/main/{FILE}" in {path for _, path, _ in kind.requests}
+    assert run(*ask, ADDRESS, HF_HUB_OFFLINE="1").returncode == 0
+    refused = run(*ask, ADDRESS.replace(FILE, "no.npz"))
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused.stderr

@@ -5,7 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import PHOTO, SHAPES, edit_json
+from checkpoints import PHOTO, PLAIN, SHAPES, edit_json
 from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, generate, load
@@ -16,7 +16,7 @@ from mlx_vlm_mini.decoder import causal_mask
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.families import paligemma
 from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.loading import compute_dtype, plan
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.weights import hub_name, rename
 
@@ -32,7 +32,7 @@ def test_an_empty_config_is_paligemma_of_three_billion():
     assert (decoder.hidden_size, decoder.num_hidden_layers, decoder.head_dim) == (2048, 18, 256)
     assert (decoder.num_attention_heads, decoder.num_key_value_heads, decoder.vocab_size) == (8, 1, 257152)
     assert (decoder.norms.rms_norm_eps, decoder.norms.rms_norm_offset, decoder.norms.sandwich) == (1e-6, 1.0, False)
-    assert decoder.scales == ScaleConfig(embed_scale=2048**0.5)
+    assert decoder.scales == ScaleConfig(embed_scale=2048**0.5, fits_float16=False)
     assert (decoder.hidden_act, decoder.prefix_lm, decoder.tie_word_embeddings) == ("gelu_pytorch_tanh", True, True)
     assert (decoder.max_position_embeddings, decoder.rope_theta, decoder.sliding_window) == (8192, 10000.0, None)
     assert config.image_token_id == 256000
@@ -52,7 +52,11 @@ def test_a_config_as_paligemma_twos():
     assert decoder.layer_types == ("sliding_attention", "full_attention") * 2 and decoder.sliding_window == 4096
     assert decoder.norms.sandwich and decoder.hidden_act == "gelu_pytorch_tanh"
     assert decoder.scales == ScaleConfig(
-        embed_scale=48.0, query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
+        embed_scale=48.0,
+        query_pre_attn_scalar=256,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        fits_float16=False,
     )
 
 
@@ -217,3 +221,18 @@ def test_half_precision_computes(tmp_path):
     model, processor = load(tmp_path / "half", dtype="bfloat16")
     assert model(processor("What?", [PHOTO])).dtype == mx.bfloat16
     assert isinstance(generate(model, processor, "What?", images=[PHOTO], max_tokens=3), str)
+
+
+def test_float16_is_refused_where_it_overflows(monkeypatch):
+    """Gemma's activations; said when it is asked for, and not chosen for files that hold float16."""
+    with pytest.raises(CheckpointError, match="float16 cannot hold what this model's decoder computes.*bfloat16"):
+        load(ONE, dtype="float16")
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    for golden, stored, expected in (
+        (TWO, "F16", mx.bfloat16), (TWO, "BF16", mx.bfloat16), (TWO, "F32", mx.float32),
+        (PLAIN, "F16", mx.float16), (PLAIN, "BF16", mx.bfloat16),
+    ):  # fmt: skip
+        planned = plan(open_checkpoint(golden))
+        name = planned.ours["decoder.norm.weight"]
+        planned.checkpoint.tensors[name] = replace(planned.checkpoint.tensors[name], dtype=stored)
+        assert compute_dtype(planned) == expected

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 from reference import GOLDEN
 
@@ -89,3 +90,22 @@ def make_wide(name: str, folder: Path) -> Path:
         tensors[theirs] = mx.ones(config["vision_config"]["hidden_size"], dtype=mx.bfloat16)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
     return folder
+
+
+def random_mask_decoder(file: Path) -> dict[str, np.ndarray]:
+    """A file of random numbers with the names and shapes of big_vision's vae-oid.npz, its encoder's among them."""
+    rng = np.random.default_rng(0)
+    ups = {
+        f"decoder.{4 + 2 * i}": (*sizes, 4, 4) for i, sizes in enumerate([(128, 128), (128, 64), (64, 32), (32, 16)])
+    }
+    shapes = {"decoder.0": (128, 512, 1, 1), "decoder.12": (1, 16, 1, 1), "encoder.0": (16, 1, 4, 4), **ups}
+    for i in (2, 3):
+        shapes |= {f"decoder.{i}.net.{j}": (128, 128, size, size) for j, size in ((0, 3), (2, 3), (4, 1))}
+    arrays = {"_vq_vae._embedding": rng.normal(size=(128, 512))}
+    for name, (first, second, height, width) in shapes.items():
+        inputs, outputs = (first * 4, second) if name in ups else (second * height * width, first)
+        arrays[f"{name}.weight"] = rng.normal(size=(first, second, height, width)) * (2 / inputs) ** 0.5
+        arrays[f"{name}.bias"] = rng.normal(size=outputs) * 0.1
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    np.savez(file, **arrays)
+    return arrays

@@ -112,7 +112,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.info(match[1], match[2] or "main")
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+).*", path):
             return self.tree(match[1])
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(r"/(?:spaces/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.file(match[1], match[2], match[3])
         return self.refuse(404, "EntryNotFound", "no such path")
 

@@ -1,0 +1,92 @@
+"""What an answer says about places: its text -> labelled boxes and masks in the image's pixels.
+
+PaliGemma's form (arXiv:2407.07726, section 3.2.3): four tokens `<loc0000>` to `<loc1023>`, the box's top, left, bottom
+and right in 1024ths of the image's sides; for a mask sixteen tokens `<seg000>` to `<seg127>`, codes that `MaskDecoder`
+turns into 64x64 pixels, stretched over the box; the label. Several objects are separated by " ; ".
+Source: big_vision's demo (paligemma_parse.py) for boxes, its segmentation evaluator for masks. Its training data was
+binned in 1023rds; the demo's rule, which everybody follows, is at most a 1024th of the side beside that.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+MASK_CODES = 16  # tokens a mask
+
+_OBJECT = re.compile(r"((?:<loc\d{4}>){4})\s*((?:<seg\d{3}>)*)\s*([^;<>]*)")
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """Something in an image that an answer names.
+
+    Attributes:
+        label: what it is; empty where the answer does not say.
+        box: left, top, right and bottom in pixels, right and bottom exclusive; as the answer says it, which may be
+            empty or inside out.
+        points: x and y in pixels.
+        mask: bool[height, width] of the whole image.
+        mask_codes: the answer's mask before it is decoded.
+    """
+
+    label: str
+    box: tuple[int, int, int, int] | None = None
+    points: tuple[tuple[float, float], ...] = ()
+    mask: np.ndarray | None = None
+    mask_codes: tuple[int, ...] = ()
+
+
+def find_detections(
+    text: str, *, height: int, width: int, decode_masks: Callable[[np.ndarray], np.ndarray] | None = None
+) -> list[Detection]:
+    """The objects that an answer gives places to, in its order.
+
+    Args:
+        text: an answer; what says no place in it is passed over.
+        height, width: of the image in pixels, as it was opened.
+        decode_masks: int[N, 16] codes -> float[N, 64, 64], above 0 inside: a `MaskDecoder`. Without one `mask_codes`
+            are given and no `mask`.
+    """
+    found = []
+    for match in _OBJECT.finditer(text):
+        places, codes = ([int(number) for number in _NUMBER.findall(group)] for group in match.groups()[:2])
+        if max(places) > 1023:
+            continue
+        top, left, bottom, right = (
+            round(place / 1024 * side) for place, side in zip(places, (height, width) * 2, strict=True)
+        )
+        whole = len(codes) >= MASK_CODES and max(codes[:MASK_CODES]) < 128
+        found.append(
+            Detection(
+                label=" ".join(match[3].split()),
+                box=(left, top, right, bottom),
+                mask_codes=tuple(codes[:MASK_CODES]) if whole else (),
+            )
+        )
+    return found if decode_masks is None else _with_masks(found, height, width, decode_masks)
+
+
+def _with_masks(
+    found: Sequence[Detection], height: int, width: int, decode_masks: Callable[[np.ndarray], np.ndarray]
+) -> list[Detection]:
+    coded = [each for each in found if each.mask_codes]
+    small = iter(decode_masks(np.array([each.mask_codes for each in coded])) if coded else ())
+    return [
+        replace(each, mask=_stretch(next(small), each.box, height, width)) if each.mask_codes and each.box else each
+        for each in found
+    ]
+
+
+def _stretch(small: np.ndarray, box: tuple[int, int, int, int], height: int, width: int) -> np.ndarray:
+    """A mask of a box as one of the whole image."""
+    left, top, right, bottom = box
+    mask = np.zeros((height, width), dtype=bool)
+    if right > left and bottom > top:
+        part = Image.fromarray(np.asarray(small, dtype=np.float32))
+        part = part.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+        mask[top:bottom, left:right] = np.asarray(part) > 0
+    return mask

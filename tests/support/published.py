@@ -1,0 +1,173 @@
+"""What the Hub's config.json files say of published models, as far as it shapes their tensors; such checkpoints without
+data; and docs/models.md, which `python tests/support/published.py` rewrites.
+
+Sources: llava-hf/llava-1.5-7b-hf from a log of transformers that prints it; paligemma-3b-pt-448 from a copy in transformers'
+convert_colpali_weights_to_hf.py; LLaVA-NeXT's token ids and vocabularies (the decoder's, two or three tokens more, rounded up
+to a multiple of 64) from convert_llava_next_weights_to_hf.py; PaliGemma 2 from convert_paligemma2_weights_to_hf.py; sizes of
+Vicuna-13B, Mistral-7B, Yi-34B and Llama-3-8B from copies of their configs. None was downloaded from the Hub itself.
+"""
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from mlx_vlm_mini.anyres import count_tokens
+from mlx_vlm_mini.checkpoint import Checkpoint, TensorInfo
+from mlx_vlm_mini.config import VLMConfig
+from mlx_vlm_mini.convert.quantize import choose, plan_outputs
+from mlx_vlm_mini.families import find_family
+from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.model import VLM
+from mlx_vlm_mini.weights import CONVOLUTIONS, hub_name
+
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+
+CLIP_L_336 = {
+    "model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+    "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
+}  # fmt: skip
+SIGLIP_SO400M = {
+    "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16,
+    "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
+VICUNA_7B = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
+VICUNA_13B = {
+    **VICUNA_7B, "hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40,
+    "num_key_value_heads": 40,
+}  # fmt: skip
+MISTRAL_7B = {
+    "model_type": "mistral", "intermediate_size": 14336, "max_position_embeddings": 32768, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "vocab_size": 32064,
+}  # fmt: skip
+YI_34B = {
+    "model_type": "llama", "hidden_size": 7168, "intermediate_size": 20480, "num_attention_heads": 56,
+    "num_hidden_layers": 60, "num_key_value_heads": 8, "rope_theta": 5e6, "vocab_size": 64064,
+}  # fmt: skip
+LLAMA3_8B = {
+    "model_type": "llama", "intermediate_size": 14336, "max_position_embeddings": 8192, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5, "rope_theta": 5e5, "vocab_size": 128320,
+}  # fmt: skip
+GEMMA_2B = {
+    "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8,
+    "num_hidden_layers": 18, "num_key_value_heads": 1, "vocab_size": 257216,
+}  # fmt: skip
+GEMMA2 = {  # layers, hidden size, MLP, heads, heads of keys and values, head size, query_pre_attn_scalar
+    "3b": (26, 2304, 9216, 8, 4, 256, 256),
+    "10b": (42, 3584, 14336, 16, 8, 256, 256),
+    "28b": (46, 4608, 36864, 32, 16, 128, 144),
+}
+
+
+def _llava(model_type: str, text: dict[str, Any], image_token: int = 32000, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": model_type, "image_token_index": image_token, "projector_hidden_act": "gelu", "text_config": text,
+        "tie_word_embeddings": False, "vision_config": CLIP_L_336, "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default", **more,
+    }  # fmt: skip
+
+
+def _next(text: dict[str, Any], image_token: int = 32000) -> dict[str, Any]:
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    return _llava("llava_next", text, image_token, image_grid_pinpoints=pinpoints)
+
+
+def _paligemma(text: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """The top-level hidden size is PaliGemma 1's everywhere."""
+    return {
+        "model_type": "paligemma", "hidden_size": 2048, "image_token_index": 257152, "pad_token_id": 0,
+        "projection_dim": text["hidden_size"], "text_config": text,
+        "vision_config": {**SIGLIP_SO400M, "image_size": image_size, "projection_dim": text["hidden_size"]},
+    }  # fmt: skip
+
+
+def _gemma2(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, head: int, scalar: int) -> dict[str, Any]:
+    return {
+        "model_type": "gemma2", "head_dim": head, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": hidden,
+        "intermediate_size": mlp, "num_attention_heads": heads, "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads, "query_pre_attn_scalar": scalar, "vocab_size": 257216,
+    }  # fmt: skip
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llava-hf/llava-1.5-7b-hf": _llava("llava", VICUNA_7B, pad_token_id=32001),
+    "llava-hf/llava-1.5-13b-hf": _llava("llava", VICUNA_13B, pad_token_id=32001),
+    "llava-hf/llava-v1.6-mistral-7b-hf": _next(MISTRAL_7B),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": _next(VICUNA_7B),
+    "llava-hf/llava-v1.6-vicuna-13b-hf": _next(VICUNA_13B),
+    "llava-hf/llava-v1.6-34b-hf": _next(YI_34B, 64000),
+    "llava-hf/llama3-llava-next-8b-hf": _next(LLAMA3_8B, 128256),
+    **{f"google/paligemma-3b-pt-{side}": _paligemma(GEMMA_2B, side) for side in (224, 448, 896)},
+    **{
+        f"google/paligemma2-{name}-pt-{side}": _paligemma(_gemma2(*sizes), side)
+        for name, sizes in GEMMA2.items()
+        for side in (224, 448, 896)
+    },
+}  # fmt: skip
+
+
+def without_data(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Checkpoint:
+    """A checkpoint whose tensors have names and shapes, of type BF16, and no bytes."""
+    file = Path("model.safetensors")
+    tensors = {name: TensorInfo(file, "BF16", shape, 0, 2 * prod(shape)) for name, shape in shapes.items()}
+    return Checkpoint(Path("published"), config, headers=[(tensors, {"format": "pt"})])
+
+
+def published(name: str) -> Checkpoint:
+    """A published checkpoint without data: the tensors that our model asks for, by the Hub's names and in its layout."""
+    config = CONFIGS[name]
+    family = find_family(config)
+    ours = family.config(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    blocks = {}
+    for tensor, array in tree_flatten(VLM(ours).parameters()):  # lazy: nothing is computed
+        shape = tuple(array.shape)
+        shapes[tensor] = (shape[0], shape[3], *shape[1:3]) if tensor in CONVOLUTIONS else shape
+        if tensor.startswith("vision.blocks.0."):
+            blocks[tensor] = shape
+    for number in range(ours.vision.depth, ours.vision.num_hidden_layers):  # in the file, though nothing reads them
+        shapes |= {tensor.replace(".0.", f".{number}.", 1): shape for tensor, shape in blocks.items()}
+    return without_data(config, {hub_name(tensor, family.WEIGHTS): shape for tensor, shape in shapes.items()})
+
+
+def image_tokens(config: VLMConfig) -> str:
+    """Of an image, or of one that fills the most tiles."""
+    vision = config.vision
+    if config.image_grid_pinpoints is None:
+        return f"{vision.num_features:,}"
+    side = vision.image_size // vision.patch_size
+    counts = [
+        count_tokens(size, [size], tile_size=vision.image_size, side=side) for size in config.image_grid_pinpoints
+    ]
+    return f"up to {max(counts):,}"
+
+
+def table() -> str:
+    lines = [
+        "# Published models, by the numbers\n",
+        "Weights of each part, embeddings that an image takes in the prompt, and bytes of the tensors: in bfloat16, and",
+        "after `convert -q 8` and `-q 4`, which quantize the decoder and leave the rest in bfloat16. Written by `python",
+        "tests/support/published.py` from the shapes that config.json asks for; `mix` models have those of `pt` ones.\n",
+        "| model | vision | projector | decoder | image tokens | bfloat16 | 8 bits | 4 bits |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in CONFIGS:
+        checkpoint = published(name)
+        planned = plan(checkpoint)
+        counts = dict.fromkeys(("vision", "projector", "decoder"), 0)
+        for ours, theirs in planned.ours.items():
+            part = ours.partition(".")[0]
+            counts[part if part in counts else "projector"] += checkpoint.num_weights(theirs)
+        sizes = [sum(info.nbytes for info in checkpoint.tensors.values())]
+        for bits in (8, 4):
+            outputs, _, skipped = plan_outputs(planned, choose(bits, 64, "affine", {}), None)
+            assert not skipped
+            sizes.append(sum(output.nbytes for output in outputs))
+        cells = [f"`{name}`", *(f"{count / 1e6:,.1f} M" for count in counts.values()), image_tokens(planned.config)]
+        lines.append(f"| {' | '.join(cells + [f'{size / 1e9:.2f} GB' for size in sizes])} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    DOCS.write_text(table())
