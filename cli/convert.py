@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_vlm_mini.errors import CheckpointError
+
 from .options import DTYPES, original_options
+from .status import Status
 
 if TYPE_CHECKING:
     from mlx_vlm_mini.convert import Preview
@@ -40,6 +43,27 @@ BITS = click.Choice(["2", "3", "4", "5", "6", "8"])
 @click.option("--embedding-bits", type=BITS, help="Bits of the token embeddings, where others than -q.")
 @click.option("--head-bits", type=BITS, help="Bits of the head, where others than -q.")
 @click.option("--dtype", type=DTYPES, help="Type of what stays in floating point.  [default: as it is]")
+@click.option(
+    "--recipe",
+    type=click.Choice(["uniform", "mixed", "auto"]),
+    help="Where bits go: the same everywhere, more for some layers, or by measured losses.  [default: uniform; auto with a budget]",
+)
+@click.option(
+    "--bits-per-weight", type=click.FloatRange(2), metavar="BITS", help="Budget of recipe auto, over the whole model."
+)
+@click.option(
+    "--method",
+    type=click.Choice(["round", "gptq"]),
+    default="round",
+    show_default=True,
+    help="gptq makes up for each weight's error in others; it takes longer.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True),
+    help="Folder of pictures or JSONL of conversations for auto and gptq.  [default: drawn scenes]",
+)
+@click.option("--no-check", is_flag=True, help="Do not compare the result with SOURCE.")
 @click.option("--dequantize", is_flag=True, help="Bring what SOURCE holds quantized back to floating point.")
 @click.option("--allow-nan", is_flag=True, help="Convert weights that are NaN or infinite, too.")
 @click.option("--force", is_flag=True, help="Replace DESTINATION, a checkpoint folder, once the new one is whole.")
@@ -55,6 +79,7 @@ def command(
     force: bool,
     dry_run: bool,
     upload: str | None,
+    no_check: bool,
     **options: Any,
 ) -> None:
     """Convert SOURCE, a checkpoint folder or a Hub name, into the new folder DESTINATION.
@@ -85,18 +110,36 @@ def command(
         hidden=not sys.stderr.isatty(),
         item_show_func=lambda _: f"{_size(done)} of {_size(total)}",
     )
-    with ExitStack() as stack:  # the bar begins when the plan was shown and the weights are here
+    with Status() as status, ExitStack() as stack:  # the bar begins when the weights are here, and ends when written
 
         def progress(*numbers: int) -> None:
             nonlocal done, total
             if not done:
+                status.clear()
                 stack.enter_context(bar)
             done, total = numbers
             bar.length = total
             bar.update(done - bar.pos)
 
+        def say(what: str) -> None:
+            if done:
+                stack.close()
+            status.show(what)
+
+        def announce(plan: "Preview") -> None:
+            status.clear()
+            _show(plan)
+
         report = convert(
-            source, destination, revision=revision, force=force, announce=_show, progress=progress, **settings
+            source,
+            destination,
+            revision=revision,
+            force=force,
+            announce=announce,
+            progress=progress,
+            say=say,
+            check=not no_check,
+            **settings,
         )
     for name, count in report.not_finite.items():
         click.echo(f"NaN or infinite: {count:,} values of {name}", err=True)
@@ -105,6 +148,13 @@ def command(
         f"{report.destination}: {_size(plan.bytes)} from {_size(plan.source_bytes)}, "
         f"{plan.bits_per_weight:.2f} bits per weight, in {_duration(report.seconds)}"
     )
+    if report.check is not None:
+        for what, value in report.check.rows():
+            click.echo(f"{what:<24} {value}", err=True)
+        if report.check.problems:
+            raise CheckpointError(
+                f"{report.destination} is broken: {'; '.join(report.check.problems)}; it is kept for you to look at"
+            )
     if upload is not None:
         from mlx_vlm_mini.convert.upload import upload_folder
 
@@ -121,6 +171,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
         "head": "head",
     }
     given = {part: options.pop(f"{name}_bits") for name, part in parts.items()}
+    options["recipe"] = options["recipe"] or ("uniform" if options["bits_per_weight"] is None else "auto")
     for name in ("bits", "group_size"):
         options[name] = None if options[name] is None else int(options[name])
     return {**options, "part_bits": {part: int(bits) for part, bits in given.items() if bits is not None}}

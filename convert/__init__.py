@@ -1,6 +1,8 @@
 """Checkpoint in, smaller MLX checkpoint out: read, cast, quantize, check, write."""
 
-from .conversion import Report, Settings, convert, preview
+from .check import Check
+from .conversion import Report, convert, preview
 from .parts import Preview
+from .settings import Settings
 
-__all__ = ["Preview", "Report", "Settings", "convert", "preview"]
+__all__ = ["Check", "Preview", "Report", "Settings", "convert", "preview"]

@@ -16,39 +16,21 @@ import mlx.core as mx
 from mlx_vlm_mini import __version__
 from mlx_vlm_mini.assembly import Assembly
 from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint
-from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.errors import CheckpointError, VLMError
 from mlx_vlm_mini.hub import SMALL_FILES, expand_user
 from mlx_vlm_mini.loading import DTypeName, Plan, load_processor, plan, read_config
 
+from .calibrate import Observed, find_samples
+from .check import Check, compare, look
+from .compensate import compensate_model
 from .parts import Preview, plan_parts
-from .quantize import Mode, Output, Part, Quantization, choose, plan_outputs
+from .quantize import Output, Packed, Quantization, choose, find_layers, find_parts, plan_outputs, spread
 from .read import Reader, are_equal
+from .recipe import MEASURED, Losses, allocate, guess, measure, mixed
+from .settings import Settings
 from .source import Hashes, Source, find_source
 from .work import RECORD, Workplace
 from .write import SHARD_LIMIT, write_tensors
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a conversion is asked for.
-
-    Attributes:
-        bits: 2, 3, 4, 5, 6 or 8, of the decoder's linear layers, embeddings and head; None quantizes nothing.
-        group_size: weights that share a scale: 32, 64 or 128.
-        mode: "affine", or "mxfp4", "mxfp8", "nvfp4", which have bits and groups of their own.
-        part_bits: bits of single parts: vision, projector, decoder, embeddings, head.
-        dtype: type of what stays in floating point; by default as it is.
-        dequantize: bring what the source holds quantized to floating point, where nothing else is asked for.
-        allow_nan: convert tensors with NaN or infinity, too.
-    """
-
-    bits: int | None = None
-    group_size: int = 64
-    mode: Mode = "affine"
-    part_bits: Mapping[Part, int | None] | None = None
-    dtype: DTypeName | None = None
-    dequantize: bool = False
-    allow_nan: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,8 +40,9 @@ class Report:
     Attributes:
         source, revision: as it was given; of a Hub name the commit, else None.
         preview: what was planned, and therefore done.
-        seconds: of the work, downloads not counted.
+        seconds: of the work, downloads and the check not counted.
         not_finite: names of tensors with NaN or infinity that were allowed, to how many.
+        check: how the result compares with the source, where that was asked for.
     """
 
     destination: Path
@@ -68,17 +51,26 @@ class Report:
     preview: Preview
     seconds: float
     not_finite: Mapping[str, int]
+    check: Check | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion understood down to every tensor, nothing of them read."""
+    """A conversion understood down to every tensor, nothing of them read.
+
+    Attributes:
+        quantized: layers by name, to how they are quantized.
+        free: weights whose bits recipe "auto" chooses.
+        repeated: weights that are stored under another name already.
+    """
 
     planned: Plan
     outputs: list[Output]
     quantized: Mapping[str, Quantization]
     reader: Reader
     preview: Preview
+    free: tuple[str, ...]
+    repeated: tuple[str, ...]
 
 
 def convert(
@@ -92,6 +84,8 @@ def convert(
     force: bool = False,
     announce: Callable[[Preview], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
+    check: bool = False,
     shard_limit: int = SHARD_LIMIT,
     **settings: Any,
 ) -> Report:
@@ -108,8 +102,12 @@ def convert(
         vision_tower, conversation: of an original LLaVA checkpoint, see `load`; the result holds both.
         base: LLaMA's weights, which the original LLaVA's first checkpoints hold the difference to.
         force: replace a checkpoint folder that is there, once the new one is whole.
-        announce: called with the plan before the work, and before weights are downloaded.
+        announce: called with the plan before the work, and before weights are downloaded; with recipe "auto" again
+            when the layers are measured.
         progress: called with bytes written and bytes in all.
+        say: called with what is being done where no bytes are written.
+        check: compare the result with the source on pictures and questions. A result that is broken is there all the
+            same: look at the report's `check`.
         shard_limit: bytes that a file of tensors may have.
         settings: see `Settings`: bits, group_size, mode, part_bits, dtype, ...
 
@@ -128,7 +126,11 @@ def convert(
             if not found.is_whole:
                 found = found.download()
                 prepared = prepare(found.checkpoint, chosen)
-            return _convert(found, work, prepared, chosen, progress, shard_limit)
+            if chosen.is_calibrated:
+                prepared = _calibrate(found.checkpoint, chosen, prepared, say)
+                if announce is not None and chosen.recipe == "auto":
+                    announce(prepared.preview)
+            return _convert(found, work, prepared, chosen, progress, say, check, shard_limit)
     except OSError as error:
         again = "; what is finished is kept for the next run" if work.folder.exists() else ""
         where = error.filename or work.destination
@@ -153,8 +155,39 @@ def preview(
     return prepare(found.checkpoint, Settings(**settings)).preview
 
 
-def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
+def _calibrate(
+    checkpoint: Checkpoint, settings: Settings, prepared: Prepared, say: Callable[[str], None] | None
+) -> Prepared:
+    """Measure and compensate what the settings ask for, and prepare again with what was found."""
+    planned, losses, packed = prepared.planned, None, None
+    processor = load_processor(checkpoint, planned.family, planned.config)
+    samples = find_samples(processor, settings.calibration)
+    if settings.recipe == "auto":
+        names = [*prepared.free, *(name for name in prepared.repeated if prepared.free)]
+        losses = dict(measure(plan(checkpoint), names, settings.group_size, samples[:MEASURED], say))
+        for name in prepared.repeated:  # the embeddings are the head
+            embeddings, head = planned.ours["decoder.embed_tokens.weight"], losses.pop(name, {})
+            if embeddings in losses:
+                losses[embeddings] = {bits: loss + head.get(bits, 0) for bits, loss in losses[embeddings].items()}
+        prepared = prepare(checkpoint, settings, losses)
+    if settings.method == "gptq":
+        layers = {f"{module}.weight": each for module, each in prepared.quantized.items()}
+        target: Any = None if settings.dtype is None else getattr(mx, settings.dtype)
+        packed = compensate_model(plan(checkpoint), layers, samples, target, say)
+    return prepare(checkpoint, settings, losses, packed)
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    losses: Losses | None = None,
+    packed: Mapping[str, Packed] | None = None,
+) -> Prepared:
     """Decide what becomes of every tensor, by the headers alone.
+
+    Args:
+        losses: for recipe "auto"; before they are measured they are guessed.
+        packed: weights that are quantized already.
 
     Raises:
         CheckpointError: the checkpoint is broken, or cannot be converted so.
@@ -165,10 +198,31 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
     reader = Reader(checkpoint, allow_nan=settings.allow_nan)
     target: Any = None if settings.dtype is None else getattr(mx, settings.dtype)
     repeated = _find_repeated_head(planned)
+    layers, parts = find_layers(planned), find_parts(planned)
+    wanted = spread(planned, quantizations)
+    if settings.is_calibrated and any(each is not None for each in layers.values()):
+        raise CheckpointError(f"{checkpoint.folder} is quantized: calibration needs the original weights")
+    if settings.method == "gptq" and settings.recipe != "auto" and not wanted:
+        raise CheckpointError("method gptq needs bits, or recipe auto with bits per weight")
+    if settings.recipe == "mixed":
+        wanted = mixed(planned, wanted)
+    free: tuple[str, ...] = ()
+    if settings.bits_per_weight is not None:
+        outputs, _, _ = plan_outputs(planned, wanted, target, reader, without=repeated)
+        candidates = [
+            each
+            for each in outputs
+            if each.entries[0][0] in layers.keys() - wanted.keys() and each.entries[0][2][-1] % settings.group_size == 0
+        ]
+        free = tuple(each.entries[0][0] for each in candidates)
+        spent = allocate(outputs, losses or guess(candidates), settings.bits_per_weight, settings.group_size)
+        wanted, quantizations = wanted | spent, quantizations | {parts[name]: each for name, each in spent.items()}
     outputs, quantized, skipped = plan_outputs(
-        planned, quantizations, target, reader, dequantize=settings.dequantize, without=repeated
+        planned, wanted, target, reader, dequantize=settings.dequantize, without=repeated, packed=packed
     )
-    if quantizations and not set(quantizations) & {output.part for output in outputs if output.entries[0][1] == "U32"}:
+    if (quantizations or settings.recipe == "auto") and not set(quantizations) & {
+        output.part for output in outputs if output.entries[0][1] == "U32"
+    }:
         raise CheckpointError(
             f"nothing in {checkpoint.folder} can be quantized in groups of {settings.group_size}: no layer's width is "
             "a multiple of it"
@@ -178,9 +232,11 @@ def prepare(checkpoint: Checkpoint, settings: Settings) -> Prepared:
         notes.append("the head is the embeddings, so bits of its own change nothing")
     if any(name.endswith(".scales") for name in checkpoint.tensors):
         notes.append("the source is quantized: what its rounding lost stays lost")
+    if free and losses is None:
+        notes.append("recipe auto measures the layers first: these bits are a guess, their sum is not")
     source_bytes = sum(info.nbytes for info in checkpoint.tensors.values())
     shown = Preview(plan_parts(outputs), source_bytes, tuple(skipped), tuple(notes))
-    return Prepared(planned, outputs, quantized, reader, shown)
+    return Prepared(planned, outputs, quantized, reader, shown, free, tuple(repeated))
 
 
 def _convert(
@@ -189,9 +245,12 @@ def _convert(
     prepared: Prepared,
     settings: Settings,
     progress: Callable[[int, int], None] | None,
+    say: Callable[[str], None] | None,
+    check: bool,
     shard_limit: int,
 ) -> Report:
     """The work itself, from the first byte to the destination."""
+    reference = _look_at_source(found.checkpoint, say) if check else None
     start, done, checkpoint = time.monotonic(), 0, found.checkpoint
 
     def step(nbytes: int) -> None:
@@ -217,11 +276,26 @@ def _convert(
         config = _new_config(checkpoint.config, prepared.quantized, settings.dtype)
         (work.folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
         plan(open_checkpoint(work.folder))  # a folder that does not load is never shown
+        seconds = time.monotonic() - start
+        checked = None
+        if reference is not None:
+            checked = compare(reference, look(open_checkpoint(work.folder), "result", say))
         work.record["source"] = {"name": found.name, "revision": found.revision, "sha256": hashes.finish()}
+    work.record["bits_per_weight"] = prepared.preview.bits_per_weight
+    work.record["check"] = None if checked is None else checked.as_json()
     work.save_record()
     work.finish()
-    seconds = time.monotonic() - start
-    return Report(work.destination, found.name, found.revision, prepared.preview, seconds, prepared.reader.not_finite)
+    return Report(
+        work.destination, found.name, found.revision, prepared.preview, seconds, prepared.reader.not_finite, checked
+    )
+
+
+def _look_at_source(checkpoint: Checkpoint, say: Callable[[str], None] | None) -> Observed:
+    """What the source makes of the check's pictures, before the work: one that does not run is known before it."""
+    try:
+        return look(checkpoint, "source", say)
+    except VLMError as error:
+        raise CheckpointError(f"{error} (found while checking the source; --no-check does without)") from None
 
 
 def _find_repeated_head(planned: Plan) -> list[str]:

@@ -21,6 +21,8 @@ _NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
 _NAMES_OF_TYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 Entries = tuple[tuple[str, str, tuple[int, ...]], ...]
 """Name, safetensors type and shape of tensors that are written one after the other."""
+Packed = tuple[mx.array, mx.array, mx.array]
+"""A quantized weight as `mx.quantize` gives it: codes packed into uint32[rows, columns * bits / 32], scales, biases."""
 Part = Literal["vision", "projector", "decoder", "embeddings", "head"]
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 BITS = (2, 3, 4, 5, 6, 8)
@@ -121,23 +123,32 @@ def find_layers(plan: Plan) -> dict[str, Quantization | None]:
     return found
 
 
+def spread(plan: Plan, quantizations: Mapping[Part, Quantization]) -> dict[str, Quantization]:
+    """How each layer is to be quantized, by its weight's name, where only the parts' bits are given."""
+    parts = find_parts(plan)
+    return {name: quantizations[parts[name]] for name in find_layers(plan) if parts[name] in quantizations}
+
+
 def plan_outputs(
     plan: Plan,
-    quantizations: Mapping[Part, Quantization],
+    quantizations: Mapping[str, Quantization],
     dtype: mx.Dtype | None,
     reader: Reader | None = None,
     *,
     dequantize: bool = False,
     without: Container[str] = (),
+    packed: Mapping[str, Packed] | None = None,
 ) -> tuple[list[Output], dict[str, Quantization], list[tuple[str, str]]]:
     """Decide for every tensor of the checkpoint, those that the model does not use included.
 
     What is packed already stays so where nothing else is asked for; else it is unpacked first.
 
     Args:
+        quantizations: of layers, by their weights' names; those that are not in it stay as they are.
         reader: gives the tensors; one that refuses NaN unless told.
         dequantize: unpack what `quantizations` does not name, too.
         without: names of tensors that the result needs no copy of.
+        packed: weights that are quantized already, by name.
 
     Returns:
         The outputs in the source's order; how each quantized layer is quantized, by its name in the checkpoint; and the
@@ -148,7 +159,7 @@ def plan_outputs(
     names = {theirs: ours for ours, theirs in plan.ours.items()}
     unpacked = set()  # modules whose scales and biases go with their weight
     for name, packing in layers.items():
-        wanted = quantizations.get(parts[name])
+        wanted = quantizations.get(name)
         if packing is not None and (dequantize if wanted is None else wanted != packing):
             unpacked.add(name.removesuffix(".weight"))
     outputs: list[Output] = []
@@ -159,7 +170,7 @@ def plan_outputs(
         if name in without or (module in unpacked and parameter in ("scales", "biases")):
             continue
         packing = layers.get(f"{module}.weight")
-        wanted = quantizations.get(parts[name]) if name in layers else None
+        wanted = quantizations.get(name)
         weight = _Weight(name, info.shape, _float_type(info, dtype), partial(reader.read, name))
         if module in unpacked and packing is not None and parameter == "weight":
             weight = _unpacked(plan, module, packing, dtype, reader)
@@ -170,7 +181,7 @@ def plan_outputs(
             wanted = None
         if wanted is not None:
             quantized[module] = wanted
-            entries, make = _quantized(weight, wanted)
+            entries, make = _quantized(weight, wanted, (packed or {}).get(name))
         else:
             entries, make = _cast(plan, names.get(name, ""), weight)
         stored = quantized.get(module) if f"{module}.weight" in layers and parameter != "bias" else None
@@ -214,7 +225,9 @@ def _cast(plan: Plan, ours: str, weight: _Weight) -> tuple[Entries, Callable[[],
     return ((weight.name, _NAMES[weight.dtype], shape),), make
 
 
-def _quantized(weight: _Weight, quantization: Quantization) -> tuple[Entries, Callable[[], tuple[mx.array, ...]]]:
+def _quantized(
+    weight: _Weight, quantization: Quantization, ready: Packed | None
+) -> tuple[Entries, Callable[[], tuple[mx.array, ...]]]:
     module = weight.name.removesuffix(".weight")
     rows, columns = weight.shape
     groups = (rows, columns // quantization.group_size)
@@ -222,6 +235,8 @@ def _quantized(weight: _Weight, quantization: Quantization) -> tuple[Entries, Ca
     dtype = _NAMES[weight.dtype]
 
     def make() -> tuple[mx.array, ...]:
+        if ready is not None:
+            return ready
         return tuple(mx.quantize(weight.read().astype(weight.dtype), **quantization.as_config()))
 
     entries: Entries = ((f"{module}.weight", "U32", packed),)

@@ -102,21 +102,6 @@ def find_folder(name: str | Path, *, revision: str | None = None, weights: bool 
         return folder
 
 
-def find_file(name: str | Path) -> Path:
-    """One file on this machine: a path, or the Hub's address of a file, which is downloaded once and then cached.
-
-    Raises:
-        CheckpointError: the Hub does not give it.
-    """
-    match = _HUB_FILE.match(str(name))
-    if match is None or isinstance(name, Path):
-        return expand_user(name)
-    with _hub_errors(match["name"], match["revision"]):
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(match["name"], match["file"], repo_type=match["kind"], revision=match["revision"]))
-
-
 def has_weights(folder: Path) -> bool:
     """Whether all files of tensors are there."""
     files = find_tensor_files(folder)
@@ -134,6 +119,21 @@ def known_sha256(file: Path) -> str | None:
     """The sha256 that the Hub gives for a file in its cache, which stores large files under it; None elsewhere."""
     stored = file.resolve()
     return stored.name if file.is_symlink() and _SHA256.fullmatch(stored.name) else None
+
+
+def find_file(name: str | Path) -> Path:
+    """One file on this machine: a path, or the Hub's address of a file, which is downloaded once and then cached.
+
+    Raises:
+        CheckpointError: the Hub does not give it.
+    """
+    match = _HUB_FILE.match(str(name))
+    if match is None or isinstance(name, Path):
+        return expand_user(name)
+    with _hub_errors(match["name"], match["revision"]):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(match["name"], match["file"], repo_type=match["kind"], revision=match["revision"]))
 
 
 def _verify(files: Iterable[Path]) -> None:

@@ -134,6 +134,7 @@ def test_bits_of_single_parts(tmp_path, wide):
         3,
         "--decoder-bits",
         2,
+        "--no-check",  # which finds random weights in 2 bits broken
     )
     assert run("convert", wide, tmp_path / "out", *options).exit_code == 0
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
