@@ -16,7 +16,7 @@ from .checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint, read_js
 from .errors import CheckpointError
 from .families.conversations import choose_conversation, find_conversation
 from .families.llava_original import INTERN_VIT, KNOWN_TOWERS, TOWER, is_original
-from .hub import fetch_headers, find_folder, is_hub_name
+from .hub import fetch_headers, find_folder, has_weights, is_hub_name
 from .pickled import Pickled, read_pickled
 
 Need = Literal["tensors", "headers", "config"]
@@ -92,7 +92,7 @@ def open_model(
     if on_hub and weights and base is None and _is_called_delta(name):  # before all of it is fetched
         _refuse_delta(open_checkpoint(find_folder(name, revision=revision, weights=False)), name)
     checkpoint = open_checkpoint(find_folder(name, revision=revision, weights=weights))
-    if on_hub and not weights:
+    if on_hub and not weights and not has_weights(checkpoint.folder):
         checkpoint.headers = fetch_headers(str(name), revision=revision)
     if not is_original(checkpoint.config):
         for option, given in (("vision tower", vision_tower), ("conversation", conversation), ("base", base)):
@@ -152,7 +152,7 @@ def _open_tower(folder: Path, config: Mapping[str, Any], name: str, need: Need, 
     source: str | Path = next((place for place in places if place.is_dir()), given or str(named))
     try:
         tower = open_checkpoint(find_folder(source, weights=need == "tensors"))
-        if isinstance(source, str) and is_hub_name(source) and need == "headers":
+        if isinstance(source, str) and is_hub_name(source) and need == "headers" and not has_weights(tower.folder):
             tower.headers = fetch_headers(source)
     except CheckpointError as error:
         if given is not None:
