@@ -1,6 +1,6 @@
 """How far quantized models are from their source: every recipe of `convert`, and the patterns of mlx-vlm 0.7.10.
 
-    python benchmarks/quantization.py                 # a LLaVA of 73 M random weights with heavy tails
+    python benchmarks/quantization.py                 # a LLaVA of 75 M random weights with heavy tails
     python benchmarks/quantization.py FOLDER          # any checkpoint folder
 
 Each row is converted by `convert`, then run on scenes that no calibration saw: the KL divergence (nats) of next-token
