@@ -24,7 +24,7 @@ from .calibrate import Observed, find_samples
 from .check import Check, compare, look
 from .compensate import compensate_model
 from .parts import Preview, plan_parts
-from .quantize import Output, Packed, Quantization, choose, find_layers, find_parts, plan_outputs
+from .quantize import Output, Packed, Quantization, choose, find_layers, find_parts, plan_outputs, spread
 from .read import Reader, are_equal
 from .recipe import MEASURED, Losses, allocate, guess, measure, mixed
 from .settings import Settings
@@ -199,7 +199,7 @@ def prepare(
     target: Any = None if settings.dtype is None else getattr(mx, settings.dtype)
     repeated = _find_repeated_head(planned)
     layers, parts = find_layers(planned), find_parts(planned)
-    wanted = {name: quantizations[parts[name]] for name in layers if parts[name] in quantizations}
+    wanted = spread(planned, quantizations)
     if settings.is_calibrated and any(each is not None for each in layers.values()):
         raise CheckpointError(f"{checkpoint.folder} is quantized: calibration needs the original weights")
     if settings.method == "gptq" and settings.recipe != "auto" and not wanted:

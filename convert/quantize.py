@@ -123,11 +123,17 @@ def find_layers(plan: Plan) -> dict[str, Quantization | None]:
     return found
 
 
+def spread(plan: Plan, quantizations: Mapping[Part, Quantization]) -> dict[str, Quantization]:
+    """How each layer is to be quantized, by its weight's name, where only the parts' bits are given."""
+    parts = find_parts(plan)
+    return {name: quantizations[parts[name]] for name in find_layers(plan) if parts[name] in quantizations}
+
+
 def plan_outputs(
     plan: Plan,
     quantizations: Mapping[str, Quantization],
     dtype: mx.Dtype | None,
-    reader: Reader,
+    reader: Reader | None = None,
     *,
     dequantize: bool = False,
     without: Container[str] = (),
@@ -139,7 +145,7 @@ def plan_outputs(
 
     Args:
         quantizations: of layers, by their weights' names; those that are not in it stay as they are.
-        reader: gives the tensors.
+        reader: gives the tensors; one that refuses NaN unless told.
         dequantize: unpack what `quantizations` does not name, too.
         without: names of tensors that the result needs no copy of.
         packed: weights that are quantized already, by name.
@@ -148,6 +154,7 @@ def plan_outputs(
         The outputs in the source's order; how each quantized layer is quantized, by its name in the checkpoint; and the
         names of layers left in floating point, with the reason.
     """
+    reader = Reader(plan.checkpoint) if reader is None else reader
     layers, parts = find_layers(plan), find_parts(plan)
     names = {theirs: ours for ours, theirs in plan.ours.items()}
     unpacked = set()  # modules whose scales and biases go with their weight

@@ -24,6 +24,7 @@ class Reader:
         self.checkpoint = checkpoint
         self.not_finite: dict[str, int] = {}
         self._allow_nan = allow_nan
+        self._stream = mx.new_stream(mx.cpu)  # reading waits for no computation
 
     def read(self, name: str) -> mx.array:
         """A tensor, in memory.
@@ -32,8 +33,9 @@ class Reader:
             CheckpointError: it holds NaN or infinity and that was not allowed, or the file ends before it.
         """
         try:
-            array = self.checkpoint.read(name)
-            mx.eval(array)
+            with mx.stream(self._stream):
+                array = self.checkpoint.read(name)
+                mx.eval(array)
         except RuntimeError as error:
             raise CheckpointError(f"cannot read {name}: {error}") from None
         if count := count_not_finite(array):

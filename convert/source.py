@@ -89,11 +89,12 @@ class Hashes:
 
     def _run(self) -> None:
         try:
+            buffer = memoryview(bytearray(2**18))
             for file in self._source.files:
                 digest = hashlib.sha256()
-                with file.open("rb") as stream:
-                    while block := stream.read(2**20):
-                        digest.update(block)
+                with file.open("rb", buffering=0) as stream:
+                    while count := stream.readinto(buffer):
+                        digest.update(buffer[:count])
                         if self._stop.is_set():
                             return
                 self._compare(file, digest.hexdigest())

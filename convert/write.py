@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ from mlx_vlm_mini.errors import CheckpointError
 from .quantize import Output
 from .work import Workplace
 
+CACHE_LIMIT = 2**28  # bytes that MLX may keep for tensors of the same size
 SHARD_LIMIT = 10**9  # bytes a file: what a conversion that was killed has to do again at most
 
 
@@ -49,11 +50,11 @@ def write_tensors(
         OSError: the disk is full, or the folder cannot be written.
     """
     shards = split_shards(outputs, shard_limit)
-    for name, shard in shards.items():
-        if not work.is_finished(name):
-            work.add(name, lambda part, shard=shard: _write_file(part, shard, progress))  # type: ignore[misc]
-        elif progress is not None:
-            progress(sum(output.nbytes for output in shard))
+    limit = mx.set_cache_limit(CACHE_LIMIT)  # clearing the cache after each tensor would wait for the next one
+    try:
+        _write_files(work, shards, progress)
+    finally:
+        mx.set_cache_limit(limit)
     if len(shards) > 1:
         weight_map = {entry[0]: name for name, shard in shards.items() for output in shard for entry in output.entries}
         index = {
@@ -61,6 +62,16 @@ def write_tensors(
             "weight_map": dict(sorted(weight_map.items())),
         }
         (work.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _write_files(
+    work: Workplace, shards: Mapping[str, Sequence[Output]], progress: Callable[[int], None] | None
+) -> None:
+    for name, shard in shards.items():
+        if not work.is_finished(name):
+            work.add(name, lambda part, shard=shard: _write_file(part, shard, progress))  # type: ignore[misc]
+        elif progress is not None:
+            progress(sum(output.nbytes for output in shard))
 
 
 def _write_file(file: Path, outputs: Sequence[Output], progress: Callable[[int], None] | None) -> str:
@@ -97,22 +108,25 @@ def _write_file(file: Path, outputs: Sequence[Output], progress: Callable[[int],
 
 
 def _computed(outputs: Sequence[Output]) -> Iterator[tuple[Output, tuple[mx.array, ...]]]:
-    """Each output's tensors, the next ones being computed while one is written."""
+    """Each output's tensors, the next ones being computed while one is written.
+
+    Two streams take turns: MLX runs each on a thread of its own, and quantizes on a single one.
+    """
     before: tuple[Output, tuple[mx.array, ...]] | None = None
-    for output in outputs:
+    streams = [mx.new_stream(mx.default_device()) for _ in range(2)]
+    for number, output in enumerate(outputs):
         try:
-            arrays = output.make()
-            mx.async_eval(*arrays)
+            with mx.stream(streams[number % 2]):
+                arrays = output.make()
+                mx.async_eval(*arrays)
             if before is not None:
                 yield before
-                mx.clear_cache()
         except RuntimeError as error:
             raise CheckpointError(f"cannot compute {output.entries[0][0]}: {error}") from None
         before = output, arrays
         del arrays
     if before is not None:
         yield before
-    mx.clear_cache()
 
 
 def _to_bytes(array: mx.array) -> memoryview:

@@ -129,7 +129,7 @@ def find_file(name: str | Path) -> Path:
     """
     match = _HUB_FILE.match(str(name))
     if match is None or isinstance(name, Path):
-        return Path(os.path.expanduser(name))  # noqa: PTH111 - as above
+        return expand_user(name)
     with _hub_errors(match["name"], match["revision"]):
         from huggingface_hub import hf_hub_download
 
@@ -149,10 +149,11 @@ def _verify(files: Iterable[Path]) -> None:
     with tqdm(total=total, unit="B", unit_scale=True, desc="Checking", disable=None) as bar:  # type: ignore[no-untyped-call]
         for file, expected in known.items():
             found = hashlib.sha256()
-            with file.open("rb") as stream:
-                while block := stream.read(2**20):
-                    found.update(block)
-                    bar.update(len(block))
+            buffer = memoryview(bytearray(2**18))
+            with file.open("rb", buffering=0) as stream:
+                while count := stream.readinto(buffer):
+                    found.update(buffer[:count])
+                    bar.update(count)
             if found.hexdigest() != expected:
                 file.resolve().unlink()
                 file.unlink()

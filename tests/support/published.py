@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_vlm_mini.anyres import count_tokens
 from mlx_vlm_mini.checkpoint import Checkpoint, TensorInfo
 from mlx_vlm_mini.config import VLMConfig
-from mlx_vlm_mini.convert.quantize import choose, plan_outputs
+from mlx_vlm_mini.convert.quantize import choose, plan_outputs, spread
 from mlx_vlm_mini.families import find_family
 from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.model import VLM
@@ -161,7 +161,7 @@ def table() -> str:
             counts[part if part in counts else "projector"] += checkpoint.num_weights(theirs)
         sizes = [sum(info.nbytes for info in checkpoint.tensors.values())]
         for bits in (8, 4):
-            outputs, _, skipped = plan_outputs(planned, choose(bits, 64, "affine", {}), None)
+            outputs, _, skipped = plan_outputs(planned, spread(planned, choose(bits, 64, "affine", {})), None)
             assert not skipped
             sizes.append(sum(output.nbytes for output in outputs))
         cells = [f"`{name}`", *(f"{count / 1e6:,.1f} M" for count in counts.values()), image_tokens(planned.config)]
