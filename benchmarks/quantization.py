@@ -1,6 +1,6 @@
 """How far quantized models are from their source: every recipe of `convert`, and the patterns of mlx-vlm 0.7.10.
 
-    python benchmarks/quantization.py                 # a LLaVA of 73 M random weights with heavy tails
+    python benchmarks/quantization.py                 # a LLaVA of 75 M random weights with heavy tails
     python benchmarks/quantization.py FOLDER          # any checkpoint folder
 
 Each row is converted by `convert`, then run on scenes that no calibration saw: the KL divergence (nats) of next-token
@@ -115,8 +115,9 @@ def rows() -> list[list[Row]]:
         [Row("uniform, 4 bits", everything(4)), Row("uniform, 4 bits, gptq", everything(4) | gptq), *both],
         [Row("mixed, 4 and 6 bits", everything(4) | {"recipe": "mixed"}),
          Row("mixed, gptq", everything(4) | {"recipe": "mixed"} | gptq), *both],
-        [Row("pattern of the peer, uniform 4 bits", {"bits": 4}), *both],
-        [Row("pattern of the peer, mixed_4_6", {"bits": 4, "recipe": "mixed"}), *both],
+        [Row("pattern of the peer, uniform 4 bits", {"bits": 4}), Row("the same, gptq", {"bits": 4} | gptq), *both],
+        [Row("pattern of the peer, mixed_4_6", {"bits": 4, "recipe": "mixed"}),
+         Row("the same, gptq", {"bits": 4, "recipe": "mixed"} | gptq), *both],
         [Row("uniform, 3 bits", everything(3)), Row("uniform, 3 bits, gptq", everything(3) | gptq), *both],
     ]  # fmt: skip
 
