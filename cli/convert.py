@@ -103,22 +103,23 @@ def command(
 
         check_access(upload)
     done, total = 0, 1
-    bar: Any = click.progressbar(
-        length=1,
-        label="converting",
-        file=sys.stderr,
-        hidden=not sys.stderr.isatty(),
-        item_show_func=lambda _: f"{_size(done)} of {_size(total)}",
-    )
+    bar: Any = None
     with Status() as status, ExitStack() as stack:  # the bar begins when the weights are here, and ends when written
 
         def progress(*numbers: int) -> None:
-            nonlocal done, total
-            if not done:
-                status.clear()
-                stack.enter_context(bar)
+            nonlocal bar, done, total
             done, total = numbers
-            bar.length = total
+            if bar is None:  # not before, or its time left would count what came before, too
+                status.clear()
+                bar = stack.enter_context(
+                    click.progressbar(
+                        length=total,
+                        label="converting",
+                        file=sys.stderr,
+                        hidden=not sys.stderr.isatty(),
+                        item_show_func=lambda _: f"{_size(done)} of {_size(total)}",
+                    )
+                )
             bar.update(done - bar.pos)
 
         def say(what: str) -> None:
