@@ -1,5 +1,6 @@
 """Tensors as they leave the source: checked for NaN and infinity, and unpacked where they are quantized."""
 
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +14,12 @@ _LARGEST = {mx.float16: 0x7BFF, mx.bfloat16: 0x7F7F, mx.float32: 0x7F7FFFFF}
 """The bits of the largest finite number: as whole numbers, those of infinity and of every NaN are larger."""
 
 
+@cache
+def _stream() -> mx.Stream:
+    """Reading waits for no computation. One for all, for a stream is a thread that never ends."""
+    return mx.new_stream(mx.cpu)
+
+
 class Reader:
     """Reads a checkpoint's tensors for a conversion.
 
@@ -24,7 +31,6 @@ class Reader:
         self.checkpoint = checkpoint
         self.not_finite: dict[str, int] = {}
         self._allow_nan = allow_nan
-        self._stream = mx.new_stream(mx.cpu)  # reading waits for no computation
 
     def read(self, name: str) -> mx.array:
         """A tensor, in memory.
@@ -33,7 +39,7 @@ class Reader:
             CheckpointError: it holds NaN or infinity and that was not allowed, or the file ends before it.
         """
         try:
-            with mx.stream(self._stream):
+            with mx.stream(_stream()):
                 array = self.checkpoint.read(name)
                 mx.eval(array)
         except RuntimeError as error:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -107,16 +108,18 @@ def _write_file(file: Path, outputs: Sequence[Output], progress: Callable[[int],
     return digest.hexdigest()
 
 
-def _computed(outputs: Sequence[Output]) -> Iterator[tuple[Output, tuple[mx.array, ...]]]:
-    """Each output's tensors, the next ones being computed while one is written.
+@cache
+def _streams() -> tuple[mx.Stream, mx.Stream]:
+    """Two that take turns: MLX runs each on a thread of its own, which never ends, and quantizes on a single one."""
+    return mx.new_stream(mx.default_device()), mx.new_stream(mx.default_device())
 
-    Two streams take turns: MLX runs each on a thread of its own, and quantizes on a single one.
-    """
+
+def _computed(outputs: Sequence[Output]) -> Iterator[tuple[Output, tuple[mx.array, ...]]]:
+    """Each output's tensors, the next ones being computed while one is written."""
     before: tuple[Output, tuple[mx.array, ...]] | None = None
-    streams = [mx.new_stream(mx.default_device()) for _ in range(2)]
     for number, output in enumerate(outputs):
         try:
-            with mx.stream(streams[number % 2]):
+            with mx.stream(_streams()[number % 2]):
                 arrays = output.make()
                 mx.async_eval(*arrays)
             if before is not None:

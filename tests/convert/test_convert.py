@@ -268,3 +268,12 @@ def test_code_is_not_copied(tmp_path, copy_of):
     (folder / "modeling_evil.py").write_text("1/0")
     convert(folder, tmp_path / "out")
     assert not (tmp_path / "out" / "modeling_evil.py").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
+def test_conversions_leave_no_threads_behind(tmp_path):
+    convert(GOLDEN / "llava-clip-llama", tmp_path / "first", bits=8, group_size=32)
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    for number in range(4):
+        convert(GOLDEN / "llava-clip-llama", tmp_path / str(number), bits=8, group_size=32)
+    assert len(list(Path("/proc/self/task").iterdir())) <= threads
