@@ -272,8 +272,8 @@ def test_code_is_not_copied(tmp_path, copy_of):
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
 def test_conversions_leave_no_threads_behind(tmp_path):
-    convert(GOLDEN / "llava-clip-llama", tmp_path / "first", bits=8, group_size=32)
+    convert(GOLDEN / "llava-clip-llama", tmp_path / "first", dtype="float16")
     threads = len(list(Path("/proc/self/task").iterdir()))
     for number in range(4):
-        convert(GOLDEN / "llava-clip-llama", tmp_path / str(number), bits=8, group_size=32)
+        convert(GOLDEN / "llava-clip-llama", tmp_path / str(number), dtype="float16")
     assert len(list(Path("/proc/self/task").iterdir())) <= threads
