@@ -148,7 +148,9 @@ def table() -> str:
         "# Published models, by the numbers\n",
         "Weights of each part, embeddings that an image takes in the prompt, and bytes of the tensors: in bfloat16, and",
         "after `convert -q 8` and `-q 4`, which quantize the decoder and leave the rest in bfloat16. Written by `python",
-        "tests/support/published.py` from the shapes that config.json asks for; `mix` models have those of `pt` ones.\n",
+        "tests/support/published.py` from the shapes that config.json asks for; `mix` models have those of `pt` ones. The",
+        "authors' own repositories (`liuhaotian/*`) hold the same towers, the vision one often elsewhere, and a vocabulary",
+        "without spare rows. InternVL's sizes are in the README, by tests/test_reference_internvl.py.\n",
         "| model | vision | projector | decoder | image tokens | bfloat16 | 8 bits | 4 bits |",
         "|---|---|---|---|---|---|---|---|",
     ]
