@@ -16,22 +16,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "golden")]
-WAYS: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "4 bits": {"bits": 4, "group_size": 32},
-    "bits of each part": {
-        "bits": 4, "group_size": 32, "part_bits": {"vision": 8, "projector": 8, "embeddings": 6, "head": 8},
-    },
-    "mxfp4": {"mode": "mxfp4"},
-    "nvfp4": {"mode": "nvfp4"},
-}  # fmt: skip
 LOADS = """
 import json, sys; from importlib.metadata import version; from pathlib import Path
 import mlx.core as mx; from mlx.utils import tree_flatten; from mlx_vlm.utils import load_model
@@ -77,7 +67,7 @@ def logprobs(logits: mx.array) -> np.ndarray:
 def main() -> None:
     import shutil
 
-    from checkpoints import PHOTO, WIDE, make_wide
+    from checkpoints import PHOTO, WAYS, WIDE, make_wide
 
     from mlx_vlm_mini import load
     from mlx_vlm_mini.convert import convert

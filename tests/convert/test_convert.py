@@ -270,10 +270,8 @@ def test_code_is_not_copied(tmp_path, copy_of):
     assert not (tmp_path / "out" / "modeling_evil.py").exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
-def test_conversions_leave_no_threads_behind(tmp_path):
+def test_conversions_share_their_streams(tmp_path, monkeypatch):
+    """Each stream of MLX is a thread that never ends."""
     convert(GOLDEN / "llava-clip-llama", tmp_path / "first", dtype="float16")
-    threads = len(list(Path("/proc/self/task").iterdir()))
-    for number in range(4):
-        convert(GOLDEN / "llava-clip-llama", tmp_path / str(number), dtype="float16")
-    assert len(list(Path("/proc/self/task").iterdir())) <= threads
+    monkeypatch.setattr(mx, "new_stream", None)
+    convert(GOLDEN / "llava-clip-llama", tmp_path / "second", dtype="float16")

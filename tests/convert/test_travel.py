@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import PHOTO, WIDE, make_wide
+from checkpoints import PHOTO, WAYS, WIDE, make_wide
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
@@ -22,15 +22,6 @@ from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.convert import convert
 
 PEER = json.loads((GOLDEN / "peer.json").read_text())
-WAYS: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "4 bits": {"bits": 4, "group_size": 32},
-    "bits of each part": {
-        "bits": 4, "group_size": 32, "part_bits": {"vision": 8, "projector": 8, "embeddings": 6, "head": 8},
-    },
-    "mxfp4": {"mode": "mxfp4"},
-    "nvfp4": {"mode": "nvfp4"},
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS)

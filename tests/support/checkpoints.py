@@ -51,6 +51,17 @@ def with_paths(messages: list[dict[str, Any]], folder: Path = GOLDEN) -> list[di
     ]  # fmt: skip
 
 
+WAYS: dict[str, dict[str, Any]] = {  # of `convert`, to be compared with mlx-vlm's reading
+    "float32": {},
+    "4 bits": {"bits": 4, "group_size": 32},
+    "bits of each part": {
+        "bits": 4, "group_size": 32, "part_bits": {"vision": 8, "projector": 8, "embeddings": 6, "head": 8},
+    },
+    "mxfp4": {"mode": "mxfp4"},
+    "nvfp4": {"mode": "nvfp4"},
+}  # fmt: skip
+
+
 WIDE: dict[str, dict[str, Any]] = {  # changes to a golden's config.json
     "llava-clip-llama": {
         "text_config": {
