@@ -38,12 +38,7 @@ def command(
     model: str | None,
     images: tuple[str, ...],
     system: str | None,
-    revision: str | None,
-    dtype: Any,
-    min_tiles: int | None,
-    max_tiles: int | None,
-    vision_tower: str | None,
-    conversation: str | None,
+    loading: dict[str, Any],
     **options: Any,
 ) -> None:
     """Talk with MODEL about images, in turns.
@@ -60,15 +55,7 @@ def command(
     opened = [open_image(image) for image in images]
     with Status() as status:
         status.show(f"loading {model}")
-        vlm, processor = load(
-            model,
-            revision=revision,
-            dtype=dtype,
-            vision_tower=vision_tower,
-            conversation=conversation,
-            min_tiles=min_tiles,
-            max_tiles=max_tiles,
-        )
+        vlm, processor = load(model, **loading)
     chat = Chat(vlm, processor, system=system, **options)
     _converse(chat, [processor.prepare(image) for image in opened])
 

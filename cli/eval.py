@@ -21,12 +21,7 @@ from .status import Status
 def command(
     model: str,
     data: Path,
-    revision: str | None,
-    dtype: Any,
-    min_tiles: int | None,
-    max_tiles: int | None,
-    vision_tower: str | None,
-    conversation: str | None,
+    loading: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Ask MODEL the questions of a JSONL file and count exact matches, with the pictures and with blank ones.
@@ -42,15 +37,7 @@ def command(
     with Status() as status:
         examples = read_examples(data)
         status.show(f"loading {model}")
-        vlm, processor = load(
-            model,
-            revision=revision,
-            dtype=dtype,
-            vision_tower=vision_tower,
-            conversation=conversation,
-            min_tiles=min_tiles,
-            max_tiles=max_tiles,
-        )
+        vlm, processor = load(model, **loading)
         scores = evaluate(
             vlm, processor, examples, progress=lambda done, total: status.show(f"asked {done} of {total}")
         )

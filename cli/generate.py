@@ -45,12 +45,7 @@ def command(
     as_json: bool,
     draw: Path | None,
     mask_decoder: str | None,
-    revision: str | None,
-    dtype: Any,
-    min_tiles: int | None,
-    max_tiles: int | None,
-    vision_tower: str | None,
-    conversation: str | None,
+    loading: dict[str, Any],
     **options: Any,
 ) -> None:
     """Ask MODEL once and print its answer.
@@ -86,15 +81,7 @@ def command(
     with Status() as status:
         begin = time.perf_counter()
         status.show(f"loading {model}")
-        vlm, processor = load(
-            model,
-            revision=revision,
-            dtype=dtype,
-            vision_tower=vision_tower,
-            conversation=conversation,
-            min_tiles=min_tiles,
-            max_tiles=max_tiles,
-        )
+        vlm, processor = load(model, **loading)
         load_s = time.perf_counter() - begin
         status.show("reading the prompt")
         chunks: list[Chunk] = []

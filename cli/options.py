@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,14 @@ def model_argument(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What `load` takes: --revision, --dtype, the limits of tiles, --vision-tower and --conversation."""
+    """What `load` takes, handed on as one dictionary `loading`."""
+
+    @functools.wraps(function)
+    def gathered(*arguments: Any, **options: Any) -> Any:
+        names = ("revision", "dtype", "min_tiles", "max_tiles", "vision_tower", "conversation")
+        return function(*arguments, loading={name: options.pop(name) for name in names}, **options)
+
+    command: Callable[..., Any] = gathered
     for option in (
         *ORIGINAL_OPTIONS,
         click.option(
@@ -38,8 +46,8 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dtype", type=DTYPES, help="Type to compute in.  [default: the checkpoint's; float32 on a CPU]"),
         click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub."),
     ):
-        function = option(function)
-    return function
+        command = option(command)
+    return command
 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:

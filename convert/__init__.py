@@ -1,5 +1,8 @@
 """Checkpoint in, smaller MLX checkpoint out: read, cast, quantize, check, write."""
 
-from .conversion import Report, convert
+from .check import Check
+from .conversion import Report, convert, preview
+from .parts import Preview
+from .settings import Settings
 
-__all__ = ["Report", "convert"]
+__all__ = ["Check", "Preview", "Report", "Settings", "convert", "preview"]

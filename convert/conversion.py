@@ -1,24 +1,36 @@
 """The conversion itself: a stream over tensors into a new folder that appears only when it is whole."""
 
+import hashlib
 import json
-import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_mini.assembly import open_model
+from mlx_vlm_mini import __version__
+from mlx_vlm_mini.assembly import Assembly
 from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint
-from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.hub import SMALL_FILES
-from mlx_vlm_mini.loading import DTypeName, load_processor, plan
+from mlx_vlm_mini.errors import CheckpointError, VLMError
+from mlx_vlm_mini.hub import SMALL_FILES, expand_user
+from mlx_vlm_mini.loading import DTypeName, Plan, load_processor, plan, read_config
 
-from .quantize import Mode, Part, Quantization, choose, plan_outputs
-from .write import write_tensors
+from .calibrate import Observed, find_samples
+from .check import Check, compare, look
+from .compensate import compensate_model
+from .parts import Preview, plan_parts
+from .quantize import Output, Packed, Quantization, choose, find_layers, find_parts, plan_outputs, spread
+from .read import Reader, are_equal
+from .recipe import MEASURED, Losses, allocate, guess, measure, mixed
+from .settings import Settings
+from .source import Hashes, Source, find_source
+from .work import RECORD, Workplace
+from .write import SHARD_LIMIT, write_tensors
 
 
 @dataclass(frozen=True)
@@ -26,119 +38,294 @@ class Report:
     """What a conversion did.
 
     Attributes:
-        source_bytes, bytes: size of all tensors before and after.
-        weights: number of weights.
-        skipped: layers that stayed in floating point although quantization was asked for, with the reason.
+        source, revision: as it was given; of a Hub name the commit, else None.
+        preview: what was planned, and therefore done.
+        seconds: of the work, downloads and the check not counted.
+        not_finite: names of tensors with NaN or infinity that were allowed, to how many.
+        check: how the result compares with the source, where that was asked for.
     """
 
     destination: Path
-    source_bytes: int
-    bytes: int
-    weights: int
-    skipped: tuple[tuple[str, str], ...]
+    source: str
+    revision: str | None
+    preview: Preview
+    seconds: float
+    not_finite: Mapping[str, int]
+    check: Check | None = None
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.bytes / self.weights
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion understood down to every tensor, nothing of them read.
+
+    Attributes:
+        quantized: layers by name, to how they are quantized.
+        free: weights whose bits recipe "auto" chooses.
+        repeated: weights that are stored under another name already.
+    """
+
+    planned: Plan
+    outputs: list[Output]
+    quantized: Mapping[str, Quantization]
+    reader: Reader
+    preview: Preview
+    free: tuple[str, ...]
+    repeated: tuple[str, ...]
 
 
 def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    bits: int | None = None,
-    group_size: int = 64,
-    mode: Mode = "affine",
-    part_bits: Mapping[Part, int | None] | None = None,
-    dtype: DTypeName | None = None,
     revision: str | None = None,
     vision_tower: str | Path | None = None,
     conversation: str | None = None,
     base: str | Path | None = None,
+    force: bool = False,
+    announce: Callable[[Preview], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
+    check: bool = False,
+    shard_limit: int = SHARD_LIMIT,
+    **settings: Any,
 ) -> Report:
     """Convert a checkpoint to MLX's format, tensor by tensor.
 
     The tensors keep the names that they have on the Hub. The destination appears when everything is written and
-    checked; until then the work is in a hidden folder beside it, which a failure removes.
+    checked; until then the work is in a hidden folder beside it. Stopped or killed, the same call goes on from the
+    files that were finished.
 
     Args:
         source: a checkpoint folder, or a Hub name.
         destination: a folder that does not exist yet, or is empty.
-        bits: 2, 3, 4, 5, 6 or 8, of the decoder's linear layers, embeddings and head; None quantizes nothing.
-        group_size: weights that share a scale: 32, 64 or 128.
-        mode: "affine", or "mxfp4", "mxfp8", "nvfp4", which have bits and groups of their own.
-        part_bits: bits of single parts: vision, projector, decoder, embeddings, head.
-        dtype: type of what stays in floating point; by default as it is.
         revision: branch, tag or commit on the Hub.
         vision_tower, conversation: of an original LLaVA checkpoint, see `load`; the result holds both.
         base: LLaMA's weights, which the original LLaVA's first checkpoints hold the difference to.
+        force: replace a checkpoint folder that is there, once the new one is whole.
+        announce: called with the plan before the work, and before weights are downloaded; with recipe "auto" again
+            when the layers are measured.
         progress: called with bytes written and bytes in all.
+        say: called with what is being done where no bytes are written.
+        check: compare the result with the source on pictures and questions. A result that is broken is there all the
+            same: look at the report's `check`.
+        shard_limit: bytes that a file of tensors may have.
+        settings: see `Settings`: bits, group_size, mode, part_bits, dtype, ...
 
     Raises:
-        CheckpointError: the source is not usable, or the destination is in the way.
-        OSError: the destination cannot be written.
+        CheckpointError: the source is not usable, the destination is in the way, or cannot be written.
     """
-    destination = Path(os.path.expanduser(destination))  # noqa: PTH111 - Path's raises where there is no such user
-    _check_destination(destination)
-    checkpoint = open_model(source, revision=revision, vision_tower=vision_tower, conversation=conversation, base=base)
-    quantizations = choose(bits, group_size, mode, part_bits or {})
-    if quantizations and checkpoint.quantization is not None:
-        raise CheckpointError(f"{source} is already quantized; quantize the original weights instead")
+    destination, chosen = expand_user(destination), Settings(**settings)
+    found = find_source(source, revision, vision_tower=vision_tower, conversation=conversation, base=base)
+    work = Workplace(destination, found.folders, force=force)
+    try:
+        with work:
+            prepared = prepare(found.checkpoint, chosen)
+            if announce is not None:
+                announce(prepared.preview)
+            _check_space(found, work, prepared.preview.bytes)
+            if not found.is_whole:
+                found = found.download()
+                prepared = prepare(found.checkpoint, chosen)
+            if chosen.is_calibrated:
+                prepared = _calibrate(found.checkpoint, chosen, prepared, say)
+                if announce is not None and chosen.recipe == "auto":
+                    announce(prepared.preview)
+            return _convert(found, work, prepared, chosen, progress, say, check, shard_limit)
+    except OSError as error:
+        again = "; what is finished is kept for the next run" if work.folder.exists() else ""
+        where = error.filename or work.destination
+        raise CheckpointError(f"cannot write {where}: {error.strerror or error}{again}") from None
+
+
+def preview(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    vision_tower: str | Path | None = None,
+    conversation: str | None = None,
+    base: str | Path | None = None,
+    **settings: Any,
+) -> Preview:
+    """What `convert` would do, given the same; of a Hub model only the small files and the headers are fetched.
+
+    Raises:
+        CheckpointError: the source is not usable, or cannot be converted so.
+    """
+    found = find_source(source, revision, vision_tower=vision_tower, conversation=conversation, base=base)
+    return prepare(found.checkpoint, Settings(**settings)).preview
+
+
+def _calibrate(
+    checkpoint: Checkpoint, settings: Settings, prepared: Prepared, say: Callable[[str], None] | None
+) -> Prepared:
+    """Measure and compensate what the settings ask for, and prepare again with what was found."""
+    planned, losses, packed = prepared.planned, None, None
+    processor = load_processor(checkpoint, planned.family, planned.config)
+    samples = find_samples(processor, settings.calibration)
+    if settings.recipe == "auto":
+        names = [*prepared.free, *(name for name in prepared.repeated if prepared.free)]
+        losses = dict(measure(plan(checkpoint), names, settings.group_size, samples[:MEASURED], say))
+        for name in prepared.repeated:  # the embeddings are the head
+            embeddings, head = planned.ours["decoder.embed_tokens.weight"], losses.pop(name, {})
+            if embeddings in losses:
+                losses[embeddings] = {bits: loss + head.get(bits, 0) for bits, loss in losses[embeddings].items()}
+        prepared = prepare(checkpoint, settings, losses)
+    if settings.method == "gptq":
+        layers = {f"{module}.weight": each for module, each in prepared.quantized.items()}
+        target: Any = None if settings.dtype is None else getattr(mx, settings.dtype)
+        packed = compensate_model(plan(checkpoint), layers, samples, target, say)
+    return prepare(checkpoint, settings, losses, packed)
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    losses: Losses | None = None,
+    packed: Mapping[str, Packed] | None = None,
+) -> Prepared:
+    """Decide what becomes of every tensor, by the headers alone.
+
+    Args:
+        losses: for recipe "auto"; before they are measured they are guessed.
+        packed: weights that are quantized already.
+
+    Raises:
+        CheckpointError: the checkpoint is broken, or cannot be converted so.
+    """
+    quantizations = choose(settings.bits, settings.group_size, settings.mode, settings.part_bits or {})
     planned = plan(checkpoint)
     load_processor(checkpoint, planned.family, planned.config)  # what cannot answer is not worth converting
-    target: Any = None if dtype is None else getattr(mx, dtype)
-    outputs, quantized, skipped = plan_outputs(planned, quantizations, target)
-    if quantizations and not quantized:
+    reader = Reader(checkpoint, allow_nan=settings.allow_nan)
+    target: Any = None if settings.dtype is None else getattr(mx, settings.dtype)
+    repeated = _find_repeated_head(planned)
+    layers, parts = find_layers(planned), find_parts(planned)
+    wanted = spread(planned, quantizations)
+    if settings.is_calibrated and any(each is not None for each in layers.values()):
+        raise CheckpointError(f"{checkpoint.folder} is quantized: calibration needs the original weights")
+    if settings.method == "gptq" and settings.recipe != "auto" and not wanted:
+        raise CheckpointError("method gptq needs bits, or recipe auto with bits per weight")
+    if settings.recipe == "mixed":
+        wanted = mixed(planned, wanted)
+    free: tuple[str, ...] = ()
+    if settings.bits_per_weight is not None:
+        outputs, _, _ = plan_outputs(planned, wanted, target, reader, without=repeated)
+        candidates = [
+            each
+            for each in outputs
+            if each.entries[0][0] in layers.keys() - wanted.keys() and each.entries[0][2][-1] % settings.group_size == 0
+        ]
+        free = tuple(each.entries[0][0] for each in candidates)
+        spent = allocate(outputs, losses or guess(candidates), settings.bits_per_weight, settings.group_size)
+        wanted, quantizations = wanted | spent, quantizations | {parts[name]: each for name, each in spent.items()}
+    outputs, quantized, skipped = plan_outputs(
+        planned, wanted, target, reader, dequantize=settings.dequantize, without=repeated, packed=packed
+    )
+    if (quantizations or settings.recipe == "auto") and not set(quantizations) & {
+        output.part for output in outputs if output.entries[0][1] == "U32"
+    }:
         raise CheckpointError(
-            f"nothing in {source} can be quantized in groups of {group_size}: no layer's width is a multiple of it"
+            f"nothing in {checkpoint.folder} can be quantized in groups of {settings.group_size}: no layer's width is "
+            "a multiple of it"
         )
-    total = sum(output.nbytes for output in outputs)
-    _check_space(destination, total)
+    notes = [f"{name} repeats the embeddings: it is stored once" for name in repeated]
+    if (settings.part_bits or {}).get("head") is not None and not any(output.part == "head" for output in outputs):
+        notes.append("the head is the embeddings, so bits of its own change nothing")
+    if any(name.endswith(".scales") for name in checkpoint.tensors):
+        notes.append("the source is quantized: what its rounding lost stays lost")
+    if free and losses is None:
+        notes.append("recipe auto measures the layers first: these bits are a guess, their sum is not")
+    source_bytes = sum(info.nbytes for info in checkpoint.tensors.values())
+    shown = Preview(plan_parts(outputs), source_bytes, tuple(skipped), tuple(notes))
+    return Prepared(planned, outputs, quantized, reader, shown, free, tuple(repeated))
 
-    work = destination.parent / f".{destination.name}.partial-{os.getpid()}"
-    done = 0
+
+def _convert(
+    found: Source,
+    work: Workplace,
+    prepared: Prepared,
+    settings: Settings,
+    progress: Callable[[int, int], None] | None,
+    say: Callable[[str], None] | None,
+    check: bool,
+    shard_limit: int,
+) -> Report:
+    """The work itself, from the first byte to the destination."""
+    reference = _look_at_source(found.checkpoint, say) if check else None
+    start, done, checkpoint = time.monotonic(), 0, found.checkpoint
 
     def step(nbytes: int) -> None:
         nonlocal done
         done += nbytes
+        hashes.check()
         if progress is not None:
-            progress(done, total)
+            progress(done, prepared.preview.bytes)
 
-    try:
-        work.mkdir(parents=True)
-        write_tensors(work, outputs, step)
-        _copy_small_files(checkpoint, work)
-        config = _new_config(checkpoint.config, quantized, dtype)
-        (work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
-        plan(open_checkpoint(work))  # a folder that does not load is never shown
-        work.replace(destination)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    outputs = [(output.entries, output.kind) for output in prepared.outputs]
+    work.start(
+        {
+            "versions": _versions(),
+            "source": found.identity(),
+            "settings": asdict(settings),
+            "outputs": hashlib.sha256(json.dumps(outputs).encode()).hexdigest(),
+            "shard_limit": shard_limit,
+        }
+    )
+    with Hashes(found) as hashes:
+        write_tensors(work, prepared.outputs, step, shard_limit=shard_limit)
+        _copy_small_files(checkpoint, work.folder)
+        config = _new_config(checkpoint.config, prepared.quantized, settings.dtype)
+        (work.folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        plan(open_checkpoint(work.folder))  # a folder that does not load is never shown
+        seconds = time.monotonic() - start
+        checked = None
+        if reference is not None:
+            checked = compare(reference, look(open_checkpoint(work.folder), "result", say))
+        work.record["source"] = {"name": found.name, "revision": found.revision, "sha256": hashes.finish()}
+    work.record["bits_per_weight"] = prepared.preview.bits_per_weight
+    work.record["check"] = None if checked is None else checked.as_json()
+    work.save_record()
+    work.finish()
     return Report(
-        destination,
-        sum(info.nbytes for info in checkpoint.tensors.values()),
-        total,
-        sum(map(checkpoint.num_weights, checkpoint.tensors)),
-        tuple(skipped),
+        work.destination, found.name, found.revision, prepared.preview, seconds, prepared.reader.not_finite, checked
     )
 
 
-def _check_destination(destination: Path) -> None:
-    if destination.is_file():
-        raise CheckpointError(f"{destination} is a file; name a folder that does not exist yet")
-    if destination.exists() and any(destination.iterdir()):
-        raise CheckpointError(f"{destination} exists and is not empty; name another folder or remove it first")
+def _look_at_source(checkpoint: Checkpoint, say: Callable[[str], None] | None) -> Observed:
+    """What the source makes of the check's pictures, before the work: one that does not run is known before it."""
+    try:
+        return look(checkpoint, "source", say)
+    except VLMError as error:
+        raise CheckpointError(f"{error} (found while checking the source; --no-check does without)") from None
 
 
-def _check_space(destination: Path, needed: int) -> None:
-    existing = destination.absolute().parent
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+def _find_repeated_head(planned: Plan) -> list[str]:
+    """The head's name where config.json ties it to the embeddings and the file holds it all the same."""
+    head, embeddings = (planned.ours.get(f"decoder.{name}.weight") for name in ("lm_head", "embed_tokens"))
+    _, config = read_config(planned.checkpoint)
+    if head is None or embeddings is None or not config.decoder.tie_word_embeddings:
+        return []
+    if isinstance(planned.checkpoint, Assembly) and planned.checkpoint.base is not None:
+        return []  # equal differences make no equal weights
+    return [head] if are_equal(planned.checkpoint, head, embeddings) else []
+
+
+def _versions() -> dict[str, str]:
+    return {"mlx_vlm_mini": __version__, "mlx": version("mlx")}
+
+
+def _check_space(found: Source, work: Workplace, needed: int) -> None:
+    """Room for the result and, of a Hub name, for the download where that goes to the same disk.
+
+    Raises:
+        CheckpointError: there is less.
+    """
+    free = shutil.disk_usage(work.folder).free + sum(file.stat().st_size for file in work.folder.iterdir())
+    folder = found.checkpoint.folder
+    if not found.is_whole and folder.stat().st_dev == work.folder.stat().st_dev:
+        needed += sum(info.nbytes for info in found.checkpoint.tensors.values())
     if free < needed:
         raise CheckpointError(
-            f"the result takes {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free: make room first"
+            f"this takes {needed / 1e9:.1f} GB, {work.folder.parent} has {free / 1e9:.1f} GB free: make room first"
         )
 
 
@@ -146,7 +333,7 @@ def _copy_small_files(checkpoint: Checkpoint, work: Path) -> None:
     """Tokenizer, processor and templates; never code."""
     for pattern in SMALL_FILES:
         for file in sorted(checkpoint.folder.glob(pattern)):
-            if file.name != "config.json" and not file.name.endswith(".index.json"):
+            if file.name not in ("config.json", RECORD) and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, work / file.name)
 
 
@@ -154,7 +341,7 @@ def _new_config(
     config: dict[str, Any], quantized: Mapping[str, Quantization], dtype: DTypeName | None
 ) -> dict[str, Any]:
     """config.json with the new type, and with the commonest quantization and the layers that differ from it."""
-    config = dict(config)
+    config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
     if dtype is not None:
         for key in ("dtype", "torch_dtype"):
             if key in config:

@@ -1,7 +1,8 @@
 """What becomes of each tensor: kept, cast, or quantized."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Literal, cast, get_args
 
@@ -14,7 +15,14 @@ from mlx_vlm_mini.loading import Plan
 from mlx_vlm_mini.pickled import Pickled
 from mlx_vlm_mini.weights import CONVOLUTIONS, to_mlx_layout
 
+from .read import Reader
+
 _NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
+_NAMES_OF_TYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
+Entries = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""Name, safetensors type and shape of tensors that are written one after the other."""
+Packed = tuple[mx.array, mx.array, mx.array]
+"""A quantized weight as `mx.quantize` gives it: codes packed into uint32[rows, columns * bits / 32], scales, biases."""
 Part = Literal["vision", "projector", "decoder", "embeddings", "head"]
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 BITS = (2, 3, 4, 5, 6, 8)
@@ -27,12 +35,18 @@ class Output:
     """Tensors to write that come from one tensor of the source.
 
     Attributes:
-        entries: name, safetensors type and shape of each, in order.
+        entries: of each, in order.
         make: computes them.
+        part: what it belongs to: a `Part`, or "unused".
+        kind: how it is stored, for a person: "float16", "4 bits".
+        weights: number of weights.
     """
 
-    entries: tuple[tuple[str, str, tuple[int, ...]], ...]
+    entries: Entries
     make: Callable[[], tuple[mx.array, ...]]
+    part: str = "unused"
+    kind: str = ""
+    weights: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -50,6 +64,9 @@ class Quantization:
     def as_config(self) -> dict[str, Any]:
         """mlx-lm's form, for config.json."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits" if self.mode == "affine" else self.mode
 
 
 def choose(
@@ -83,74 +100,146 @@ def choose(
     return chosen
 
 
-def quantizable(plan: Plan) -> dict[str, Part]:
-    """Linear layers and embeddings: their weights' names in the checkpoint, to the part that they belong to."""
+def find_parts(plan: Plan) -> dict[str, Part]:
+    """The checkpoint's tensors to the part that they belong to; those that the model does not use are left out."""
     special: dict[str, Part] = {"decoder.embed_tokens": "embeddings", "decoder.lm_head": "head"}
     found: dict[str, Part] = {}
-    for path, module in plan.model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            part = cast(Part, path.partition(".")[0])
-            found[plan.ours[f"{path}.weight"]] = special.get(path, part)
+    for ours, theirs in plan.ours.items():
+        part = ours.partition(".")[0]
+        # What stands between the towers, an image's newline say, is the projector's.
+        own = cast(Part, part) if part in ("vision", "decoder") else "projector"
+        found[theirs] = special.get(ours.rpartition(".")[0], own)
     return found
 
 
+def find_layers(plan: Plan) -> dict[str, Quantization | None]:
+    """Linear layers and embeddings: their weights' names in the checkpoint, to how they are packed there."""
+    found: dict[str, Quantization | None] = {}
+    for path, module in plan.model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            found[plan.ours[f"{path}.weight"]] = None
+        elif isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            found[plan.ours[f"{path}.weight"]] = Quantization(module.bits, module.group_size, module.mode)
+    return found
+
+
+def spread(plan: Plan, quantizations: Mapping[Part, Quantization]) -> dict[str, Quantization]:
+    """How each layer is to be quantized, by its weight's name, where only the parts' bits are given."""
+    parts = find_parts(plan)
+    return {name: quantizations[parts[name]] for name in find_layers(plan) if parts[name] in quantizations}
+
+
 def plan_outputs(
-    plan: Plan, quantizations: Mapping[Part, Quantization], dtype: mx.Dtype | None
+    plan: Plan,
+    quantizations: Mapping[str, Quantization],
+    dtype: mx.Dtype | None,
+    reader: Reader | None = None,
+    *,
+    dequantize: bool = False,
+    without: Container[str] = (),
+    packed: Mapping[str, Packed] | None = None,
 ) -> tuple[list[Output], dict[str, Quantization], list[tuple[str, str]]]:
     """Decide for every tensor of the checkpoint, those that the model does not use included.
+
+    What is packed already stays so where nothing else is asked for; else it is unpacked first.
+
+    Args:
+        quantizations: of layers, by their weights' names; those that are not in it stay as they are.
+        reader: gives the tensors; one that refuses NaN unless told.
+        dequantize: unpack what `quantizations` does not name, too.
+        without: names of tensors that the result needs no copy of.
+        packed: weights that are quantized already, by name.
 
     Returns:
         The outputs in the source's order; how each quantized layer is quantized, by its name in the checkpoint; and the
         names of layers left in floating point, with the reason.
     """
-    candidates = quantizable(plan) if quantizations else {}
+    reader = Reader(plan.checkpoint) if reader is None else reader
+    layers, parts = find_layers(plan), find_parts(plan)
     names = {theirs: ours for ours, theirs in plan.ours.items()}
-    outputs, quantized, skipped = [], {}, []
+    unpacked = set()  # modules whose scales and biases go with their weight
+    for name, packing in layers.items():
+        wanted = quantizations.get(name)
+        if packing is not None and (dequantize if wanted is None else wanted != packing):
+            unpacked.add(name.removesuffix(".weight"))
+    outputs: list[Output] = []
+    quantized: dict[str, Quantization] = {}
+    skipped: list[tuple[str, str]] = []
     for name, info in plan.checkpoint.tensors.items():
-        quantization = quantizations.get(candidates[name]) if name in candidates else None
-        if quantization is not None and info.shape[-1] % quantization.group_size == 0:
-            outputs.append(_quantized(plan, name, info, quantization, dtype))
-            quantized[name.removesuffix(".weight")] = quantization
+        module, _, parameter = name.rpartition(".")
+        if name in without or (module in unpacked and parameter in ("scales", "biases")):
             continue
-        if quantization is not None:
-            skipped.append((name, f"its width {info.shape[-1]} is no multiple of {quantization.group_size}"))
-        outputs.append(_cast(plan, name, names.get(name, ""), info, dtype))
+        packing = layers.get(f"{module}.weight")
+        wanted = quantizations.get(name)
+        weight = _Weight(name, info.shape, _float_type(info, dtype), partial(reader.read, name))
+        if module in unpacked and packing is not None and parameter == "weight":
+            weight = _unpacked(plan, module, packing, dtype, reader)
+        elif packing is not None and name in layers:
+            quantized[module], wanted = packing, None
+        if wanted is not None and weight.shape[-1] % wanted.group_size:
+            skipped.append((name, f"its width {weight.shape[-1]} is no multiple of {wanted.group_size}"))
+            wanted = None
+        if wanted is not None:
+            quantized[module] = wanted
+            entries, make = _quantized(weight, wanted, (packed or {}).get(name))
+        else:
+            entries, make = _cast(plan, names.get(name, ""), weight)
+        stored = quantized.get(module) if f"{module}.weight" in layers and parameter != "bias" else None
+        kind = _NAMES_OF_TYPES.get(weight.dtype, "whole numbers") if stored is None else str(stored)
+        outputs.append(Output(entries, make, parts.get(name, "unused"), kind, plan.checkpoint.num_weights(name)))
     return outputs, quantized, skipped
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A tensor as it comes from the source, and the type that it gets."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    read: Callable[[], mx.array]
 
 
 def _float_type(info: TensorInfo | Pickled, dtype: mx.Dtype | None) -> mx.Dtype:
     return DTYPES[info.dtype][0] if dtype is None or not info.is_float else dtype
 
 
-def _cast(plan: Plan, name: str, ours: str, info: TensorInfo | Pickled, dtype: mx.Dtype | None) -> Output:
-    target = _float_type(info, dtype)
-    shape = info.shape
+def _unpacked(plan: Plan, module: str, packing: Quantization, dtype: mx.Dtype | None, reader: Reader) -> _Weight:
+    rows, columns = plan.checkpoint.tensors[f"{module}.weight"].shape
+    scales = plan.checkpoint.tensors[f"{module}.scales"]
+    if dtype is None:  # the floating-point modes' scales are bytes, which do not tell
+        dtype = DTYPES[scales.dtype][0] if scales.is_float else mx.bfloat16
+    read = partial(reader.unpack, module, packing.as_config(), dtype)
+    return _Weight(f"{module}.weight", (rows, columns * 32 // packing.bits), dtype, read)
+
+
+def _cast(plan: Plan, ours: str, weight: _Weight) -> tuple[Entries, Callable[[], tuple[mx.array, ...]]]:
+    shape = weight.shape
     # A patch projection that the model itself does not read has no name of ours and stays as it is.
     if ours in CONVOLUTIONS and not plan.checkpoint.is_mlx:
         shape = (shape[0], *shape[2:], shape[1])
 
     def make() -> tuple[mx.array, ...]:
-        return (to_mlx_layout(ours, plan.checkpoint.read(name), plan.checkpoint).astype(target),)
+        return (to_mlx_layout(ours, weight.read(), plan.checkpoint).astype(weight.dtype),)
 
-    return Output(((name, _NAMES[target], shape),), make)
+    return ((weight.name, _NAMES[weight.dtype], shape),), make
 
 
 def _quantized(
-    plan: Plan, name: str, info: TensorInfo | Pickled, quantization: Quantization, dtype: mx.Dtype | None
-) -> Output:
-    target = _float_type(info, dtype)
-    module = name.removesuffix(".weight")
-    rows, columns = info.shape
+    weight: _Weight, quantization: Quantization, ready: Packed | None
+) -> tuple[Entries, Callable[[], tuple[mx.array, ...]]]:
+    module = weight.name.removesuffix(".weight")
+    rows, columns = weight.shape
     groups = (rows, columns // quantization.group_size)
     packed = (rows, columns * quantization.bits // 32)
+    dtype = _NAMES[weight.dtype]
 
     def make() -> tuple[mx.array, ...]:
-        weight = plan.checkpoint.read(name).astype(target)
-        return tuple(mx.quantize(weight, **quantization.as_config()))
+        if ready is not None:
+            return ready
+        return tuple(mx.quantize(weight.read().astype(weight.dtype), **quantization.as_config()))
 
-    entries = [(f"{module}.weight", "U32", packed)]
+    entries: Entries = ((f"{module}.weight", "U32", packed),)
     if quantization.mode == "affine":
-        entries += [(f"{module}.scales", _NAMES[target], groups), (f"{module}.biases", _NAMES[target], groups)]
-    else:  # a byte a group, and no bias
-        entries.append((f"{module}.scales", "U8", groups))
-    return Output(tuple(entries), make)
+        return (*entries, (f"{module}.scales", dtype, groups), (f"{module}.biases", dtype, groups)), make
+    return (*entries, (f"{module}.scales", "U8", groups)), make  # a byte a group, and no bias

@@ -6,6 +6,7 @@ Sources: llava/model/{builder.py,llava_arch.py,apply_delta.py} of github.com/hao
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,8 @@ import mlx.core as mx
 from .checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint, read_json
 from .errors import CheckpointError
 from .families.conversations import choose_conversation, find_conversation
-from .families.llava_original import KNOWN_TOWERS, TOWER, is_original
-from .hub import fetch_headers, find_folder, is_hub_name
+from .families.llava_original import INTERN_VIT, KNOWN_TOWERS, TOWER, is_original
+from .hub import fetch_headers, find_folder, has_weights, is_hub_name
 from .pickled import Pickled, read_pickled
 
 Need = Literal["tensors", "headers", "config"]
@@ -91,7 +92,7 @@ def open_model(
     if on_hub and weights and base is None and _is_called_delta(name):  # before all of it is fetched
         _refuse_delta(open_checkpoint(find_folder(name, revision=revision, weights=False)), name)
     checkpoint = open_checkpoint(find_folder(name, revision=revision, weights=weights))
-    if on_hub and not weights:
+    if on_hub and not weights and not has_weights(checkpoint.folder):
         checkpoint.headers = fetch_headers(str(name), revision=revision)
     if not is_original(checkpoint.config):
         for option, given in (("vision tower", vision_tower), ("conversation", conversation), ("base", base)):
@@ -118,7 +119,7 @@ def _assemble(
     headers_only = checkpoint.headers is not None
     whole = Assembly(checkpoint.folder, config, checkpoint._headers, loose=loose, headers_only=headers_only)
     inside = any(tensor.startswith(TOWER) for tensor in checkpoint.tensors)
-    known = inside and ("vision_config" in config or config.get("mm_vision_tower") in KNOWN_TOWERS)
+    known = inside and ("vision_config" in config or str(config.get("mm_vision_tower")) in KNOWN_TOWERS)
     if vision_tower is not None or not known:
         need: Need = "config" if inside else "tensors" if weights else "headers"
         tower = _open_tower(checkpoint.folder, config, name, need, vision_tower)
@@ -151,7 +152,7 @@ def _open_tower(folder: Path, config: Mapping[str, Any], name: str, need: Need, 
     source: str | Path = next((place for place in places if place.is_dir()), given or str(named))
     try:
         tower = open_checkpoint(find_folder(source, weights=need == "tensors"))
-        if isinstance(source, str) and is_hub_name(source) and need == "headers":
+        if isinstance(source, str) and is_hub_name(source) and need == "headers" and not has_weights(tower.folder):
             tower.headers = fetch_headers(source)
     except CheckpointError as error:
         if given is not None:
@@ -160,26 +161,35 @@ def _open_tower(folder: Path, config: Mapping[str, Any], name: str, need: Need, 
             f"{name} needs the vision tower '{named}': {error}; give its folder as vision tower (--vision-tower)"
         ) from None
     kind = tower.config.get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
-        raise CheckpointError(f"{tower.folder}: the vision tower is a {kind}; original LLaVA checkpoints take CLIP")
+    if kind not in ("clip", "clip_vision_model", INTERN_VIT):
+        raise CheckpointError(
+            f"{tower.folder}: the vision tower is a {kind}; original LLaVA checkpoints take CLIP or InternViT"
+        )
     return tower
 
 
 def _take_tower(whole: Assembly, tower: Checkpoint, inside: bool) -> None:
     """Put a tower's settings into the checkpoint's config, and its tensors among those that are not there already."""
-    pair = tower.config["model_type"] == "clip"
+    pair, intern = (tower.config["model_type"] == kind for kind in ("clip", INTERN_VIT))
     part = (tower.config.get("vision_config") or tower.config.get("vision_config_dict") or {}) if pair else tower.config
-    whole.config["vision_config"] = {**part, "model_type": "clip_vision_model"}
+    if not isinstance(part, dict):
+        raise CheckpointError(f"{tower.folder}/config.json: vision_config must be an object, not {part!r}")
+    whole.config["vision_config"] = {**part, "model_type": INTERN_VIT if intern else "clip_vision_model"}
     settings = tower.folder / "preprocessor_config.json"
-    if settings.is_file():
+    if settings.is_file() and not intern:
         whole.config["vision_preprocessor_config"] = read_json(settings)
     if inside:
+        positions = whole.tensors.get(TOWER + "embeddings.position_embedding")
+        if intern and positions is not None:  # they may have been resampled before the model was saved
+            side = isqrt(max(positions.shape[-2] - 1, 0)) if len(positions.shape) > 1 else 0
+            whole.config["vision_config"]["image_size"] = side * part.get("patch_size", 14)
         return
     if tower.is_mlx or tower.quantization is not None:
         raise CheckpointError(f"{tower.folder} was converted to MLX's format: give the original vision tower")
     prefix = "vision_model." if any(theirs.startswith("vision_model.") for theirs in tower.tensors) else ""
+    ours = TOWER if intern else TOWER + "vision_model."
     names = {
-        TOWER + theirs.removeprefix(prefix): theirs
+        ours + theirs.removeprefix(prefix): theirs
         for theirs in tower.tensors
         if theirs.startswith(prefix or ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."))
     }

@@ -5,6 +5,7 @@ Format: https://huggingface.co/docs/safetensors: 8 bytes with the header's lengt
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,16 +78,14 @@ def parse_header(header: bytes, file: Path, data_start: int) -> tuple[dict[str, 
     """
     tensors = {}
     try:
-        content = json.loads(header)
+        content = json.loads(header, object_pairs_hook=lambda pairs: _without_doubles(pairs, file))
         metadata = content.pop("__metadata__", None)
         for name, entry in content.items():
             shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
             if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
                 raise ValueError("not a whole number")
             dtype = str(entry["dtype"])
-            if dtype not in DTYPES:
-                known = ", ".join(DTYPES)
-                raise CheckpointError(f"{file}: tensor {name} has type {dtype}; MLX reads {known}")
+            check_dtype(dtype, name, file)
             if end - start != prod(shape) * DTYPES[dtype][1]:
                 raise CheckpointError(f"{file}: the header gives {name} another size than its shape {list(shape)}")
             tensors[name] = TensorInfo(file, dtype, shape, data_start + start, data_start + end)
@@ -95,8 +94,24 @@ def parse_header(header: bytes, file: Path, data_start: int) -> tuple[dict[str, 
     for before, after in pairwise(sorted(tensors.values(), key=lambda info: (info.start, info.end))):
         if after.start < before.end:
             raise CheckpointError(f"{file}: two tensors lie in one place; download it again")
+        if after.start > before.end:
+            raise CheckpointError(f"{file}: {after.start - before.end} bytes belong to no tensor; download it again")
     # A file that MLX saves without metadata says null.
     return tensors, metadata if isinstance(metadata, dict) else {}
+
+
+def check_dtype(dtype: str, name: str, file: Path) -> None:
+    """Raises CheckpointError where MLX has no such type."""
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{file}: tensor {name} has type {dtype}; MLX reads {', '.join(DTYPES)}")
+
+
+def _without_doubles(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise CheckpointError(f"{file} holds {name} twice; download it again")
+    return content
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -123,7 +138,36 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     end = max((info.end for info in tensors.values()), default=8 + length)
     if size < end:
         raise CheckpointError(f"{file} is truncated: {size} of {end} bytes; download it again")
+    if size > end:
+        raise CheckpointError(f"{file} has {size - end} bytes behind its last tensor; download it again")
     return tensors, metadata
+
+
+def find_tensor_files(folder: Path) -> list[Path]:
+    """The files of tensors, those that an index names but that are missing included: safetensors where there are any,
+    else PyTorch's.
+
+    Raises:
+        CheckpointError: an index is broken, or names a file outside the folder.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if index.is_file():
+            return _indexed(index)
+        files = [single] if single.is_file() else sorted(folder.glob(f"{stem}*.{suffix}"))
+        if files:
+            return files
+    return []
+
+
+def _indexed(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    if any(Path(name).name != name or "\0" in name for name in names):
+        raise CheckpointError(f"{index} names a file outside its folder")
+    return [index.parent / name for name in names]
 
 
 @dataclass
@@ -151,27 +195,13 @@ class Checkpoint:
         ]
 
     def _files(self) -> list[Path]:
-        """The files of tensors: safetensors where there are any, else PyTorch's."""
-        for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-            index, single = self.folder / f"{stem}.{suffix}.index.json", self.folder / f"{stem}.{suffix}"
-            files = self._indexed(index) if index.is_file() else [single]
-            if not index.is_file() and not single.is_file():
-                files = sorted(self.folder.glob(f"{stem}*.{suffix}"))
-            if files:
-                return files
-        raise CheckpointError(f"{self.folder} has neither model.safetensors nor pytorch_model.bin")
-
-    def _indexed(self, index: Path) -> list[Path]:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-        if any(Path(name).name != name or "\0" in name for name in names):
-            raise CheckpointError(f"{index} names a file outside its folder")
-        missing = [name for name in names if not (self.folder / name).is_file()]
+        files = find_tensor_files(self.folder)
+        missing = [file for file in files if not file.is_file()]
         if missing:
-            raise CheckpointError(f"{self.folder / missing[0]} is missing; download it again")
-        return [self.folder / name for name in names]
+            raise CheckpointError(f"{missing[0]} is missing; download it again")
+        if not files:
+            raise CheckpointError(f"{self.folder} has neither model.safetensors nor pytorch_model.bin")
+        return files
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo | Pickled]:

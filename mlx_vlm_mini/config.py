@@ -131,7 +131,11 @@ class VisionConfig:
     @property
     def num_features(self) -> int:
         """Feature rows that one image, or one tile of it, gives."""
-        return self.num_positions - self.drop_first_feature
+        return self.features_at(self.image_size)
+
+    def features_at(self, side: int) -> int:
+        """The same for images of `side` pixels along a side."""
+        return (side // self.patch_size) ** 2 + self.class_token - self.drop_first_feature
 
     @property
     def feature_size(self) -> int:

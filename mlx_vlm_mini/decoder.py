@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from .activation import ACTIVATIONS
 from .attention import Attention, Mask
-from .config import DecoderConfig
+from .config import DecoderConfig, LayerType
 from .rope import depends_on_length, make_rope
 
 
@@ -134,7 +134,8 @@ class Decoder(nn.Module):
 
     def embed(self, input_ids: mx.array) -> mx.array:
         """int[B, L] -> float[B, L, C]: the tokens' embeddings, scaled where the config says so."""
-        embeddings = self.embed_tokens(input_ids)
+        # Embeddings in mxfp4 and its kin come out as bfloat16 whatever the rest of the model is.
+        embeddings = self.embed_tokens(input_ids).astype(self.norm.weight.dtype)
         scale = self.config.scales.embed_scale
         return embeddings if scale == 1 else embeddings * mx.array(scale, dtype=embeddings.dtype)
 
@@ -144,6 +145,17 @@ class Decoder(nn.Module):
         Then it cannot be read in pieces, nor can keys that were cached for a shorter one be used again.
         """
         return self.config.prefix_lm or depends_on_length(self.config, length)
+
+    def masks(self, length: int, offset: int = 0, prefix: int | None = None) -> dict[LayerType, Mask]:
+        """What `length` tokens after `offset` cached ones may look at, by kind of layer; `prefix` as in a call."""
+        if not self.config.prefix_lm:
+            prefix = 0
+        elif prefix is None:
+            prefix = 0 if offset else length
+        return {
+            "full_attention": causal_mask(length, offset, None, prefix),
+            "sliding_attention": causal_mask(length, offset, self.config.sliding_window, prefix),
+        }
 
     def __call__(
         self,
@@ -164,20 +176,10 @@ class Decoder(nn.Module):
         Returns:
             float[B, L, C].
         """
-        config = self.config
         caches: Sequence[Any] = [None] * len(self.layers) if cache is None else cache
-        offset = 0 if caches[0] is None else caches[0].offset
-        length = embeddings.shape[1]
-        if not config.prefix_lm:
-            prefix = 0
-        elif prefix is None:
-            prefix = 0 if offset else length
-        masks = {
-            "full_attention": causal_mask(length, offset, None, prefix),
-            "sliding_attention": causal_mask(length, offset, config.sliding_window, prefix),
-        }
+        masks = self.masks(embeddings.shape[1], 0 if caches[0] is None else caches[0].offset, prefix)
         x = embeddings
-        for layer, kind, layer_cache in zip(self.layers, config.layer_types, caches, strict=True):
+        for layer, kind, layer_cache in zip(self.layers, self.config.layer_types, caches, strict=True):
             x = layer(x, mask=masks[kind], rope=self.rope, cache=layer_cache, attentions=attentions)
         return self.norm(x)
 

@@ -63,7 +63,7 @@ def describe(
     if config.projector.shuffle is not None:
         image_tokens = _tokens_of_tiles(checkpoint, family, config)
     elif pinpoints is None:
-        image_tokens = {"image_tokens": vision.num_features}
+        image_tokens = {"image_tokens": _tokens_of_image(checkpoint, family, config)}
     else:  # most where an image fills its tiles
         tiles: dict[str, Any] = {"tile_size": vision.image_size, "side": side, "merge": config.tile_merge or "unpad"}
         counts = [count_tokens(size, [size], **tiles) for size in pinpoints]
@@ -102,6 +102,14 @@ def describe(
         described["image_settings"] = processor.image_settings is not None
         described["check"] = "every tensor has its place, name and shape"
     return described
+
+
+def _tokens_of_image(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> int:
+    """Of a whole image, which config.json may have scaled to another size than the tower's."""
+    settings = find_image_settings(checkpoint.folder, family, config) if config.prescribed is not None else None
+    if settings is None:
+        return config.vision.num_features
+    return family.image_text(config, settings, "\0", (1, 1)).count("\0")
 
 
 def _tokens_of_tiles(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> dict[str, int]:

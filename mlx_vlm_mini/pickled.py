@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -128,14 +128,17 @@ class _Unpickler(pickle.Unpickler):
         return tensor
 
 
-def read_pickled(file: Path) -> dict[str, Pickled]:
+def read_pickled(file: Path, stream: IO[bytes] | None = None) -> dict[str, Pickled]:
     """The tensors of a `.bin` file by name; reads the pickle, not the tensors.
+
+    Args:
+        stream: the file's content, where it is elsewhere.
 
     Raises:
         CheckpointError: the file is broken, of the form before torch 1.6, or holds anything but tensors.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(file if stream is None else stream) as archive:
             pickles = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
             if len(pickles) != 1 or pickles[0].file_size > _PICKLE_LIMIT:
                 _refuse(file)

@@ -36,8 +36,9 @@ class ImageSettings:
     """How an image is cut first, what stands above then being done to each piece; None: it stays whole."""
 
 
+_MOST_PIXELS = 1 << 28  # of a crop: far above every model's
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP_DEFAULTS: dict[str, Any] = {
     "do_resize": True, "size": {"shortest_edge": 224}, "resample": 3,
     "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "do_pad": False,
@@ -60,7 +61,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "InternVLChat": {  # no class of transformers: what the family's own code does, by the names of GotOcr2's settings
         **_CLIP_DEFAULTS, "size": {"height": 448, "width": 448}, "do_center_crop": False, "crop_size": None,
-        "image_mean": _IMAGENET_MEAN, "image_std": _IMAGENET_STD,
+        "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
         "min_patches": 1, "max_patches": 12, "use_thumbnail": False,
     },
 }  # fmt: skip
@@ -224,6 +225,8 @@ def _pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
 def _center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
     """Cut height x width from the middle; what lies outside a smaller image is black."""
     rows, columns = array.shape[:2]
+    if height * width > _MOST_PIXELS:
+        raise CheckpointError(f"preprocessor_config.json: a crop of {width}x{height} pixels is too large")
     padded = np.zeros((max(height, rows), max(width, columns), 3), dtype=array.dtype)
     top, left = ceil((padded.shape[0] - rows) / 2), ceil((padded.shape[1] - columns) / 2)
     padded[top : top + rows, left : left + columns] = array

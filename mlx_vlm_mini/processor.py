@@ -105,7 +105,13 @@ class Processor:
             )
         image = open_image(source)
         size = image.height, image.width
-        pixels = self.family.pixels(image, self.image_settings)
+        try:
+            pixels = self.family.pixels(image, self.image_settings)
+        except (OverflowError, MemoryError) as error:
+            raise CheckpointError(
+                f"an image of {size[1]}x{size[0]} pixels cannot be made ready as the checkpoint's settings of images "
+                f"say: {str(error) or 'too large'}"
+            ) from None
         text = self.family.image_text(self.config, self.image_settings, self.image_token, size)
         digest = hashlib.sha256(repr(size).encode() + pixels.tobytes()).digest()
         return PreparedImage(pixels, size, text, digest)

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .borrow import borrow
 from .config import DecoderConfig
@@ -25,6 +26,34 @@ _NUMBERS = (
 )  # fmt: skip
 
 
+def _periods(base: float, dims: int) -> mx.array:
+    """Positions a radian, float32[dims / 2], rounded as transformers rounds them."""
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+    return mx.array((base ** exponents.astype(np.float64)).astype(np.float32))
+
+
+class RoPE(nn.Module):
+    """Plain positions, `linear` ones, and `dynamic` ones (NTK: a larger base for what is longer than pretraining was).
+
+    MLX's own frequencies differ from transformers' in the last bit, which a thousand positions make 1e-4 of an angle.
+    """
+
+    def __init__(
+        self, dims: int, base: float, *, stretch: float = 1.0, growth: tuple[float, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.dims, self.base, self.growth = dims, base, growth
+        self._freqs = _periods(base, dims) * stretch
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        freqs = self._freqs
+        if self.growth is not None and x.shape[-2] + offset > self.growth[1]:
+            factor, length = self.growth
+            larger = factor * (x.shape[-2] + offset) / length - (factor - 1)
+            freqs = _periods(self.base * larger ** (self.dims / (self.dims - 2)), self.dims)
+        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
+
+
 class LongRoPE(nn.Module):
     """LongRoPE (arXiv:2402.13753): short factors up to the length of pretraining, long ones beyond it.
 
@@ -38,7 +67,7 @@ class LongRoPE(nn.Module):
         factor = scaling.get("factor") or max_position_embeddings / self.original_length
         default = math.sqrt(1 + math.log(factor) / math.log(self.original_length)) if factor > 1 else 1.0
         self.scale = scaling.get("attention_factor") or default
-        frequencies = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+        frequencies = _periods(base, dims)
         self._short = mx.array(scaling["short_factor"], dtype=mx.float32) * frequencies
         self._long = mx.array(scaling["long_factor"], dtype=mx.float32) * frequencies
 
@@ -90,6 +119,10 @@ def make_rope(config: DecoderConfig) -> Any:
         scaling["original_max_position_embeddings"] = config.max_position_embeddings
     if name == "longrope":
         return LongRoPE(dims, base, scaling, config.max_position_embeddings)
+    if name in ("default", "linear"):
+        return RoPE(dims, base, stretch=scaling["factor"] if name == "linear" else 1.0)
+    if name == "dynamic":
+        return RoPE(dims, base, growth=(scaling["factor"], config.max_position_embeddings))
     rope = borrow("models.rope_utils").initialize_rope(
         dims, base, False, scaling_config=scaling, max_position_embeddings=config.max_position_embeddings
     )

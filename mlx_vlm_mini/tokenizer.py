@@ -85,6 +85,8 @@ class Tokenizer:
 
     def id_to_token(self, token_id: int) -> str | None:
         """Token of an id, None beyond the vocabulary."""
+        if not 0 <= token_id < 1 << 32:  # all that the library takes
+            return None
         found: str | None = self.backend.id_to_token(token_id)
         return found
 

@@ -229,14 +229,36 @@ def split_rows(array: mx.array, rows: Sequence[int], blocks: int) -> list[mx.arr
     return [part.reshape(count, *array.shape[1:]) for part, count in zip(parts, rows, strict=True)]
 
 
+def join_rows(parts: Sequence[mx.array], blocks: int) -> mx.array:
+    """What `split_rows` cuts into these parts."""
+    shares = [part.reshape(blocks, part.shape[0] // blocks, *part.shape[1:]) for part in parts]
+    return mx.concatenate(shares, axis=1).reshape(-1, *parts[0].shape[1:])
+
+
+def count_blocks(theirs: str, weights: Weights, config: VLMConfig) -> int:
+    """How many times a fused tensor holds a share of each of its parts."""
+    return config.decoder.num_key_value_heads if isinstance(_find(theirs, weights)[0], PerHead) else 1
+
+
 def load_weights(
-    model: VLM, ours: Mapping[str, str], checkpoint: Checkpoint, dtype: mx.Dtype, weights: Weights
+    model: VLM,
+    ours: Mapping[str, str],
+    checkpoint: Checkpoint,
+    dtype: mx.Dtype,
+    weights: Weights,
+    *,
+    prefixes: tuple[str, ...] = ("",),
 ) -> None:
-    """Read the tensors into the model, floats as `dtype`, packed ones as they are; `weights` is the family's map."""
+    """Read the tensors into the model, floats as `dtype`, packed ones as they are.
+
+    Args:
+        weights: the family's map.
+        prefixes: how our names of the tensors begin that are to be read.
+    """
     arrays: list[tuple[str, mx.array]] = []
     expected = dict(tree_flatten(model.parameters()))
     for theirs, names in fused(ours).items():
-        if _is_idle(names[0], model.config):
+        if not names[0].startswith(prefixes) or _is_idle(names[0], model.config):
             continue
         array = to_mlx_layout(names[0], checkpoint.read(theirs), checkpoint)
         if mx.issubdtype(array.dtype, mx.floating):
@@ -246,12 +268,11 @@ def load_weights(
         if len(names) == 1:
             arrays.append((names[0], array))
             continue
-        target, _ = _find(theirs, weights)
-        blocks = model.config.decoder.num_key_value_heads if isinstance(target, PerHead) else 1
+        blocks = count_blocks(theirs, weights, model.config)
         arrays += zip(names, split_rows(array, [expected[name].shape[0] for name in names], blocks), strict=True)
-    model.load_weights(arrays)
+    model.load_weights(arrays, strict="" in prefixes)
     model.eval()
     try:
-        mx.eval(model.parameters())
+        mx.eval([array for _, array in arrays])
     except RuntimeError as error:
         raise CheckpointError(f"cannot read the tensors of {checkpoint.folder}: {error}") from None

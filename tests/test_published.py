@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from published import CLIP_L_336, CONFIGS, DOCS, SIGLIP_SO400M, published, table
 
-from mlx_vlm_mini.convert.quantize import choose, plan_outputs
+from mlx_vlm_mini.convert.quantize import choose, plan_outputs, spread
 from mlx_vlm_mini.families import find_family
 from mlx_vlm_mini.families.parts import vision_tower
 from mlx_vlm_mini.loading import plan
@@ -65,7 +65,8 @@ def test_the_table_of_models_is_true():
 def test_the_tables_bytes_are_what_conversion_writes(name):
     """By hand: a quantized weight of n bits takes n bits, and a scale and a bias of 16 for 64 of them."""
     checkpoint = published(name)
-    outputs, quantized, _ = plan_outputs(plan(checkpoint), choose(4, 64, "affine", {}), None)
+    planned = plan(checkpoint)
+    outputs, quantized, _ = plan_outputs(planned, spread(planned, choose(4, 64, "affine", {})), None)
     total = 0
     for theirs, info in checkpoint.tensors.items():
         linear = "language_model" in theirs and len(info.shape) == 2

@@ -6,7 +6,16 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from llava_original import PROMPTS, SPECS, Oracle, choose_resolution, expected_outputs, make_projector, merge_features
+from llava_original import (
+    PREFIX,
+    PROMPTS,
+    SPECS,
+    Oracle,
+    choose_resolution,
+    expected_outputs,
+    make_projector,
+    merge_features,
+)
 from parity import check_answer, check_golden
 from pieces import FOLDER, texts
 from reference import CASES, GOLDEN
@@ -16,7 +25,7 @@ from mlx_vlm_mini.anyres import pack
 from mlx_vlm_mini.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.reference
-V0, V15, V16 = sorted(SPECS)
+INTERN, V0, V15, V16 = sorted(SPECS)
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
@@ -40,6 +49,12 @@ VARIANTS = {
     "tiles written as text": (V16, {"image_grid_pinpoints": "[[72, 24], [24, 24], [96, 96]]"}),
     "grouped queries in Llama": (V16, {"model_type": "llava_llama", "rope_theta": 500.0}),
     "three layers": (V15, {"mm_projector_type": "mlp3x_gelu"}),
+    "an InternViT's last layer, its class token": (
+        INTERN, {"mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch"}),
+    "an InternViT without bars": (INTERN, {"image_aspect_ratio": "square", "mm_vision_select_layer": -2}),
+    "an InternViT inside": (INTERN, {"inside": True}),
+    "an InternViT for 448 pixels": (INTERN, {"mm_vision_tower": "tower/../tower/448/.."}),
+    "a norm before the projector": (INTERN, {"mm_projector_type": "mlp2x_gelu_ln"}),
     "no projector": (V0, {"mm_projector_type": "identity"}),
     "space behind special tokens": (V15, {"legacy": True}),
     "none behind special tokens": (V0, {"legacy": False}),
@@ -68,7 +83,20 @@ def test_variants(kind, prompt, tmp_path):
             save_file({k: v for k, v in load_file(file).items() if k != "model.image_newline"}, file, {"format": "pt"})
     if changes.get("mm_projector_type") == "identity":
         (folder / "mm_projector.bin").unlink()
-    if changes.get("mm_projector_type") == "mlp3x_gelu":
+    if changes.pop("inside", False):
+        from safetensors.torch import load_file
+
+        tower = load_file(folder / "tower/model.safetensors")
+        rows = tower["embeddings.position_embedding"].float()
+        grid = rows[:, 1:].reshape(1, 8, 8, -1).permute(0, 3, 1, 2)
+        grid = torch.nn.functional.interpolate(grid, size=12, mode="bicubic", align_corners=False)
+        tower["embeddings.position_embedding"] = torch.cat([rows[:, :1], grid.flatten(2).transpose(1, 2)], dim=1).half()
+        file = folder / "pytorch_model-00001-of-00002.bin"
+        torch.save({**torch.load(file), **{PREFIX + k: v for k, v in tower.items()}}, file)
+        (folder / "tower/model.safetensors").unlink()
+    if "448" in changes.get("mm_vision_tower", ""):
+        (folder / "tower/448").mkdir()
+    if "mlp" in changes.get("mm_projector_type", ""):
         torch.manual_seed(1)
         fresh = make_projector(config, config["mm_hidden_size"]).state_dict()
         for file in folder.glob("pytorch_model-*.bin"):

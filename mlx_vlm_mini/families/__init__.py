@@ -10,7 +10,7 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
-from . import internvl, internvl_chat, llava, llava_next, llava_original, paligemma
+from . import internvl, internvl_chat, llava, llava_next, llava_normed, llava_original, paligemma
 from .maps import Weights
 
 
@@ -55,7 +55,7 @@ def find_family(hf: Mapping[str, Any]) -> Family:
     """
     model_type = hf.get("model_type")
     if llava_original.is_original(hf):
-        return llava_original
+        return llava_normed if llava_original.has_norm(hf) else llava_original
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         what = "has no model_type" if model_type is None else f"says model_type '{model_type}'"

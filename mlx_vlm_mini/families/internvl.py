@@ -67,7 +67,11 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
         qk_norm_eps=1e-6 if values["use_qk_norm"] else None,
         post_norm=not values["use_mean_pooling"],
     )
-    decoder = text_decoder({"model_type": "qwen2", **(hf.get("text_config") or {})}, proven=("llama", "qwen2", "qwen3"))
+    decoder = text_decoder(
+        {"model_type": "qwen2", **(hf.get("text_config") or {})},
+        proven=("llama", "qwen2", "qwen3"),
+        tie_word_embeddings=hf.get("tie_word_embeddings", True),  # the class's default; a head in the files counts
+    )
     act = hf.get("projector_hidden_act", "gelu")
     return VLMConfig(
         family="internvl",

@@ -10,7 +10,7 @@ and preprocessor_config.json does not know of tiles.
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_vlm_mini.config import Prescribed, VLMConfig
+from mlx_vlm_mini.config import Prescribed, VisionConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 
 from .conversations import Conversation, chat_template
@@ -69,6 +69,18 @@ _DECODERS = {
 }  # fmt: skip
 
 
+def authors_intern_vit(hf: Mapping[str, Any], feature_layer: int) -> VisionConfig:
+    """An InternViT by its own config.json; `feature_layer` may count from the end."""
+    values = {**_VISION, **hf}
+    return intern_vit(
+        values,
+        feature_layer=feature_layer,
+        qkv_bias=values["qkv_bias"],
+        qk_norm_eps=values["layer_norm_eps"] if values["qk_normalization"] else None,
+        post_norm=False,
+    )
+
+
 def config(hf: Mapping[str, Any]) -> VLMConfig:
     name = hf.get("template")
     if not isinstance(name, str) or name not in CONVERSATIONS:
@@ -77,14 +89,7 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
     conversation, system = CONVERSATIONS[name], hf.get("system_message")
     if system is not None:
         conversation = conversation._replace(system=system)
-    values = {**_VISION, **(hf.get("vision_config") or {})}
-    tower = intern_vit(
-        values,
-        feature_layer=hf.get("select_layer", -1),
-        qkv_bias=values["qkv_bias"],
-        qk_norm_eps=values["layer_norm_eps"] if values["qk_normalization"] else None,
-        post_norm=False,
-    )
+    tower = authors_intern_vit(hf.get("vision_config") or {}, hf.get("select_layer", -1))
     text = hf.get("llm_config") or {}
     architecture = (text.get("architectures") or [None])[0]
     model_type = _DECODERS.get(architecture, text.get("model_type", architecture))

@@ -4,6 +4,9 @@ Sources: arXiv:2304.08485, arXiv:2310.03744; llava/model/{llava_arch.py,builder.
 llava/model/multimodal_{encoder,projector} of github.com/haotian-liu/LLaVA.
 
 The vision tower is a checkpoint of its own, which config.json names, unless its tensors lie in this one (assembly.py).
+InternVL 1.0 (`OpenGVLab/InternVL-Chat-ViT-6B-Vicuna-*`; internvl_chat_llava of github.com/OpenGVLab/InternVL) has an
+InternViT there; how large its images are is told by the tower's name, and its preprocessor_config.json is not read.
+
 `<image>` is no token: the text is cut there. Two things are otherwise than in the original: a prompt is never cut off
 at `tokenizer_model_max_length`, and tokens that its code would add with untrained embeddings are refused.
 """
@@ -11,26 +14,29 @@ at `tokenizer_model_max_length`, and tokens that its code would add with untrain
 import ast
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mlx_vlm_mini.anyres import Tiling, count_tokens, read_pinpoints
-from mlx_vlm_mini.config import Prescribed, ProjectorConfig, TileMerge, VLMConfig
+from mlx_vlm_mini.config import Prescribed, ProjectorConfig, TileMerge, VisionConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.preprocess import ImageSettings, preprocess
+from mlx_vlm_mini.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageSettings, preprocess
 
 from . import llava_next
 from .conversations import chat_template, choose_conversation, find_conversation
-from .maps import Weights
+from .internvl_chat import authors_intern_vit
+from .maps import Weights, intern_vit
 from .parts import clip_weights, llama_weights, text_decoder, vision_tower
 
-TOWER = "model.vision_tower.vision_tower.vision_model."
-"""What stands before the tower's names in a checkpoint that holds it."""
+TOWER = "model.vision_tower.vision_tower."
+"""What stands before the tower's names in a checkpoint that holds it; CLIP's own begin with `vision_model.`."""
 
 WEIGHTS: Weights = {
-    **clip_weights(TOWER),
+    **clip_weights(TOWER + "vision_model."),
+    **intern_vit(TOWER),
     "model.mm_projector": "projector.layers.0",
     **{f"model.mm_projector.{2 * i}": f"projector.layers.{i}" for i in range(8)},  # activations between them
     **llama_weights("model."),
@@ -41,6 +47,9 @@ WEIGHTS: Weights = {
 IMAGE_PROCESSOR = "CLIP"
 
 CHAT_TEMPLATE = ""  # config.json prescribes it
+
+INTERN_VIT = "intern_vit_6b"
+"""The `model_type` of an InternViT's config.json, whatever its size."""
 
 KNOWN_TOWERS = {  # of CLIP-L/14, by their side in pixels
     "openai/clip-vit-large-patch14": 224,
@@ -62,17 +71,26 @@ def is_original(hf: Mapping[str, Any]) -> bool:
     return isinstance(kind, str) and kind in _DECODERS and not {"mm_vision_tower", "mm_projector_type"}.isdisjoint(hf)
 
 
+def has_norm(hf: Mapping[str, Any]) -> bool:
+    """Whether a norm stands in front of the projector: its tensors have other names then (llava_normed.py)."""
+    return _projector(hf.get("mm_projector_type", "linear"))[1]
+
+
 def config(hf: Mapping[str, Any]) -> VLMConfig:
     """`vision_config`, `vision_preprocessor_config` and `conversation` are ours, of `assembly.py`."""
-    tower = vision_tower(
-        _tower(hf),
-        feature_layers=_one_of(hf, "mm_vision_select_layer", range(-100, 100), None),
-        drop_first_feature=_one_of(hf, "mm_vision_select_feature", ("patch", "cls_patch"), "patch") == "patch",
-    )
+    layer = _one_of(hf, "mm_vision_select_layer", range(-100, 100), None)
+    patches = _one_of(hf, "mm_vision_select_feature", ("patch", "cls_patch"), "patch") == "patch"
+    values = _tower(hf)
+    intern = values.get("model_type") == INTERN_VIT
+    if intern:
+        tower = replace(authors_intern_vit(values, layer), drop_first_feature=patches)
+    else:
+        tower = vision_tower(values, feature_layers=layer, drop_first_feature=patches)
     decoder = text_decoder({**hf, "model_type": _DECODERS[hf["model_type"]]})
-    shape = _one_of(hf, "image_aspect_ratio", ("square", "pad", "anyres"), "square")
+    shape = _one_of(hf, "image_aspect_ratio", ("square", "pad") if intern else ("square", "pad", "anyres"), "square")
     pinpoints = _pinpoints(hf.get("image_grid_pinpoints"), tower.image_size) if shape == "anyres" else None
     merge = _MERGES[_one_of(hf, "mm_patch_merge_type", _MERGES, "flat")]
+    num_layers, norm = _projector(hf.get("mm_projector_type", "linear"))
     marked = bool(hf.get("mm_use_im_start_end", False))
     conversation = find_conversation(hf.get("conversation") or choose_conversation(hf))
     return VLMConfig(
@@ -81,9 +99,10 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
         projector=ProjectorConfig(
             input_size=tower.feature_size,
             hidden_size=decoder.hidden_size,
-            num_layers=_projector_layers(hf.get("mm_projector_type", "linear")),
+            num_layers=num_layers,
             hidden_act="gelu",
             bias=True,
+            norm_eps=1e-5 if norm else None,
         ),
         decoder=decoder,
         image_token_id=None,
@@ -96,7 +115,7 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
             end_token=conversation.end_token,
             stop=conversation.stop,
             extra_tokens=_marks(hf) if marked else (),
-            image_processor=_image_processor(hf, tower.image_size, shape, pinpoints),
+            image_processor=_image_processor(hf, tower, shape, pinpoints),
         ),
     )
 
@@ -118,13 +137,16 @@ def _tower(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**_CLIP_L, "image_size": KNOWN_TOWERS[name]}
 
 
-def _projector_layers(kind: Any) -> int:
+def _projector(kind: Any) -> tuple[int, bool]:
+    """Its layers, and whether a norm stands before them."""
     if kind in ("linear", "identity"):
-        return int(kind == "linear")
-    match = re.fullmatch(r"mlp([1-8])x_gelu", str(kind))
+        return int(kind == "linear"), False
+    if kind == "two_mlp":
+        raise CheckpointError("config.json: mm_projector_type 'two_mlp' is of InternVL-14B's QLLaMA, not supported")
+    match = re.fullmatch(r"mlp([1-8])x_gelu(.*ln.*)?", str(kind))
     if match is None:
         raise CheckpointError(f"config.json: mm_projector_type {kind!r} is not known (linear, mlpNx_gelu, identity)")
-    return int(match[1])
+    return int(match[1]), match[2] is not None
 
 
 def _pinpoints(value: Any, tile_size: int) -> tuple[tuple[int, int], ...]:
@@ -143,10 +165,16 @@ def _marks(hf: Mapping[str, Any]) -> tuple[str, ...]:
     return ("<im_patch>",) * bool(hf.get("mm_use_im_patch_token", True)) + ("<im_start>", "<im_end>")
 
 
-def _image_processor(hf: Mapping[str, Any], side: int, shape: str, pinpoints: Any) -> dict[str, Any]:
-    """The tower's own settings, and what is done to an image before."""
-    plain = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    settings = dict(hf.get("vision_preprocessor_config") or plain)
+def _image_processor(hf: Mapping[str, Any], tower: VisionConfig, shape: str, pinpoints: Any) -> dict[str, Any]:
+    """The tower's own settings, and what is done to an image before; of an InternViT those that the authors chose."""
+    side, intern = tower.image_size, tower.resample_positions
+    if intern:  # whatever size its positions have
+        side = 448 if "448" in str(hf.get("mm_vision_tower")) else 336
+    settings: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    if intern:
+        settings |= {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+    else:
+        settings = dict(hf.get("vision_preprocessor_config") or settings)
     if shape == "pad":
         return {**settings, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
     if shape == "anyres":
@@ -160,7 +188,8 @@ def pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
 
 def image_text(config: VLMConfig, settings: ImageSettings, image_token: str, size: tuple[int, int]) -> str:
     if not isinstance(settings.tiling, Tiling) or config.tile_merge is None:
-        return image_token * config.vision.num_features
+        resampled = settings.crop_size if config.vision.resample_positions else None
+        return image_token * config.vision.features_at(resampled[0] if resampled else config.vision.image_size)
     vision, tiling = config.vision, settings.tiling
     side = vision.image_size // vision.patch_size
     return image_token * count_tokens(

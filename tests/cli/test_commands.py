@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,9 @@ def test_generate_as_json_gives_the_references_tokens():
 def test_the_same_after_conversion(tmp_path):
     result = run("convert", PLAIN, tmp_path / "out")
     assert result.exit_code == 0
-    assert result.stdout == f"{tmp_path / 'out'}: 0.8 MB from 0.8 MB, 32.00 bits per weight\n"
+    line = f"{tmp_path / 'out'}: 0.8 MB from 0.8 MB, 32.00 bits per weight, in "
+    assert re.fullmatch(re.escape(line) + r"\d+\.\d s\n", result.stdout)
+    assert result.stderr.splitlines()[0] == "part        weights  stored as  bits per weight    size"
     answer = json.loads(run("generate", tmp_path / "out", *ASK[2:], "-i", PHOTO, "--max-tokens", 10, "--json").stdout)
     assert answer["token_ids"] == expected("image")[0]
 
@@ -131,6 +134,7 @@ def test_bits_of_single_parts(tmp_path, wide):
         3,
         "--decoder-bits",
         2,
+        "--no-check",  # which finds random weights in 2 bits broken
     )
     assert run("convert", wide, tmp_path / "out", *options).exit_code == 0
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
@@ -161,10 +165,9 @@ def test_info_check_finds_what_is_broken(copy_of):
 def test_what_is_not_quantized_is_listed(tmp_path, wide):
     result = run("convert", wide, tmp_path / "out", "-q", "4")
     assert result.exit_code == 0
-    assert result.stderr.splitlines() == [
-        f"not quantized: language_model.model.layers.{i}.mlp.down_proj.weight, its width 96 is no multiple of 64"
-        for i in range(2)
-    ]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("not quantized: ")]
+    name = "language_model.model.layers.*.mlp.down_proj.weight"
+    assert lines == [f"not quantized: 2 times {name}, its width 96 is no multiple of 64"]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +185,8 @@ def test_what_is_not_quantized_is_listed(tmp_path, wide):
         (["chat", "/no/such"], "folder not found: /no/such"),
         (["info", "/no/such"], "folder not found: /no/such"),
         (["convert", "/no/such", "/tmp/never"], "folder not found: /no/such"),
-        (["convert", PLAIN, PLAIN], "exists and is not empty"),
+        (["convert", PLAIN, PLAIN.parent / "paligemma-gemma"], "exists and is not empty"),
+        (["convert", PLAIN, PLAIN], "is the source, or lies in it, or holds it"),
         (["convert", PLAIN, "/proc/no/way"], "/proc"),
     ],
 )  # fmt: skip
@@ -245,12 +249,15 @@ def test_version():
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "model.safetensors"))
 
     monkeypatch.setattr("mlx_vlm_mini.convert.conversion.write_tensors", full)
     result = run("convert", PLAIN, tmp_path / "out")
-    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and "No space left on device" in result.stderr
+    error = result.stderr.splitlines()[-1]
+    assert (
+        result.exit_code == 1 and error == f"Error: cannot write {tmp_path}/model.safetensors: No space left on device"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,6 +19,7 @@ from mlx_vlm_mini import load, stream_generate
 from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.convert.quantize import Output
+from mlx_vlm_mini.convert.work import Workplace
 from mlx_vlm_mini.convert.write import split_shards, write_tensors
 from mlx_vlm_mini.errors import CheckpointError
 
@@ -54,7 +55,7 @@ def test_names_stay_and_the_format_is_mlx(name, tmp_path):
     assert after.config == before.config
     files = {file.name for file in (tmp_path / "out").iterdir()}
     others = {file.name for file in (GOLDEN / name).iterdir() if not file.name.startswith(("model", "expected"))}
-    assert files == others | {"model.safetensors"}
+    assert files == others | {"model.safetensors", "conversion.json"}
 
 
 def test_what_is_written_mlx_reads_itself(tmp_path, wide):
@@ -71,7 +72,7 @@ def test_cast(dtype, tmp_path, wide):
     report = convert(wide, tmp_path / "out", dtype=dtype)
     types = {info.dtype for info in open_checkpoint(tmp_path / "out").tensors.values()}
     assert types == {{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]}
-    assert report.bits_per_weight == (32 if dtype == "float32" else 16)
+    assert report.preview.bits_per_weight == (32 if dtype == "float32" else 16)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == dtype
     # bfloat16 to float16 loses nothing of weights of this size, to itself and to float32 nothing at all
@@ -88,9 +89,9 @@ def test_quantized(bits, group_size, tolerance, tmp_path, wide):
     assert all(name.startswith("language_model.") for name in packed)
     assert {"language_model.model.embed_tokens", "language_model.lm_head"} <= packed
     narrow = [f"language_model.model.layers.{i}.mlp.down_proj.weight" for i in range(2)]  # width 96
-    assert [name for name, _ in report.skipped] == ([] if group_size == 32 else narrow)
-    assert all("its width 96 is no multiple of 64" in reason for _, reason in report.skipped)
-    assert report.bytes == sum(info.nbytes for info in tensors.values())
+    assert [name for name, _ in report.preview.skipped] == ([] if group_size == 32 else narrow)
+    assert all("its width 96 is no multiple of 64" in reason for _, reason in report.preview.skipped)
+    assert report.preview.bytes == sum(info.nbytes for info in tensors.values())
     settings = {"group_size": group_size, "bits": bits, "mode": "affine"}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization"] == settings
     difference = np.abs(logprobs(tmp_path / "out") - logprobs(wide)).max()
@@ -103,7 +104,7 @@ def test_quantized(bits, group_size, tolerance, tmp_path, wide):
 @pytest.mark.parametrize("bits", [2, 3, 5, 6])
 def test_every_number_of_bits(bits, tmp_path, wide):
     report = convert(wide, tmp_path / "out", bits=bits, group_size=32)
-    assert report.skipped == ()
+    assert report.preview.skipped == ()
     model, processor = load(tmp_path / "out")
     assert model.decoder.embed_tokens.bits == bits
     assert np.isfinite(np.array(model(processor("Hi", [PHOTO])))).all()
@@ -131,7 +132,7 @@ def test_parts_may_have_bits_of_their_own(tmp_path, wide):
     bits = {"vision": 8, "projector": 6, "embeddings": 8, "head": 5}
     report = convert(wide, tmp_path / "out", bits=4, group_size=32, part_bits=bits)
     fc2 = [f"vision_tower.vision_model.encoder.layers.{i}.mlp.fc2.weight" for i in range(2)]
-    assert report.skipped == tuple((name, "its width 72 is no multiple of 32") for name in fc2)
+    assert report.preview.skipped == tuple((name, "its width 72 is no multiple of 32") for name in fc2)
     model, _ = load(tmp_path / "out")
     block = model.vision.blocks[0]
     layers = block.attn.q_proj, block.mlp.fc1, model.decoder.embed_tokens, model.decoder.lm_head
@@ -146,8 +147,8 @@ def test_parts_may_have_bits_of_their_own(tmp_path, wide):
 def test_bits_per_weight_of_a_quantized_folder_counts_its_weights(tmp_path, wide):
     report = convert(wide, tmp_path / "out", bits=4, group_size=32)
     again = convert(tmp_path / "out", tmp_path / "again")
-    assert (again.weights, again.bytes) == (report.weights, report.bytes)
-    assert report.weights == sum(map(open_checkpoint(wide).num_weights, open_checkpoint(wide).tensors))
+    assert (again.preview.weights, again.preview.bytes) == (report.preview.weights, report.preview.bytes)
+    assert report.preview.weights == sum(map(open_checkpoint(wide).num_weights, open_checkpoint(wide).tensors))
 
 
 def test_a_module_with_settings_of_its_own_is_loaded_by_them(tmp_path, wide):
@@ -177,10 +178,16 @@ def test_shards(tmp_path):
         return Output(((name, "F32", (count,)),), lambda: (mx.full((count,), count, dtype=mx.float32),))
 
     outputs = [output(f"t{i}", count) for i, count in enumerate((10, 20, 100, 1, 2, 29))]
-    names = [[output.entries[0][0] for output in shard] for shard in split_shards(outputs, 130)]
+    shards = split_shards(outputs, 130)
+    names = [[output.entries[0][0] for output in shard] for shard in shards.values()]
     assert names == [["t0", "t1"], ["t2"], ["t3", "t4", "t5"]]
-    write_tensors(tmp_path, outputs, shard_limit=130)
+    with Workplace(tmp_path / "out") as work:
+        work.start({})
+        write_tensors(work, outputs, shard_limit=130)
+        work.finish()
+    tmp_path = tmp_path / "out"
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert {file.name for file in tmp_path.iterdir()} == {*shards, "model.safetensors.index.json", "conversion.json"}
     assert index["metadata"]["total_size"] == 4 * 162
     for i, count in enumerate((10, 20, 100, 1, 2, 29)):
         array = mx.load(str(tmp_path / index["weight_map"][f"t{i}"]))[f"t{i}"]
@@ -226,16 +233,13 @@ def test_a_stopped_process_leaves_no_destination(tmp_path, wide, sent):
         os.kill(process.pid, sent)
         assert process.wait(timeout=30) == (-sent if sent == signal.SIGKILL else 128 + sent)
         assert "Traceback" not in process.stderr.read()
-    left = [] if sent != signal.SIGKILL else [f".out.partial-{process.pid}"]
+    left = [] if sent != signal.SIGKILL else [".out.partial"]
     assert [file.name for file in tmp_path.iterdir()] == left
 
 
 def test_what_cannot_be_quantized_is_said(tmp_path, wide):
     with pytest.raises(CheckpointError, match="nothing in .* can be quantized in groups of 64"):
         convert(GOLDEN / "llava-clip-llama", tmp_path / "out", bits=4)
-    convert(wide, tmp_path / "four", bits=4)
-    with pytest.raises(CheckpointError, match="is already quantized"):
-        convert(tmp_path / "four", tmp_path / "eight", bits=8)
 
 
 def test_a_folder_that_could_not_answer_is_refused_before_the_work(tmp_path, copy_of):
@@ -264,3 +268,10 @@ def test_code_is_not_copied(tmp_path, copy_of):
     (folder / "modeling_evil.py").write_text("1/0")
     convert(folder, tmp_path / "out")
     assert not (tmp_path / "out" / "modeling_evil.py").exists()
+
+
+def test_conversions_share_their_streams(tmp_path, monkeypatch):
+    """Each stream of MLX is a thread that never ends."""
+    convert(GOLDEN / "llava-clip-llama", tmp_path / "first", dtype="float16")
+    monkeypatch.setattr(mx, "new_stream", None)
+    convert(GOLDEN / "llava-clip-llama", tmp_path / "second", dtype="float16")

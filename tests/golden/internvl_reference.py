@@ -240,6 +240,36 @@ def make_vision(config: dict[str, Any]) -> InternVLVisionModel:
     )
 
 
+def write_vision(model: InternVLVisionModel) -> dict[str, torch.Tensor]:
+    """Its tensors as the authors' files have them."""
+    given, found = dict(model.state_dict()), {}
+    for name, tensor in given.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            continue
+        if ".q_proj." in name:
+            tensor = torch.cat([given[name.replace(".q_proj.", f".{each}_proj.")] for each in "qkv"])
+            name = name.replace(".q_proj.", ".qkv.")
+        for theirs, ours in VISION_NAMES:
+            name = name.replace(ours, theirs)
+        found[name] = tensor
+    return found
+
+
+def read_vision(model: InternVLVisionModel, tensors: dict[str, torch.Tensor], prefix: str = "") -> None:
+    """The other way."""
+    found = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in VISION_NAMES:
+            name = name.replace(theirs, ours)
+        name = name.removeprefix(prefix)
+        if ".attention.qkv." in name:
+            for each, part in zip("qkv", tensor.chunk(3), strict=True):
+                found[name.replace(".qkv.", f".{each}_proj.")] = part
+        else:
+            found[name] = tensor
+    model.load_state_dict(found)
+
+
 def make_decoder(config: dict[str, Any]) -> nn.Module:
     if config["architectures"] == ["InternLM2ForCausalLM"]:
         return InternLM2(config)
@@ -271,34 +301,14 @@ class ChatModel(nn.Module):
 
     def names(self) -> dict[str, torch.Tensor]:
         """Its tensors as the authors' files have them."""
-        given = dict(self.state_dict())
-        found = {}
-        for name, tensor in given.items():
-            if not name.startswith("vision_model."):
-                found[name] = tensor
-                continue
-            if ".k_proj." in name or ".v_proj." in name:
-                continue
-            if ".q_proj." in name:
-                tensor = torch.cat([given[name.replace(".q_proj.", f".{each}_proj.")] for each in "qkv"])
-                name = name.replace(".q_proj.", ".qkv.")
-            for theirs, ours in VISION_NAMES:
-                name = name.replace(ours, theirs)
-            found[name] = tensor
-        return found
+        given = {name: value for name, value in self.state_dict().items() if not name.startswith("vision_model.")}
+        return given | {f"vision_model.{name}": value for name, value in write_vision(self.vision_model).items()}
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        found = {}
-        for name, tensor in tensors.items():
-            if name.startswith("vision_model."):
-                for theirs, ours in VISION_NAMES:
-                    name = name.replace(theirs, ours)
-            if ".attention.qkv." in name:
-                for each, part in zip("qkv", tensor.chunk(3), strict=True):
-                    found[name.replace(".qkv.", f".{each}_proj.")] = part
-            else:
-                found[name] = tensor
-        self.load_state_dict(found)
+        own = {name: value for name, value in tensors.items() if not name.startswith("vision_model.")}
+        read_vision(self.vision_model, {n: value for n, value in tensors.items() if n not in own}, "vision_model.")
+        missing, extra = self.load_state_dict(own, strict=False)
+        assert not extra and all(name.startswith("vision_model.") for name in missing)
 
     def shuffle(self, x: torch.Tensor) -> torch.Tensor:
         n, wide, high, channels = x.shape

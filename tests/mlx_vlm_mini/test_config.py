@@ -5,6 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from checkpoints import PHOTO, PLAIN, check_fields, edit_json
 
@@ -217,3 +219,18 @@ def test_code_named_in_a_config_never_runs(copy_of, tmp_path):
     expected = load(PLAIN)[0]
     inputs = processor("Hi", [PHOTO])
     assert (model(inputs) == expected(inputs)).all()
+
+
+@pytest.mark.parametrize(("dims", "base", "scaling"), [
+    (12, 1e4, None), (20, 1e6, None), (80, 5e5, {"rope_type": "linear", "factor": 4.0}), (128, 1e6, {"type": "dynamic", "factor": 2.0}),
+])  # fmt: skip
+def test_far_positions_turn_as_transformers_turns_them(dims, base, scaling):
+    """Its frequencies are rounded to float32, and a last bit of one moves the 3000th position's values by 1e-4 and more."""
+    text = {"head_dim": dims, "rope_theta": base, "rope_scaling": scaling, "max_position_embeddings": 4096}
+    rope = make_rope(llava.config({"text_config": text}).decoder)
+    periods = (base ** (np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)).astype(float)).astype(np.float32)
+    stretch = scaling["factor"] if scaling and "rope_type" in scaling else 1
+    turns = np.arange(3000, dtype=np.float32)[:, None] * (1 / periods / np.float32(stretch))
+    expected = np.concatenate([np.cos(turns), np.sin(turns)], axis=1)
+    x = mx.broadcast_to(mx.array([1.0] * (dims // 2) + [0.0] * (dims // 2)), (1, 1, 3000, dims))
+    np.testing.assert_allclose(np.array(rope(x))[0, 0], expected, atol=2e-6)

@@ -1,38 +1,15 @@
 """Hub names, against a stand-in of the Hub's HTTP interface on loopback."""
 
 import json
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import PHOTO, PLAIN, random_mask_decoder
-from hub import COMMIT, run_program, serve
-from reference import GOLDEN
+from hub import COMMIT
 
 from mlx_vlm_mini.mask_decoder import ADDRESS, FILE
 
 NAME, SHARDED = "tiny/llava", "tiny/llava-in-shards"
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[tuple[Any, Callable[..., subprocess.CompletedProcess[str]]]]:
-    """The stand-in, and the program run with it as its Hub and an empty cache."""
-    folder = tmp_path / "served"
-    shutil.copytree(PLAIN, folder)
-    (folder / "modeling_evil.py").write_text("1/0")
-    (folder / "pytorch_model.bin").write_bytes(b"0" * 1000)
-    with serve() as (address, kind):
-        kind.folders.update({NAME: folder, SHARDED: GOLDEN / "llava-clip-llama-layers"})
-        kind.gated.add("meta/secret")
-
-        yield kind, partial(run_program, address, tmp_path)
-
-
 ASK = ("-p", "What is in this image?", "-i", PHOTO, "--max-tokens", 10, "--json")
 
 

@@ -1,6 +1,7 @@
 """InternVL, native and as its authors write it: tiles, configs, fused tensors, conversations, options, and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import mlx.core as mx
@@ -489,3 +490,16 @@ def test_a_tokenizers_own_chat_template_is_not_used():
         or (LLAMA / "chat_template.jinja").is_file()
     )
     assert "im_start" not in text_of(load(LLAMA)[1], [said("user", SHAPES, "Hi")])
+
+
+def test_a_native_folder_without_a_head_reads_its_embeddings_as_one(tmp_path):
+    """transformers' class ties them unless config.json says otherwise, and then saves no head."""
+    shutil.copytree(NATIVE, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {name: array for name, array in mx.load(str(file)).items() if not name.endswith("lm_head.weight")}
+    mx.save_safetensors(str(file), tensors, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="lm_head"):
+        load(tmp_path / "model")
+    edit_json(tmp_path / "model" / "config.json", tie_word_embeddings=...)
+    assert load(tmp_path / "model")[0].config.decoder.tie_word_embeddings
+    assert not load(NATIVE)[0].config.decoder.tie_word_embeddings

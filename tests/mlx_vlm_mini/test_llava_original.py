@@ -8,7 +8,7 @@ import shutil
 import struct
 from dataclasses import fields
 from functools import partial
-from math import prod
+from math import erf, prod
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from mlx_vlm_mini.config import Prescribed
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.describe import describe
 from mlx_vlm_mini.errors import CheckpointError, PromptError
-from mlx_vlm_mini.families import find_family, llava, llava_original
+from mlx_vlm_mini.families import find_family, llava, llava_normed, llava_original
 from mlx_vlm_mini.families.conversations import CONVERSATIONS, chat_template, choose_conversation, find_conversation
 from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.pickled import read_pickled
@@ -39,7 +39,7 @@ from mlx_vlm_mini.prompt import ChatTemplate
 from mlx_vlm_mini.train.examples import Example, encode
 from mlx_vlm_mini.train.save import save_trained
 
-V0, V15, V16 = sorted(SPECS)
+INTERN, V0, V15, V16 = sorted(SPECS)
 
 
 # What the prompts are
@@ -121,6 +121,7 @@ NAMES = [
     ("liuhaotian/llava-v1.6-vicuna-7b", "llava_v1"), ("liuhaotian/llava-v1.6-mistral-7b", "mistral_instruct"),
     ("liuhaotian/llava-v1.6-34b", "chatml_direct"), ("/models/LLaVA-v1.5-7B/", "llava_v1"),
     ("lmms-lab/llama3-llava-next-8b", "llava_llama_3"),
+    ("work_dirs/finetune_internvit6b_448_v1_5_vicuna13b", "llava_v1"),
 ]  # fmt: skip
 
 
@@ -138,7 +139,8 @@ def test_the_prompt_of_the_folder_one_is_in(monkeypatch):
 
 def test_the_prompt_of_a_model_without_a_telling_name():
     assert choose_conversation({}, "/models/v15/mine") == "llava_v0"
-    assert choose_conversation({"image_aspect_ratio": "pad", "_name_or_path": None}, "mine") == "llava_v1"
+    for name in ("mine", *INTERN_REPOSITORIES):
+        assert choose_conversation({"image_aspect_ratio": "pad", "_name_or_path": None}, name) == "llava_v1"
 
 
 # What configs say
@@ -181,6 +183,14 @@ def test_it_is_told_from_hugging_faces(hf, family):
          {"prescribed.extra_tokens": ("<im_start>", "<im_end>")}),
         ({"conversation": "mistral_instruct"}, {"prescribed.end_token": "</s>"}),
         ({"vision_config": {"hidden_size": 64, "num_attention_heads": 4}}, {"vision.hidden_size": 64, "vision.image_size": 224}),
+        ({"mm_projector_type": "mlp2x_gelu_ln"}, {"projector.num_layers": 2, "projector.norm_eps": 1e-5}),
+        ({"mm_projector_type": "mlp3x_gelu"}, {"projector.norm_eps": None}),
+        ({"vision_config": {"model_type": "intern_vit_6b"}, "mm_vision_select_layer": -4},
+         {"vision.hidden_size": 3200, "vision.image_size": 224, "vision.num_features": 256, "vision.feature_layers": (45,),
+          "vision.resample_positions": True, "vision.blocks.norm_type": "rms_norm", "vision.blocks.qk_norm_eps": 1e-6,
+          "vision.blocks.layer_scale": True, "vision.blocks.qkv_bias": False, "vision.layer_norm_eps": 1e-6}),
+        ({"vision_config": {"model_type": "intern_vit_6b"}, "mm_vision_select_feature": "cls_patch"},
+         {"vision.num_features": 257}),
     ],
 )  # fmt: skip
 def test_what_configs_say_and_leave_out(hf, expected):
@@ -191,6 +201,10 @@ def test_what_configs_say_and_leave_out(hf, expected):
     ("hf", "message"),
     [
         ({"mm_projector_type": "qformer"}, "mm_projector_type 'qformer' is not known"),
+        ({"mm_projector_type": "two_mlp"}, "mm_projector_type 'two_mlp' is of InternVL-14B's QLLaMA, not supported"),
+        ({"mm_projector_type": "mlp2x_gelu2"}, "mm_projector_type 'mlp2x_gelu2' is not known"),
+        ({"vision_config": {"model_type": "intern_vit_6b"}, "image_aspect_ratio": "anyres"},
+         "image_aspect_ratio 'anyres' is not known .known: square, pad"),
         ({"mm_projector_type": "mlp9x_gelu"}, "mm_projector_type 'mlp9x_gelu' is not known"),
         ({"mm_projector_type": "identity"}, "features of 1024 numbers are no embeddings of 4096"),
         ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio 'anyres_max_9' is not known .known: square, pad, anyres"),
@@ -241,7 +255,7 @@ def test_a_converted_folder_stands_alone(name, tmp_path):
 def test_the_other_half_of_a_pair_of_towers_stays_where_it_is():
     tensors = open_model(GOLDEN / V15).tensors
     assert not [name for name in tensors if "text_model" in name or "logit_scale" in name]
-    assert llava_original.TOWER + "pre_layrnorm.weight" in tensors
+    assert llava_original.TOWER + "vision_model.pre_layrnorm.weight" in tensors
 
 
 def test_a_tower_given_by_hand(copy_of, tmp_path):
@@ -261,7 +275,11 @@ def test_a_tower_given_by_hand(copy_of, tmp_path):
 def test_towers_that_cannot_be_used(copy_of, tmp_path):
     folder = copy_of(V0)
     for changes, message in (
-        ({"model_type": "siglip_vision_model"}, "the vision tower is a siglip_vision_model; .* take CLIP"),
+        (
+            {"model_type": "siglip_vision_model"},
+            "is a siglip_vision_model; original LLaVA checkpoints take CLIP or InternViT",
+        ),
+        ({"model_type": "internvl", "qllama_config": {}}, "the vision tower is a internvl;"),
         ({"quantization": {"bits": 4, "group_size": 64}}, "was converted to MLX's format"),
         ({"image_size": 56}, r"position_embedding.weight has shape \[10, 48\], config.json asks for \[17, 48\]"),
     ):
@@ -749,6 +767,13 @@ REPOSITORIES = {  # config.json, whether the tower is inside, the conversation, 
 }  # fmt: skip
 
 
+INTERN_REPOSITORIES = {  # sizes, mm_vision_tower, side of images in pixels, tokens of an image
+    "InternVL-Chat-ViT-6B-Vicuna-7B": (SEVEN, "OpenGVLab/InternViT-6B-224px", 336, 576),
+    "InternVL-Chat-ViT-6B-Vicuna-13B": (THIRTEEN, "OpenGVLab/InternViT-6B-224px", 336, 576),
+    "InternVL-Chat-ViT-6B-Vicuna-13B-448px": (THIRTEEN, "OpenGVLab/InternViT-6B-448px", 448, 1024),
+}  # fmt: skip
+
+
 def write_sparse(file: Path, tensors: dict[str, tuple[int, ...]]) -> None:
     """A safetensors file of half-precision tensors that takes no room: nothing is written behind its header."""
     header, end = {}, 0
@@ -790,7 +815,7 @@ def test_every_tensor_of_a_repository_has_its_place(name, tmp_path, monkeypatch)
     assert checkpoint.config["conversation"] == conversation
     planned = plan(checkpoint)
     assert {re.sub(r"\.(weight|bias)$", "", name) for name in planned.unused} == {
-        llava_original.TOWER + "post_layernorm"
+        llava_original.TOWER + "vision_model.post_layernorm"
     }
     assert set(planned.ours.values()) | set(planned.unused) == set(checkpoint.tensors)
     own = {name: info for name, info in checkpoint.tensors.items() if not name.startswith(llava_original.TOWER)}
@@ -800,9 +825,163 @@ def test_every_tensor_of_a_repository_has_its_place(name, tmp_path, monkeypatch)
     assert vision.get("image_tokens", vision.get("max_image_tokens")) == image_tokens
 
 
+# InternViT as the tower
+
+
+def intern_vit_tensors(prefix: str, side: int) -> dict[str, tuple[int, ...]]:
+    """InternViT-6B's of 48 layers, with positions of images of `side` pixels, by families.md."""
+    C, wide = 3200, 12800
+    found: dict[str, tuple[int, ...]] = {
+        prefix + "embeddings.class_embedding": (1, 1, C), prefix + "embeddings.patch_embedding.weight": (C, 3, 14, 14),
+        prefix + "embeddings.patch_embedding.bias": (C,),
+        prefix + "embeddings.position_embedding": (1, (side // 14) ** 2 + 1, C),
+    }  # fmt: skip
+    for i in range(48):
+        layer = f"{prefix}encoder.layers.{i}."
+        found |= {f"{layer}attn.qkv.weight": (3 * C, C)} | linear(f"{layer}attn.proj", C, C)
+        found |= linear(f"{layer}mlp.fc1", wide, C) | linear(f"{layer}mlp.fc2", C, wide)
+        found |= {layer + name: (C,) for name in ("ls1", "ls2", "norm1.weight", "norm2.weight")}
+        found |= {layer + name: (C,) for name in ("attn.q_norm.weight", "attn.k_norm.weight")}
+    return found
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "beside"])
+@pytest.mark.parametrize("name", sorted(INTERN_REPOSITORIES))
+def test_every_tensor_of_internvl_1_has_its_place(name, inside, tmp_path, monkeypatch):
+    """Inside lie positions for the images' own size (issue 86 of OpenGVLab/InternVL), beside those of InternViT-6B-224px."""
+    sizes, tower_name, side, image_tokens = INTERN_REPOSITORIES[name]
+    folder = tmp_path / name
+    tower = folder / tower_name
+    tower.mkdir(parents=True)
+    C = sizes["hidden_size"]
+    (folder / "config.json").write_text(json.dumps({
+        **COMMON, **sizes, "mm_vision_tower": tower_name, "mm_hidden_size": 3200, "mm_vision_select_layer": -4,
+        "mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad",
+    }))  # fmt: skip
+    own = 448 if "448" in tower_name else 224
+    (tower / "config.json").write_text(json.dumps({"model_type": "intern_vit_6b", "image_size": own}))
+    write_sparse(tower / "model.safetensors", intern_vit_tensors("", own))
+    tensors = decoder_tensors(sizes) | linear("model.mm_projector.0", C, 3200) | linear("model.mm_projector.2", C, C)
+    tensors |= intern_vit_tensors("model.vision_tower.vision_tower.", side) if inside else {}
+    write_sparse(folder / "model.safetensors", tensors)
+    monkeypatch.setattr("mlx_vlm_mini.assembly._apply_base", lambda *_: None)
+    checkpoint = open_model(folder)
+    planned = plan(checkpoint)
+    assert set(planned.ours.values()) == set(checkpoint.tensors) and not planned.unused
+    assert planned.config.vision.image_size == (side if inside else own)
+    described = describe(folder)
+    assert (described["vision"]["image_tokens"], described["conversation"]) == (image_tokens, "llava_v1")
+    assert described["vision"]["weights"] == pytest.approx(5.91e9, rel=0.002)  # as the card of InternVL-Chat-V1-1 says
+
+
+def move_inside(folder: Path, side: int) -> None:
+    """The tower's tensors into the checkpoint, with positions resampled for images of `side` pixels."""
+    vision, file = load(folder)[0].vision, folder / "tower/model.safetensors"
+    tensors = {llava_original.TOWER + name: array for name, array in mx.load(str(file)).items()}
+    positions = vision._positions(side, side)
+    mx.eval(positions)
+    tensors[llava_original.TOWER + "embeddings.position_embedding"] = positions[None]
+    file.unlink()
+    for old in folder.glob("pytorch_model*"):
+        if old.suffix == ".bin":
+            tensors |= {name: info.read() for name, info in read_pickled(old).items()}
+        old.unlink()
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+
+
+def test_an_intern_vit_inside_has_positions_of_the_images_size(copy_of, tmp_path):
+    folder = copy_of(INTERN)
+    move_inside(folder, 336)
+    assert load(folder)[0].config.vision.num_positions == 145
+    np.testing.assert_allclose(logits(folder), logits(GOLDEN / INTERN), atol=1e-5)
+    assert describe(folder, check=True)["vision"]["image_tokens"] == 144
+    convert(folder, tmp_path / "out")
+    shutil.rmtree(folder)
+    np.testing.assert_allclose(logits(tmp_path / "out"), logits(GOLDEN / INTERN), atol=1e-4)
+
+
+def test_a_tower_of_448_pixels_is_told_by_its_name(copy_of):
+    folder = copy_of(INTERN)
+    (folder / "tower").rename(folder / "InternViT-6B-448px")
+    edit_json(folder / "config.json", mm_vision_tower="InternViT-6B-448px")
+    _, processor = load(folder)
+    prepared = processor.prepare(Image.open(PHOTO))
+    assert prepared.pixel_values.shape == (1, 448, 448, 3) and prepared.text == "<image>" * 16**2
+    assert describe(folder, check=True)["vision"]["image_tokens"] == 16**2
+
+
+def test_a_broken_intern_vit(copy_of):
+    folder = copy_of(INTERN)
+    move_inside(folder, 336)
+    file = folder / "model.safetensors"
+    for shape in ((140, 24), (24,), (1, 0, 24)):
+        tensors = dict(mx.load(str(file)))
+        tensors[llava_original.TOWER + "embeddings.position_embedding"] = mx.zeros(shape)
+        mx.save_safetensors(str(folder / "new.safetensors"), tensors, {"format": "pt"})
+        (folder / "new.safetensors").replace(file)
+        with pytest.raises(CheckpointError, match="position_embedding has shape|image_size"):
+            load(folder)
+
+
+def test_internvl_1_chats():
+    run = CliRunner().invoke
+    chatted = run(
+        main, ["chat", str(GOLDEN / INTERN), "-i", str(PHOTO), "--max-tokens", "4"], input="Hi\nMore\n/quit\n"
+    )
+    assert chatted.exit_code == 0, chatted.output
+    described = run(main, ["info", str(GOLDEN / INTERN), "--check"])
+    assert described.exit_code == 0 and "image tokens 144" in described.output
+
+
+def test_a_norm_in_front_of_the_projector(copy_of, tmp_path):
+    """Its tensors take the first number, the layers the odd ones; the arithmetic is written out here."""
+    folder = copy_of(V0)
+    edit_json(folder / "config.json", mm_projector_type="mlp2x_gelu_ln")
+    mx.random.seed(4)
+    shapes = {
+        "0.weight": (48,),
+        "0.bias": (48,),
+        "1.weight": (48, 48),
+        "1.bias": (48,),
+        "3.weight": (48, 48),
+        "3.bias": (48,),
+    }
+    new = {"model.mm_projector." + name: mx.random.normal(shape) for name, shape in shapes.items()}
+    tensors = {k: info.read() for k, info in read_pickled(folder / "pytorch_model.bin").items()}
+    for file in ("pytorch_model.bin", "mm_projector.bin"):
+        (folder / file).unlink()
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors | new, {"format": "pt"})
+    assert find_family(json.loads((folder / "config.json").read_text())) is llava_normed
+    convert(folder, tmp_path / "out")
+    x = np.random.default_rng(1).normal(size=(1, 5, 48)).astype(np.float32)
+    w = {name: np.array(new["model.mm_projector." + name], np.float64) for name in shapes}
+    centred = x - x.mean(-1, keepdims=True)
+    y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w["0.weight"] + w["0.bias"]
+    y = y @ w["1.weight"].T + w["1.bias"]
+    y = y * (1 + np.vectorize(erf)(y / 2**0.5)) / 2
+    y = y @ w["3.weight"].T + w["3.bias"]
+    for each in (folder, tmp_path / "out"):
+        np.testing.assert_allclose(np.array(load(each)[0].projector(mx.array(x))), y, rtol=1e-4, atol=1e-3)
+
+
 def test_without_a_tower_the_size_of_an_image_does_not_matter():
     """Square images are cut to their middle, as CLIP's own processor does."""
     _, processor = load(GOLDEN / V0)
     wide, square = Image.new("RGB", (200, 50), "red"), Image.new("RGB", (50, 50), "red")
     assert (processor.prepare(wide).pixel_values == processor.prepare(square).pixel_values).all()
     assert processor.prepare(wide).text == "<image>" * 9
+
+
+@pytest.mark.parametrize(("name", "file", "changes", "message"), [
+    ("llava-original-v1.5", "config.json", {"num_hidden_layers": 10**12}, "a decoder of 1000000000000 layers"),
+    ("llava-original-v1.5", "tower/config.json", {"vision_config": 1}, "vision_config must be an object, not 1"),
+    ("llava-original-v1.6-mistral", "config.json", {"mm_vision_tower": []}, "names no vision tower"),
+    ("llava-original-v1.5", "tower/preprocessor_config.json", {"size": 10**12}, "cannot be made ready"),
+    ("llava-original-v1.5", "tower/preprocessor_config.json", {"crop_size": 10**12}, "a crop of 10.* too large"),
+    ("paligemma2-gemma2", "config.json", {"image_token_index": 10**12}, "the tokenizer does not have"),
+])  # fmt: skip
+def test_numbers_beyond_all_measure_are_named(name, file, changes, message, copy_of):
+    folder = copy_of(name)
+    edit_json(folder / file, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)[1]([PHOTO, "What?"])

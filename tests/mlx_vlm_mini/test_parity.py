@@ -39,7 +39,9 @@ def test_inputs_equal_the_reference(golden, case):
     inputs = processor(with_paths(CASES[case]))
     np.testing.assert_array_equal(np.array(inputs.input_ids[0]), expected[f"{case}/prompt_ids"])
     if f"{case}/pixel_values" in expected:
-        np.testing.assert_allclose(np.array(inputs.pixel_values), expected[f"{case}/pixel_values"], atol=1e-5)
+        pixels, kept = np.array(inputs.pixel_values), expected[f"{case}/pixel_values"]
+        step = pixels.shape[1] // kept.shape[1]
+        np.testing.assert_allclose(pixels[:, ::step, ::step], kept, atol=1e-5)
     else:
         assert inputs.pixel_values is None
 

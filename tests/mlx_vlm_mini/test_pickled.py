@@ -1,17 +1,16 @@
 """PyTorch's `.bin` files: every form of tensor, and no form of code."""
 
 import collections
-import io
 import json
 import os
 import pickle
 import zipfile
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import PHOTO, PLAIN
+from pickles import REBUILD, Call, Name, archive, tensor, write_bin
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
@@ -30,70 +29,6 @@ def test_what_torch_wrote():
             np.testing.assert_array_equal(np.array(own.astype(mx.float32)), array, name)
     types = {name: tensors[name].dtype for name in ("whole", "bfloat16", "float16", "int64", "uint8", "bool")}
     assert list(types.values()) == ["F32", "BF16", "F16", "I64", "U8", "BOOL"]
-
-
-class Name:
-    """Pickled as a reference to `module.name`, as torch's pickles hold them."""
-
-    def __init__(self, module: str, name: str) -> None:
-        self.module, self.name = module, name
-
-
-class Call:
-    """Pickled as a call."""
-
-    def __init__(self, function: object, *arguments: object) -> None:
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return self.function, self.arguments  # type: ignore[return-value]
-
-
-class Storage:
-    def __init__(self, kind: str, key: str, size: int) -> None:
-        self.kind, self.key, self.size = kind, key, size
-
-
-class Pickler(pickle._Pickler):  # the one in Python can write names that are not importable here
-    dispatch = pickle._Pickler.dispatch.copy()
-
-    def save(self, obj: object, save_persistent_id: bool = True) -> None:
-        if isinstance(obj, Name):
-            self.write(b"c" + f"{obj.module}\n{obj.name}\n".encode())
-        elif isinstance(obj, Call) and isinstance(obj.function, Name):
-            self.save(obj.function)
-            super().save(obj.arguments)
-            self.write(pickle.REDUCE)
-        else:
-            super().save(obj, save_persistent_id)
-
-    def persistent_id(self, obj: object) -> object:
-        if isinstance(obj, Storage):
-            return ("storage", Name("torch", obj.kind), obj.key, "cpu", obj.size)
-        return None
-
-
-REBUILD = Name("torch._utils", "_rebuild_tensor_v2")
-
-
-def tensor(
-    *, key: str = "0", size: int = 4, offset: object = 0, shape: object = (2, 2), strides: object = (2, 1)
-) -> Call:
-    return Call(REBUILD, Storage("FloatStorage", key, size), offset, shape, strides, False, collections.OrderedDict())
-
-
-def archive(
-    file: Path, content: object, storages: dict[str, bytes] | None = None, compress: int = zipfile.ZIP_STORED
-) -> Path:
-    stream = io.BytesIO()
-    Pickler(stream, 2).dump(content)
-    with zipfile.ZipFile(file, "w", compress) as written:
-        written.writestr("archive/data.pkl", stream.getvalue())
-        for key, data in (
-            storages if storages is not None else {"0": np.arange(4, dtype=np.float32).tobytes()}
-        ).items():
-            written.writestr(f"archive/data/{key}", data)
-    return file
 
 
 def test_what_this_file_writes_is_read(tmp_path):
@@ -178,12 +113,7 @@ def test_a_checkpoint_that_has_nothing_else(copy_of, shards):
     files = ["pytorch_model.bin"] if shards == 1 else [f"pytorch_model-0000{i + 1}-of-00002.bin" for i in range(2)]
     for i, file in enumerate(files):
         chosen = names[i::shards]
-        content = {}
-        for key, name in enumerate(chosen):
-            array = tensors[name]
-            strides = tuple(stride // 4 for stride in array.strides)
-            content[name] = tensor(key=str(key), size=array.size, shape=array.shape, strides=strides)
-        archive(folder / file, content, {str(key): tensors[name].tobytes() for key, name in enumerate(chosen)})
+        write_bin(folder / file, {name: tensors[name] for name in chosen})
     if shards > 1:
         index = {"weight_map": {name: files[i % 2] for i, name in enumerate(names)}}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))

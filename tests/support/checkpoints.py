@@ -1,11 +1,20 @@
 """Where the golden checkpoints are, and small things that tests do to them."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from reference import GOLDEN
+
+from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.families import find_family
+from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.model import VLM
 
 PHOTO, SHAPES = GOLDEN / "photo.jpg", GOLDEN / "shapes.png"
 PLAIN = GOLDEN / "llava-clip-llama"
@@ -40,6 +49,58 @@ def with_paths(messages: list[dict[str, Any]], folder: Path = GOLDEN) -> list[di
         ]}
         for message in messages
     ]  # fmt: skip
+
+
+WAYS: dict[str, dict[str, Any]] = {  # of `convert`, to be compared with mlx-vlm's reading
+    "float32": {},
+    "4 bits": {"bits": 4, "group_size": 32},
+    "bits of each part": {
+        "bits": 4, "group_size": 32, "part_bits": {"vision": 8, "projector": 8, "embeddings": 6, "head": 8},
+    },
+    "mxfp4": {"mode": "mxfp4"},
+    "nvfp4": {"mode": "nvfp4"},
+}  # fmt: skip
+
+
+WIDE: dict[str, dict[str, Any]] = {  # changes to a golden's config.json
+    "llava-clip-llama": {
+        "text_config": {
+            "hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        },
+        "vision_config": {"hidden_size": 96, "intermediate_size": 72},
+    },
+    "paligemma-gemma": {
+        "hidden_size": 128, "projection_dim": 128,
+        "text_config": {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32},
+        "vision_config": {"hidden_size": 80, "intermediate_size": 96, "projection_dim": 128},
+    },
+}  # fmt: skip
+
+
+def make_wide(name: str, folder: Path) -> Path:
+    """A golden's wider sister: random bfloat16 tensors in torch's layout, by the golden's names."""
+    shutil.copytree(GOLDEN / name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for key, change in WIDE[name].items():
+        config[key] = {**config[key], **change} if isinstance(change, dict) else change
+    (folder / "config.json").write_text(json.dumps(config))
+    planned = plan(open_checkpoint(GOLDEN / name))
+    names = planned.ours
+    model = VLM(find_family(config).config(config))
+    mx.random.seed(11)
+    arrays = {}
+    for ours, array in tree_flatten(model.parameters()):
+        value = mx.random.normal(array.shape) * (0.3 if array.ndim == 1 else array.shape[-1] ** -0.5)
+        value = value + (1 if "norm" in ours and ours.endswith("weight") else 0)
+        arrays[ours] = mx.contiguous(value.transpose(0, 3, 1, 2) if value.ndim == 4 else value).astype(mx.bfloat16)
+    # A last block whose output nothing reads is in the file all the same.
+    tensors = {
+        theirs: arrays.get(ours, arrays.get(re.sub(r"\d+", "1", ours, count=1))) for ours, theirs in names.items()
+    }
+    for theirs in planned.unused:  # the last norm of CLIP, which LLaVA does not read
+        tensors[theirs] = mx.ones(config["vision_config"]["hidden_size"], dtype=mx.bfloat16)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+    return folder
 
 
 def random_mask_decoder(file: Path) -> dict[str, np.ndarray]:

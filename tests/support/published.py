@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_vlm_mini.anyres import count_tokens
 from mlx_vlm_mini.checkpoint import Checkpoint, TensorInfo
 from mlx_vlm_mini.config import VLMConfig
-from mlx_vlm_mini.convert.quantize import choose, plan_outputs
+from mlx_vlm_mini.convert.quantize import choose, plan_outputs, spread
 from mlx_vlm_mini.families import find_family
 from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.model import VLM
@@ -148,7 +148,9 @@ def table() -> str:
         "# Published models, by the numbers\n",
         "Weights of each part, embeddings that an image takes in the prompt, and bytes of the tensors: in bfloat16, and",
         "after `convert -q 8` and `-q 4`, which quantize the decoder and leave the rest in bfloat16. Written by `python",
-        "tests/support/published.py` from the shapes that config.json asks for; `mix` models have those of `pt` ones.\n",
+        "tests/support/published.py` from the shapes that config.json asks for; `mix` models have those of `pt` ones. The",
+        "authors' own repositories (`liuhaotian/*`) hold the same towers, the vision one often elsewhere, and a vocabulary",
+        "without spare rows. InternVL's sizes are in the README, by tests/test_reference_internvl.py.\n",
         "| model | vision | projector | decoder | image tokens | bfloat16 | 8 bits | 4 bits |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -161,7 +163,7 @@ def table() -> str:
             counts[part if part in counts else "projector"] += checkpoint.num_weights(theirs)
         sizes = [sum(info.nbytes for info in checkpoint.tensors.values())]
         for bits in (8, 4):
-            outputs, _, skipped = plan_outputs(planned, choose(bits, 64, "affine", {}), None)
+            outputs, _, skipped = plan_outputs(planned, spread(planned, choose(bits, 64, "affine", {})), None)
             assert not skipped
             sizes.append(sum(output.nbytes for output in outputs))
         cells = [f"`{name}`", *(f"{count / 1e6:,.1f} M" for count in counts.values()), image_tokens(planned.config)]
