@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 
 
 def use_openblas() -> bool:
@@ -23,8 +24,19 @@ def use_openblas() -> bool:
     return True
 
 
-def use_one_thread() -> None:
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
     """Let each product run on the thread that asks for it: for those who compute on several threads themselves."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL).openblas_set_num_threads(1)
+    try:
+        library = ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL) if sys.platform == "linux" else None
+        before = None if library is None else library.openblas_get_num_threads()
+    except (OSError, AttributeError):
+        library = before = None
+    if library is None:
+        yield
+        return
+    library.openblas_set_num_threads(1)
+    try:
+        yield
+    finally:
+        library.openblas_set_num_threads(before)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,7 +22,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_vlm_mini.blas import use_one_thread
+from mlx_vlm_mini.blas import one_thread
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
@@ -74,6 +75,7 @@ class Progress:
     Attributes:
         loss: mean negative log-likelihood of the assistant's tokens in this step.
         valid_loss: the same on the validation examples, where they were just measured.
+        valid_right: share of their answers of which every token is the likeliest one behind those before it.
         tokens_per_s: tokens read since the run began or went on, images' included, padding not.
         left_s: seconds to the end at this rate.
     """
@@ -82,23 +84,46 @@ class Progress:
     steps: int
     loss: float
     valid_loss: float | None
+    valid_right: float | None
     tokens_per_s: float
     left_s: float
+
+
+def batch_logits(model: VLM, input_ids: mx.array, features_at: mx.array, pixel_values: mx.array) -> mx.array:
+    """float32[B, L, vocabulary]: what the model expects behind each token of a batch; see `Batch`."""
+    embeddings = model.decoder.embed(input_ids)
+    if pixel_values.shape[0]:
+        features = model.projector(model.vision(pixel_values))
+        features = features.reshape(-1, features.shape[-1])
+        embeddings = mx.where((features_at >= 0)[..., None], features[mx.maximum(features_at, 0)], embeddings)
+    return model.decoder.logits(model.decoder(embeddings)).astype(mx.float32)
 
 
 def batch_loss(
     model: VLM, input_ids: mx.array, targets: mx.array, features_at: mx.array, pixel_values: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Negative log-likelihood of a batch's targets, summed, and their number; see `Batch`."""
-    embeddings = model.decoder.embed(input_ids)
-    if pixel_values.shape[0]:
-        features = model.projector(model.vision(pixel_values))
-        features = features.reshape(-1, features.shape[-1])
-        embeddings = mx.where((features_at >= 0)[..., None], features[mx.maximum(features_at, 0)], embeddings)
-    logits = model.decoder.logits(model.decoder(embeddings)).astype(mx.float32)
+    return _targets_loss(batch_logits(model, input_ids, features_at, pixel_values), targets)
+
+
+def _targets_loss(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     counted = targets >= 0
     losses = nn.losses.cross_entropy(logits, mx.maximum(targets, 0))
     return (losses * counted).sum(), counted.sum()
+
+
+def answers_right(targets: np.ndarray, likeliest: np.ndarray) -> tuple[int, int]:
+    """How many answers have every token as the likeliest one, and how many there are.
+
+    Args:
+        targets: int32[B, L] of a `Batch`; each run of tokens is an answer.
+        likeliest: int32[B, L], the token that the model finds the likeliest there.
+    """
+    inside = (targets >= 0).ravel()  # the last place of a row is never inside
+    answer = np.cumsum(inside & ~np.concatenate([[False], inside[:-1]])) - 1
+    wrong = answer[inside & (targets != likeliest).ravel()]
+    count = int(answer[-1]) + 1
+    return count - len(np.unique(wrong)), count
 
 
 def order(step: int, count: int, size: int, seed: int) -> list[int]:
@@ -143,11 +168,7 @@ class Trainer:
         self.optimizer = _optimizer(settings)
         self.optimizer.init(model.trainable_parameters())
         self._tokens = 0
-        # On a CPU a stream is a thread, and most of a step is no matrix product: so one stream a core, its BLAS alone.
-        on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        self._streams = [mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1)] if on_cpu else []
-        if len(self._streams) > 1:
-            use_one_thread()
+        self._streams = _core_streams() if mx.default_device().type == mx.DeviceType.cpu else ()
         self._gradients, self._update = self._compile()
         self._resume()
 
@@ -173,7 +194,8 @@ class Trainer:
     def run(self) -> Iterator[Progress]:
         """Train to the end, from the last checkpoint on; yields after each step."""
         begin, first = time.perf_counter(), self.step
-        with ThreadPoolExecutor(1) as loader:  # the next batches are opened and encoded while this step computes
+        alone = one_thread() if self._streams else nullcontext()
+        with alone, ThreadPoolExecutor(1) as loader:  # the next batches are opened and encoded while this step computes
             waiting = loader.submit(self._batches, self.step)
             while self.step < self.settings.steps:
                 batches = waiting.result()
@@ -182,25 +204,32 @@ class Trainer:
                 loss = self._train(batches)
                 self.step += 1
                 due = self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps
-                valid_loss = self.validate() if due and self.valid else None
+                valid_loss, valid_right = self.validate() if due and self.valid else (None, None)
                 elapsed = time.perf_counter() - begin
                 left = elapsed / (self.step - first) * (self.settings.steps - self.step)
-                progress = Progress(self.step, self.settings.steps, loss, valid_loss, self._tokens / elapsed, left)
+                progress = Progress(
+                    self.step, self.settings.steps, loss, valid_loss, valid_right, self._tokens / elapsed, left
+                )
+                line = {"step": self.step, "loss": loss, "valid_loss": valid_loss, "valid_right": valid_right}
                 with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-                    log.write(json.dumps({"step": self.step, "loss": loss, "valid_loss": valid_loss}) + "\n")
+                    log.write(json.dumps(line) + "\n")
                 if due:
                     self._save()
                 yield progress
 
-    def validate(self) -> float:
-        """Mean negative log-likelihood of the assistant's tokens in the validation examples."""
+    def validate(self) -> tuple[float, float]:
+        """On the validation examples `valid_loss` and `valid_right` of `Progress`."""
         size = self.settings.batch_size
-        total, count = 0.0, 0
+        total, count, right, answers = 0.0, 0, 0, 0
         for start in range(0, len(self.valid), size):
-            loss, tokens = batch_loss(self.model, *self._batch(self.valid[start : start + size]).arrays)
+            ids, targets, *rest = self._batch(self.valid[start : start + size]).arrays
+            logits = batch_logits(self.model, ids, *rest)
+            loss, tokens = _targets_loss(logits, targets)
             total += cast(float, loss.item())
             count += cast(int, tokens.item())
-        return total / max(count, 1)
+            found = answers_right(np.array(targets), np.array(logits.argmax(-1)))
+            right, answers = right + found[0], answers + found[1]
+        return total / max(count, 1), right / max(answers, 1)
 
     def _batches(self, step: int) -> list[Batch]:
         settings = self.settings
@@ -266,6 +295,12 @@ class Trainer:
         self._gradients, self._update = self._compile()
         log = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[: self.step]
         (self.folder / "log.jsonl").write_text("".join(line + "\n" for line in log), encoding="utf-8")
+
+
+@cache
+def _core_streams() -> tuple[mx.Stream, ...]:
+    """A stream for each core of a CPU: each is a thread (which never ends), and much of a step is no matrix product."""
+    return tuple(mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1))
 
 
 def choose_trainable(model: VLM, settings: Settings) -> None:

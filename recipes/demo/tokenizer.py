@@ -1,6 +1,6 @@
 """Make the tokenizer of the demonstration model: byte-level BPE over the words of its questions and answers.
 
-    python recipes/demo/tokenizer.py SCENES_JSONL FOLDER
+python recipes/demo/tokenizer.py SCENES_JSONL FOLDER
 """
 
 import json
