@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_vlm_mini import bundled
+
 from .options import loading_options, model_argument, sampling_options
 from .status import Status
 
@@ -35,7 +37,7 @@ HELP = """\
 @sampling_options
 @loading_options
 def command(
-    model: str | None,
+    model: str,
     images: tuple[str, ...],
     system: str | None,
     loading: dict[str, Any],
@@ -43,7 +45,8 @@ def command(
 ) -> None:
     """Talk with MODEL about images, in turns.
 
-    MODEL is a checkpoint folder or a name on the Hugging Face Hub.
+    MODEL is a checkpoint folder or a name on the Hugging Face Hub; without it, a small demonstration model answers that
+    comes with the program.
 
     \b
     Example:
@@ -56,6 +59,8 @@ def command(
     with Status() as status:
         status.show(f"loading {model}")
         vlm, processor = load(model, **loading)
+    if bundled.is_bundled(model):
+        click.echo(bundled.NOTICE, err=True)
     chat = Chat(vlm, processor, system=system, **options)
     _converse(chat, [processor.prepare(image) for image in opened])
 

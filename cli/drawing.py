@@ -47,12 +47,12 @@ def check_drawing(file: Path | None, mask_decoder: str | None, images: Sequence[
         raise click.UsageError(f"--draw would overwrite the image itself: give another name than {file}")
 
 
-def find_mask_decoder(given: str | None, model: str | None) -> "MaskDecoder | None":
+def find_mask_decoder(given: str | None, model: str) -> "MaskDecoder | None":
     """The mask decoder of a path or an address, or of the model's own folder, where there is one."""
     from mlx_vlm_mini.mask_decoder import FILE, load_mask_decoder
 
-    beside = Path(model or ".") / FILE
-    if given is None and (model is None or not beside.is_file()):
+    beside = Path(model) / FILE
+    if given is None and not beside.is_file():
         return None
     return load_mask_decoder(given or beside)
 

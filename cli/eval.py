@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from .options import loading_options
+from .options import loading_options, model_argument
 from .status import Status
 
 
 @click.command("eval")
-@click.argument("model", metavar="MODEL")
+@model_argument
 @click.option(
     "--data", required=True, type=click.Path(path_type=Path), help="JSONL of conversations, each with its `kind`."
 )

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def command(
     ctx: click.Context,
     /,
-    model: str | None,
+    model: str,
     prompt: str,
     images: tuple[str, ...],
     system: str | None,

@@ -4,11 +4,11 @@ import json
 
 import click
 
-from .options import original_options
+from .options import model_argument, original_options
 
 
 @click.command("info")
-@click.argument("model", metavar="MODEL")
+@model_argument
 @click.option("--check", is_flag=True, help="Check names and shapes of all tensors, and the other files, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")

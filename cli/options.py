@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from mlx_vlm_mini import bundled
+
 DTYPES = click.Choice(["float32", "float16", "bfloat16"])
 
 
@@ -25,7 +27,7 @@ def original_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def model_argument(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.argument("model", metavar="[MODEL]", required=False)(function)
+    return click.argument("model", metavar="[MODEL]", default=bundled.NAME)(function)
 
 
 def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""A model's name -> a folder on this machine: a folder's path, or a Hub name, downloaded once and then cached."""
+"""A model's name -> a folder here: a path, a Hub name, downloaded once and then cached, or the bundled model."""
 
 import hashlib
 import os
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
+from . import bundled
 from .checkpoint import Header, TensorInfo, check_dtype, find_tensor_files
 from .errors import CheckpointError
 from .pickled import read_pickled
@@ -77,13 +78,15 @@ def find_folder(name: str | Path, *, revision: str | None = None, weights: bool 
     """The folder of a checkpoint; a Hub name is downloaded (only files of the kinds that are read here).
 
     Args:
-        name: a path, or a Hub name such as "llava-hf/llava-1.5-7b-hf".
+        name: a path, a Hub name such as "llava-hf/llava-1.5-7b-hf", or "demo".
         revision: branch, tag or commit on the Hub.
         weights: whether the tensors are needed, or only the small files.
 
     Raises:
         CheckpointError: there is no such folder, or the Hub does not give it, or a file arrives damaged.
     """
+    if bundled.is_bundled(name):
+        return bundled.FOLDER
     if isinstance(name, Path) or not is_hub_name(name):
         return expand_user(name)
     with _hub_errors(name, revision):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from . import bundled
 from .assembly import open_model
 from .checkpoint import DTYPES, Checkpoint, read_json
 from .config import VLMConfig
@@ -159,7 +160,7 @@ def compute_dtype(plan: Plan) -> mx.Dtype:
 
 
 def load(
-    name: str | Path | None = None,
+    name: str | Path = bundled.NAME,
     *,
     revision: str | None = None,
     dtype: DTypeName | None = None,
@@ -171,7 +172,8 @@ def load(
     """Load a model and its processor.
 
     Args:
-        name: a checkpoint folder, or a name on the Hugging Face Hub such as "llava-hf/llava-1.5-7b-hf".
+        name: a checkpoint folder, or a name on the Hugging Face Hub such as "llava-hf/llava-1.5-7b-hf"; by default the
+            small demonstration model that comes with the package.
         revision: branch, tag or commit on the Hub.
         dtype: type to compute in; by default the checkpoint's on a GPU and float32 on a CPU.
         min_tiles, max_tiles: tiles of an image, without its thumbnail, in families that cut one into a grid of its
@@ -185,8 +187,6 @@ def load(
     Raises:
         CheckpointError: the checkpoint cannot be found, read or understood.
     """
-    if name is None:
-        raise CheckpointError("this version bundles no model: name a checkpoint folder or a Hub model")
     checkpoint = open_model(name, revision=revision, vision_tower=vision_tower, conversation=conversation)
     planned = plan(checkpoint)
     if dtype == "float16" and not planned.config.decoder.scales.fits_float16:

@@ -112,7 +112,7 @@ def compose(
 
 
 def _places(side: int, shape: tuple[int, ...]) -> mx.array:
-    """Fresh positions of a square grid of patches: sines and cosines of their rows and of their columns, as large as what
+    """Fresh positions of a square grid of patches: sines and cosines of rows and of columns, as large as what
     patches look like, from which a tower learns places sooner than from small noise (arXiv:2205.01580). Rows before
     the grid's, a class token's, are noise.
     """
