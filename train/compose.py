@@ -97,6 +97,7 @@ def compose(
         model = VLM(replace(understood, vision=whole))  # with the blocks behind the last one read, too
         ours = dict(tree_flatten(model.parameters()))
         ours["vision.pos_embed"] = _places(whole.image_size // whole.patch_size, ours["vision.pos_embed"].shape)
+        ours["vision.patch_embed.weight"] = _waves(whole.patch_size, whole.hidden_size)
         width = whole.hidden_size
         tensors = {f"{_NORM}.weight": mx.ones(width), f"{_NORM}.bias": mx.zeros(width)}
         tensors |= {f"{_NORM}.{part}": array for part, array in _fill(ours, tower, _VISION_NAMES, vocab_size).items()}
@@ -105,6 +106,14 @@ def compose(
         save_tensors(destination / "model.safetensors", tensors, dtype)
         given = None if Path(vision).suffix == ".json" else tower.folder
         _write_image_settings(given, whole.image_size, clip, destination)
+        for_others = {  # who make one `<image>` as many tokens as the tower gives features
+            "processor_class": "LlavaProcessor",
+            "patch_size": whole.patch_size,
+            "num_additional_image_tokens": int(clip),
+            "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+            "image_token": IMAGE_TOKEN,
+        }
+        (destination / "processor_config.json").write_text(json.dumps(for_others, indent=2), encoding="utf-8")
         plan(open_checkpoint(destination))
     except BaseException:
         shutil.rmtree(destination, ignore_errors=True)
@@ -124,6 +133,21 @@ def _places(side: int, shape: tuple[int, ...]) -> mx.array:
     places = 0.02 * np.array(mx.random.normal(shape))
     places[rows - side * side :, : grid.shape[1]] = grid
     return mx.array(places, dtype=mx.float32)
+
+
+def _waves(side: int, width: int) -> mx.array:
+    """A fresh patch embedding, float32[width, side, side, 3]: each colour's lowest two-dimensional cosines, the
+    larger the higher their frequency, of which pictures hold the less; so edges count beside a patch's mean colour
+    from the first step on, which under random filters they do not.
+    """
+    places = (np.arange(side) + 0.5) * np.pi / side
+    pairs = sorted(((u, v) for u in range(side) for v in range(side)), key=lambda pair: (pair[0] + pair[1], pair))
+    filters = np.zeros((width, side, side, 3))
+    for number in range(min(width, 3 * side * side)):
+        (u, v), color = pairs[number // 3], number % 3
+        wave = np.outer(np.cos(u * places), np.cos(v * places))
+        filters[number, :, :, color] = wave / np.linalg.norm(wave) * 2 * (1 + u + v) / side
+    return mx.array(filters, dtype=mx.float32)
 
 
 def _open_part(name: str | Path) -> Checkpoint:
