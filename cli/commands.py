@@ -1,0 +1,346 @@
+"""What is typed into a conversation: messages with pictures, and commands that begin with a slash."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_vlm_mini.errors import ImageError, PromptError
+
+from .line import Mention, is_picture, parse_line, read_path, strip_edges
+from .look import Look
+from .status import Status, cost_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mlx_vlm_mini import Chat
+    from mlx_vlm_mini.stream import Chunk, Stats
+
+COMMANDS = {  # name: what may follow, what it does
+    "/image": ("PATH", "show a picture with your next message (a URL works too); @PATH in a message does the same"),
+    "/paste": ("", "show the picture on the clipboard with your next message"),
+    "/system": ("[TEXT]", "the system message: show it, set it, or remove it with /system off"),
+    "/set": ("[NAME VALUE]", "settings of answers: list them, or change one: /set temperature 0.7"),
+    "/model": ("[MODEL]", "which model this is, or go on with another one"),
+    "/retry": ("", "another answer to your last message"),
+    "/edit": ("[TEXT]", "say your last message differently"),
+    "/undo": ("", "take back your last message and its answer"),
+    "/fork": ("", "try something: /back returns to this point"),
+    "/back": ("", "return to the last /fork"),
+    "/save": ("FILE", "write the conversation to a file"),
+    "/load": ("FILE", "go on with a conversation from a file"),
+    "/stats": ("", "what the last answer and the conversation cost"),
+    "/clear": ("", "forget the conversation"),
+    "/help": ("", "this list"),
+    "/quit": ("", "leave (so does Ctrl-D); Ctrl-C ends an answer"),
+}
+RETRY_TEMPERATURE = 0.7
+
+
+class Session:
+    """A conversation and what its user can do to it.
+
+    Attributes:
+        waiting: parts that come before the next message: its pictures.
+        ask: edits a text; None where there is no editor.
+    """
+
+    def __init__(
+        self,
+        chat: "Chat",
+        model: str | None,
+        *,
+        look: Look,
+        settings: Mapping[str, click.Option],
+        load: Callable[[str], tuple[Any, Any]],
+    ) -> None:
+        """
+        Args:
+            model: its name.
+            settings: what `/set` knows, each with its type.
+            load: another model and its processor, by name.
+        """
+        self.chat = chat
+        self.model = model
+        self.waiting: list[dict[str, Any]] = []
+        self.ask: Callable[[str], str] | None = None
+        self._look = look
+        self._settings = settings
+        self._load = load
+        self._forks: list[Chat] = []
+        self._retries = 0
+        self._last: Stats | None = None
+
+    def take(self, line: str) -> bool:
+        """Do what a line says; false when that is to leave.
+
+        Raises:
+            VLMError: it cannot be done; the conversation is as it was.
+        """
+        line = line.strip()
+        name, _, rest = line.partition(" ")
+        if name == "/quit":
+            return False
+        if name in COMMANDS:
+            getattr(self, f"_{name[1:]}")(rest.strip())
+        elif line.startswith("//"):  # a message that begins with a slash
+            self._say(line[1:])
+        elif line.startswith("/") and not isinstance(parse_line(line)[0], Mention):
+            if "/" in name[1:] and is_picture(name):
+                raise ImageError(f"image not found: {name}")
+            self._look.note(f"unknown command {name}; /help lists them, // begins a message with a slash")
+        elif line:
+            self._say(line)
+        return True
+
+    def show_picture(self, source: Any, name: str) -> dict[str, Any]:
+        """Open a picture, show it, and give the part of a message that holds it."""
+        from mlx_vlm_mini.image import open_image
+
+        self._look.show(open_image(source), name)
+        return {"type": "image", "image": source}
+
+    def _say(self, line: str) -> None:
+        self._retries = 0
+        parts = [*self.waiting, *self._parts(line)]
+        self._answer(lambda **options: self.chat.send(parts, **options))
+        self.waiting.clear()
+
+    def _parts(self, line: str) -> list[Any]:
+        """A line as parts of a message, its pictures opened."""
+        return [
+            self.show_picture(read_source(part.source), part.source)
+            if isinstance(part, Mention)
+            else {"type": "text", "text": part}
+            for part in strip_edges(parse_line(line))
+        ]
+
+    def _answer(self, begin: Callable[..., Iterator["Chunk"]], **options: Any) -> None:
+        self._last = None
+        with Status(plain=self._look.plain) as status, self._look.answer() as answer:
+            status.show("reading the prompt")
+            try:
+                with closing(begin(progress=status.prefill, **options)) as chunks:  # type: ignore[type-var]
+                    for chunk in chunks:
+                        status.clear()
+                        answer.write(chunk.text)
+                        self._last = chunk.stats
+            except KeyboardInterrupt:
+                status.clear()
+                click.echo(" [stopped]", nl=False, err=True)
+        click.echo()
+        if self._last is not None and self._look.costs:
+            self._look.note(cost_of(self._last))
+
+    def _image(self, path: str) -> None:
+        if not path:
+            raise ImageError("/image needs a path or a URL")
+        source = read_source(read_path(path))
+        self._wait(self.show_picture(source, str(source)))
+
+    def _paste(self, _: str) -> None:
+        self._wait(self.show_picture(clipboard_picture(), "the clipboard"))
+
+    def _wait(self, part: dict[str, Any]) -> None:
+        self.waiting.append(part)
+        number = len(self.waiting)
+        click.echo(f"{number} image{'s' if number > 1 else ''} will be shown with your next message.", err=True)
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.chat.system = None if text == "off" else text
+        shown = self.chat.system
+        self._look.note("no system message" if shown is None else f"system message: {shown}")
+
+    def _set(self, text: str) -> None:
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise PromptError(f"/set: {str(error).lower()}") from None
+        if not words:
+            for name, value in self.settings().items():
+                self._look.note(f"{name:<20} {value}")
+            return
+        name, values = words[0].replace("-", "_"), words[1:]
+        if name not in self._settings:
+            raise PromptError(f"there is no setting '{words[0]}': /set lists them")
+        if values:
+            self.chat.options[name] = self._value(name, values)
+        self._look.note(f"{name} {self.settings()[name]}")
+
+    def _value(self, name: str, values: list[str]) -> Any:
+        """A setting's value as the option of the command line takes it; `none` is its default."""
+        from mlx_vlm_mini.stream import Options
+
+        parameter = self._settings[name]
+        if values == ["none"]:
+            return defaults()[name]
+        if not parameter.multiple and len(values) > 1:
+            raise PromptError(f"{name} is one value, not {len(values)}")
+        context = click.Context(click.Command("set"))
+        try:
+            value = parameter.type_cast_value(context, values if parameter.multiple else values[0])
+        except click.BadParameter as error:
+            raise PromptError(f"{name}: {error.message}") from None
+        Options(**{name: value})  # raises at what the option lets through: not a number, say
+        return value
+
+    def settings(self) -> dict[str, str]:
+        """What `/set` knows, and what each is now."""
+        now = {name: self.chat.options.get(name, defaults()[name]) for name in self._settings}
+        return {
+            name: "none" if value in (None, ()) else shlex.join(value) if isinstance(value, tuple) else str(value)
+            for name, value in now.items()
+        }
+
+    def _retry(self, _: str) -> None:
+        """Another sample: at temperature 0, or with a seed, the same options would give the same answer."""
+        self._retries += 1
+        options: dict[str, Any] = {}
+        if not self.chat.options.get("temperature"):
+            options["temperature"] = RETRY_TEMPERATURE
+            self._look.note(f"at temperature {RETRY_TEMPERATURE}, for at 0 the answer would be the same")
+        if self.chat.options.get("seed") is not None:
+            options["seed"] = (self.chat.options["seed"] + self._retries) % 2**64
+        self._answer(self.chat.retry, **options)
+
+    def _edit(self, text: str) -> None:
+        if not text:
+            said = as_typed(last_said(self.chat.messages))
+            if self.ask is None or said is None:
+                raise PromptError("/edit needs the message that is to take the last one's place")
+            text = self.ask(said).strip()
+        parts = self._parts(text)
+        if parts:
+            self._retries = 0
+            self._answer(lambda **options: self.chat.edit(parts, **options))
+
+    def _undo(self, _: str) -> None:
+        taken = as_typed(self.chat.undo())
+        self._look.note("taken back" if taken is None else f"taken back: {taken}")
+
+    def _fork(self, _: str) -> None:
+        fork = self.chat.fork()
+        self._forks.append(self.chat)
+        self.chat = fork
+        self._look.note("/back returns to this point")
+
+    def _back(self, _: str) -> None:
+        if not self._forks:
+            raise PromptError("there is no /fork to return to")
+        self.chat = self._forks.pop()
+        said = as_typed(last_said(self.chat.messages))
+        self._look.note("back at the beginning" if said is None else f"back behind: {said}")
+
+    def _save(self, path: str) -> None:
+        if not path:
+            raise PromptError("/save needs the name of a file")
+        file = Path(read_path(path)).expanduser()
+        self.chat.save(file)
+        self._look.note(f"saved to {file}")
+
+    def _load(self, path: str) -> None:
+        if not path:
+            raise PromptError("/load needs the name of a file")
+        from mlx_vlm_mini import Chat
+
+        self._go_on_with(Chat.load(Path(read_path(path)).expanduser(), self.chat.model, self.chat.processor))
+
+    def _model(self, name: str) -> None:
+        if not name:
+            self._look.note(f"{self.model or 'the bundled model'}, family {self.chat.model.config.family}")
+            return
+        with Status(plain=self._look.plain) as status:
+            status.show(f"loading {name}")
+            model, processor = self._load(read_path(name))
+        self._go_on_with(with_model(self.chat, model, processor))
+        self.model = name
+
+    def _go_on_with(self, chat: "Chat") -> None:
+        """Put another conversation in the place of this one."""
+        self.chat = chat
+        self._forks.clear()
+        self._last = None
+        said = as_typed(last_said(chat.messages))
+        self._look.note("nothing was said yet" if said is None else f"going on behind: {said}")
+
+    def _stats(self, _: str) -> None:
+        messages = self.chat.messages
+        said = [message for message in messages if message["role"] == "user"]
+        pictures = sum(part["type"] == "image" for message in said for part in parts_of(message))
+        rows = {"messages": len(said), "images": pictures}
+        if self._last is not None:
+            rows |= asdict(self._last)
+        for name, value in rows.items():
+            shown = f"{value:.3f}" if isinstance(value, float) else "none" if value is None else f"{value:,}"
+            self._look.note(f"{name:<20} {shown}")
+
+    def _clear(self, _: str) -> None:
+        self.chat.clear()
+        self.waiting.clear()
+        self._forks.clear()
+        click.echo("The conversation is forgotten.", err=True)
+
+    def _help(self, _: str) -> None:
+        for name, (argument, does) in COMMANDS.items():
+            click.echo(f"{f'{name} {argument}':<19} {does}", err=True)
+
+
+def defaults() -> dict[str, Any]:
+    """What `Options` are where nobody says anything."""
+    from mlx_vlm_mini.stream import Options
+
+    return {field.name: field.default for field in fields(Options)}
+
+
+def read_source(source: str) -> Any:
+    """A URL as it is, a path as a path."""
+    return source if re.match(r"https?://|data:", source, re.IGNORECASE) else Path(source).expanduser()
+
+
+def clipboard_picture() -> "Image.Image":
+    """The picture that was copied, or the file of one.
+
+    Raises:
+        ImageError: there is none, or the platform lets nobody see.
+    """
+    from PIL import Image, ImageGrab
+
+    try:
+        found = ImageGrab.grabclipboard()
+    except (NotImplementedError, OSError, ChildProcessError, subprocess.SubprocessError) as error:
+        raise ImageError(f"the clipboard cannot be read here ({' '.join(str(error).split())}): give a path to /image") from None
+    if isinstance(found, list):
+        found = next((Path(name) for name in found if is_picture(name)), None)
+    if found is None:
+        raise ImageError("there is no picture on the clipboard")
+    return found
+
+
+def last_said(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The last message of a conversation that its user wrote, alone in a list; or none."""
+    return [message for message in messages if message["role"] == "user"][-1:]
+
+
+def parts_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def as_typed(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """Messages as one would type them; None where there are none."""
+    words = []
+    for part in (part for message in messages for part in parts_of(message)):
+        if part["type"] == "text":
+            words.append(part["text"].strip())
+        else:
+            origin = part["image"].origin
+            words.append(f'@"{origin.path or origin.name}"')
+    return " ".join(words) if words else None
