@@ -1,7 +1,6 @@
 """`mlx-vlm-mini generate`: one prompt, one answer; or many, for scripts."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import click
 
 from .batch import Item, Output, answer_all, ask, ask_about, left_to_do, read_prompts, spread
 from .drawing import check_drawing, draw_answer, drawing_options, find_mask_decoder
+from .look import Look
 from .main import INTERRUPTED
 from .options import complete_files, loading_options, model_argument, sampling_options
 from .status import Status, cost_of
@@ -128,7 +128,7 @@ def command(
         said = _as_object(chunks, {"load_s": load_s}, interrupted)
         click.echo(json.dumps({"images": images} | said | drawn, ensure_ascii=False))
     elif chunks and sys.stderr.isatty():
-        click.secho(cost_of(chunks[-1].stats), dim=None if os.environ.get("NO_COLOR") else True, err=True)
+        Look.of_terminal().note(cost_of(chunks[-1].stats))
     if interrupted:
         ctx.exit(INTERRUPTED)
 

@@ -33,7 +33,7 @@ class Look:
     costs: bool = False
 
     @classmethod
-    def of_terminal(cls, *, plain: bool, thumbnails: str, markdown: bool) -> "Look":
+    def of_terminal(cls, *, plain: bool = False, thumbnails: str = "none", markdown: bool = False) -> "Look":
         """As the options say, and no more than stdout, stderr and NO_COLOR allow."""
         terminal = sys.stdout.isatty() and sys.stderr.isatty() and not plain
         kind = find_kind(os.environ) if thumbnails == "auto" else thumbnails
@@ -51,7 +51,8 @@ class Look:
 
     def note(self, text: str) -> None:
         """A line on stderr that is not the conversation's own."""
-        click.secho(neutralize(text) if sys.stderr.isatty() else text, dim=True if self.colour else None, err=True)
+        text = neutralize(text) if sys.stderr.isatty() else text
+        click.echo(click.style(text, dim=True) if self.colour else text, err=True)
 
     def complain(self, error: Exception) -> None:
         """What went wrong, as one line."""
