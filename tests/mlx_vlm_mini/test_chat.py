@@ -81,7 +81,7 @@ def test_keys_turned_for_a_shorter_conversation_are_not_used_again(copy_of, scal
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= {"rope_scaling": scaling, "max_position_embeddings": 40}
     (folder / "config.json").write_text(json.dumps(config))
-    chat = Chat(*load(folder), max_tokens=5)
+    chat = Chat(*load(folder), max_tokens=5, context=500)
     for turn in ([PHOTO, "What?"], "And now?", "Why?"):
         chunks = list(chat.send(turn))
         check(chat, chat.messages[:-1], chunks)
