@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from .commands import COMMANDS, Session, read_source
+from .commands import COMMANDS, Session, read_picture
 from .completion import complete
 from .look import Look
 from .options import complete_files, loading_options, model_argument, sampling_options
@@ -35,6 +35,23 @@ PREFILL_STEP = click.Option(["--prefill-step"], type=click.IntRange(1))  # for /
     help="How attached pictures show in the terminal.",
 )
 @click.option("--markdown", is_flag=True, help="Render answers as Markdown, block by block.")
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Tokens that a conversation may have.  [default: the model's]",
+)
+@click.option(
+    "--on-full",
+    type=click.Choice(["stop", "drop"]),
+    default="stop",
+    show_default=True,
+    help="When the context is full: refuse the message, or forget the oldest turns.",
+)
+@click.option("--kv-bits", type=click.Choice(["2", "4", "8"]), help="Quantize the cache; each turn is then read anew.")
+@click.option(
+    "--rotate", type=click.IntRange(1), metavar="N", help="Keep a cache of N tokens; the model sees no others."
+)
 @click.option("--plain", is_flag=True, help="Nothing but lines of text: no editor, colours or pictures.")
 @sampling_options
 @loading_options
@@ -48,6 +65,10 @@ def command(
     thumbnails: str,
     markdown: bool,
     plain: bool,
+    context: int | None,
+    on_full: Any,
+    kv_bits: str | None,
+    rotate: int | None,
     loading: dict[str, Any],
     **options: Any,
 ) -> None:
@@ -64,7 +85,9 @@ def command(
     from mlx_vlm_mini.image import open_image
 
     look = Look.of_terminal(plain=plain, thumbnails=thumbnails, markdown=markdown)
-    opened = [open_image(image) for image in images]  # a wrong path should not cost the time that loading takes
+    pictures = [read_picture(image) for image in images]
+    for picture in pictures:  # a wrong path should not cost the time that loading takes
+        open_image(picture)
 
     from mlx_vlm_mini import Chat, load
 
@@ -72,8 +95,12 @@ def command(
         status.show(f"loading {model}")
         vlm, processor = load(model, **loading)
     settings = [each for each in ctx.command.params if isinstance(each, click.Option) and each.name in options]
+    chat = Chat(
+        vlm, processor, system=system, context=context, on_full=on_full,
+        kv_bits=None if kv_bits is None else int(kv_bits), rotate=rotate, **options,
+    )  # fmt: skip
     session = Session(
-        Chat(vlm, processor, system=system, **options),
+        chat,
         model,
         look=look,
         settings={str(each.name): each for each in [*settings, PREFILL_STEP]},
@@ -84,9 +111,7 @@ def command(
         plain=plain,
     )
     session.ask = reader.read if reader.edits else None
-    for name, image in zip(images, opened, strict=True):
-        look.show(image, name)
-        session.waiting.append({"type": "image", "image": read_source(name)})
+    session.waiting += [session.show_picture(each, image) for each, image in zip(pictures, images, strict=True)]
     if reader.interactive:
         click.echo("Type a message, or /help.", err=True)
     while True:

@@ -18,10 +18,9 @@ from .look import Look
 from .status import Status, cost_of
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from mlx_vlm_mini import Chat
-    from mlx_vlm_mini.stream import Chunk, Stats
+    from mlx_vlm_mini.image import Picture
+    from mlx_vlm_mini.stream import Chunk
 
 COMMANDS = {  # name: what may follow, what it does
     "/image": ("PATH", "show a picture with your next message (a URL works too); @PATH in a message does the same"),
@@ -34,7 +33,7 @@ COMMANDS = {  # name: what may follow, what it does
     "/undo": ("", "take back your last message and its answer"),
     "/fork": ("", "try something: /back returns to this point"),
     "/back": ("", "return to the last /fork"),
-    "/save": ("FILE", "write the conversation to a file"),
+    "/save": ("[--cache] FILE", "write the conversation to a file, with its cache if you like"),
     "/load": ("FILE", "go on with a conversation from a file"),
     "/stats": ("", "what the last answer and the conversation cost"),
     "/clear": ("", "forget the conversation"),
@@ -73,10 +72,8 @@ class Session:
         self.ask: Callable[[str], str] | None = None
         self._look = look
         self._settings = settings
-        self._load = load
+        self._open_model = load
         self._forks: list[Chat] = []
-        self._retries = 0
-        self._last: Stats | None = None
 
     def take(self, line: str) -> bool:
         """Do what a line says; false when that is to leave.
@@ -100,15 +97,16 @@ class Session:
             self._say(line)
         return True
 
-    def show_picture(self, source: Any, name: str) -> dict[str, Any]:
-        """Open a picture, show it, and give the part of a message that holds it."""
+    def show_picture(self, picture: "Picture", name: str) -> dict[str, Any]:
+        """Show a picture that was read, and give the part of a message that holds it."""
         from mlx_vlm_mini.image import open_image
 
-        self._look.show(open_image(source), name)
-        return {"type": "image", "image": source}
+        prepared = self.chat.features.prepare(self.chat.processor, picture)
+        if self._look.thumbnails != "none":
+            self._look.show(open_image(picture), name)
+        return {"type": "image", "image": prepared}
 
     def _say(self, line: str) -> None:
-        self._retries = 0
         parts = [*self.waiting, *self._parts(line)]
         self._answer(lambda **options: self.chat.send(parts, **options))
         self.waiting.clear()
@@ -116,14 +114,14 @@ class Session:
     def _parts(self, line: str) -> list[Any]:
         """A line as parts of a message, its pictures opened."""
         return [
-            self.show_picture(read_source(part.source), part.source)
+            self.show_picture(read_picture(part.source), part.source)
             if isinstance(part, Mention)
             else {"type": "text", "text": part}
             for part in strip_edges(parse_line(line))
         ]
 
     def _answer(self, begin: Callable[..., Iterator["Chunk"]], **options: Any) -> None:
-        self._last = None
+        dropped = self.chat.dropped_turns
         with Status(plain=self._look.plain) as status, self._look.answer() as answer:
             status.show("reading the prompt")
             try:
@@ -131,22 +129,26 @@ class Session:
                     for chunk in chunks:
                         status.clear()
                         answer.write(chunk.text)
-                        self._last = chunk.stats
             except KeyboardInterrupt:
                 status.clear()
                 click.echo(" [stopped]", nl=False, err=True)
         click.echo()
-        if self._last is not None and self._look.costs:
-            self._look.note(cost_of(self._last))
+        if self._look.costs and self.chat.last_stats is not None:
+            self._look.note(cost_of(self.chat.last_stats))
+        if self.chat.dropped_turns > dropped:
+            self._look.note(
+                f"the context was full: {self.chat.dropped_turns - dropped} of the oldest turns are forgotten"
+            )
 
     def _image(self, path: str) -> None:
         if not path:
             raise ImageError("/image needs a path or a URL")
-        source = read_source(read_path(path))
-        self._wait(self.show_picture(source, str(source)))
+        self._wait(self.show_picture(read_picture(read_path(path)), path))
 
     def _paste(self, _: str) -> None:
-        self._wait(self.show_picture(clipboard_picture(), "the clipboard"))
+        from mlx_vlm_mini.image import read_image
+
+        self._wait(self.show_picture(read_image(clipboard_picture()), "from the clipboard"))
 
     def _wait(self, part: dict[str, Any]) -> None:
         self.waiting.append(part)
@@ -201,26 +203,27 @@ class Session:
         }
 
     def _retry(self, _: str) -> None:
-        """Another sample: at temperature 0, or with a seed, the same options would give the same answer."""
-        self._retries += 1
-        options: dict[str, Any] = {}
+        options = {}
         if not self.chat.options.get("temperature"):
             options["temperature"] = RETRY_TEMPERATURE
             self._look.note(f"at temperature {RETRY_TEMPERATURE}, for at 0 the answer would be the same")
-        if self.chat.options.get("seed") is not None:
-            options["seed"] = (self.chat.options["seed"] + self._retries) % 2**64
         self._answer(self.chat.retry, **options)
 
     def _edit(self, text: str) -> None:
-        if not text:
-            said = as_typed(last_said(self.chat.messages))
-            if self.ask is None or said is None:
-                raise PromptError("/edit needs the message that is to take the last one's place")
-            text = self.ask(said).strip()
-        parts = self._parts(text)
-        if parts:
-            self._retries = 0
-            self._answer(lambda **options: self.chat.edit(parts, **options))
+        said = last_said(self.chat.messages)
+        if not said or not (text or self.ask):
+            raise PromptError(
+                "/edit needs what is to take the last message's place" if said else "nothing was said yet"
+            )
+        typed = text or (self.ask(as_typed(said) or "") if self.ask else "").strip()
+        parts = self._parts(typed)
+        if not typed:
+            return
+        # Pictures stay that the new message does not speak of, and those that cannot be typed.
+        old = [part for part in parts_of(said[0]) if part["type"] == "image"]
+        if any(part["type"] == "image" for part in parts) or not text:
+            old = [part for part in old if typed_name(part) is None]
+        self._answer(lambda **options: self.chat.edit([*old, *parts], **options))
 
     def _undo(self, _: str) -> None:
         taken = as_typed(self.chat.undo())
@@ -242,8 +245,9 @@ class Session:
     def _save(self, path: str) -> None:
         if not path:
             raise PromptError("/save needs the name of a file")
-        file = Path(read_path(path)).expanduser()
-        self.chat.save(file)
+        with_cache = path.startswith("--cache ")
+        file = Path(read_path(path.removeprefix("--cache "))).expanduser()
+        self.chat.save(file, cache=with_cache)
         self._look.note(f"saved to {file}")
 
     def _load(self, path: str) -> None:
@@ -254,20 +258,27 @@ class Session:
         self._go_on_with(Chat.load(Path(read_path(path)).expanduser(), self.chat.model, self.chat.processor))
 
     def _model(self, name: str) -> None:
+        from mlx_vlm_mini import Chat
+
         if not name:
             self._look.note(f"{self.model or 'the bundled model'}, family {self.chat.model.config.family}")
             return
         with Status(plain=self._look.plain) as status:
             status.show(f"loading {name}")
-            model, processor = self._load(read_path(name))
-        self._go_on_with(with_model(self.chat, model, processor))
-        self.model = name
+            model, processor = self._open_model(read_path(name))
+        chat = Chat(model, processor, on_full=self.chat.on_full, **self.chat.options)
+        said = [*self.chat.messages, {"role": "user", "content": self.waiting}]
+        *chat.messages, waiting = [{**message, "content": prepared_by(chat, message)} for message in said]
+        chat.system = self.chat.system
+        self.waiting, self.model = waiting["content"], name
+        self._go_on_with(chat)
 
     def _go_on_with(self, chat: "Chat") -> None:
         """Put another conversation in the place of this one."""
         self.chat = chat
         self._forks.clear()
-        self._last = None
+        for note in chat.notes:
+            self._look.note(note)
         said = as_typed(last_said(chat.messages))
         self._look.note("nothing was said yet" if said is None else f"going on behind: {said}")
 
@@ -276,8 +287,9 @@ class Session:
         said = [message for message in messages if message["role"] == "user"]
         pictures = sum(part["type"] == "image" for message in said for part in parts_of(message))
         rows = {"messages": len(said), "images": pictures}
-        if self._last is not None:
-            rows |= asdict(self._last)
+        rows["context_used"] = self.chat.context_used
+        if self.chat.last_stats is not None:
+            rows |= asdict(self.chat.last_stats)
         for name, value in rows.items():
             shown = f"{value:.3f}" if isinstance(value, float) else "none" if value is None else f"{value:,}"
             self._look.note(f"{name:<20} {shown}")
@@ -300,28 +312,31 @@ def defaults() -> dict[str, Any]:
     return {field.name: field.default for field in fields(Options)}
 
 
-def read_source(source: str) -> Any:
-    """A URL as it is, a path as a path."""
-    return source if re.match(r"https?://|data:", source, re.IGNORECASE) else Path(source).expanduser()
+def read_picture(source: str) -> "Picture":
+    """Read a picture by its path or URL."""
+    from mlx_vlm_mini.image import read_image
+
+    return read_image(source if re.match(r"https?://|data:", source, re.IGNORECASE) else Path(source))
 
 
-def clipboard_picture() -> "Image.Image":
+def clipboard_picture() -> Any:
     """The picture that was copied, or the file of one.
 
     Raises:
         ImageError: there is none, or the platform lets nobody see.
     """
-    from PIL import Image, ImageGrab
+    from PIL import ImageGrab
 
     try:
         found = ImageGrab.grabclipboard()
     except (NotImplementedError, OSError, ChildProcessError, subprocess.SubprocessError) as error:
-        raise ImageError(f"the clipboard cannot be read here ({' '.join(str(error).split())}): give a path to /image") from None
-    if isinstance(found, list):
-        found = next((Path(name) for name in found if is_picture(name)), None)
-    if found is None:
+        raise ImageError(
+            f"the clipboard cannot be read here ({' '.join(str(error).split())}): give a path to /image"
+        ) from None
+    picture = next((Path(name) for name in found if is_picture(name)), None) if isinstance(found, list) else found
+    if picture is None:
         raise ImageError("there is no picture on the clipboard")
-    return found
+    return picture
 
 
 def last_said(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -335,12 +350,30 @@ def parts_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def as_typed(messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """Messages as one would type them; None where there are none."""
+    """Messages as one would type them; None where there is nothing to type."""
     words = []
     for part in (part for message in messages for part in parts_of(message)):
-        if part["type"] == "text":
-            words.append(part["text"].strip())
-        else:
+        words.append(part["text"].strip() if part["type"] == "text" else typed_name(part))
+    return " ".join(word for word in words if word) or None
+
+
+def typed_name(part: Mapping[str, Any]) -> str | None:
+    """How a line says a picture; None of one that came from no file and no address."""
+    origin = part["image"].origin
+    name = str(origin.path) if origin.path is not None else origin.name
+    typed = f'@"{name}"'
+    return typed if [getattr(found, "source", None) for found in parse_line(typed)] == [name] else None
+
+
+def prepared_by(chat: "Chat", message: Mapping[str, Any]) -> Any:
+    """A message's content with its pictures made ready for another model, read again where need be."""
+    if isinstance(message["content"], str):
+        return message["content"]
+    parts = []
+    for part in message["content"]:
+        if part["type"] == "image":
             origin = part["image"].origin
-            words.append(f'@"{origin.path or origin.name}"')
-    return " ".join(words) if words else None
+            source = origin if origin.data is not None else origin.path
+            part = {"type": "image", "image": chat.features.prepare(chat.processor, source)}
+        parts.append(part)
+    return parts

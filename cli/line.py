@@ -6,9 +6,10 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-SUFFIXES = frozenset(
-    ".avif .bmp .gif .heic .heif .ico .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .qoi .tga .tif .tiff .webp".split()
-)
+SUFFIXES = frozenset([
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
+    ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
+])  # fmt: skip
 
 # Spaces are ASCII's alone: macOS names its screenshots with U+202F, which no terminal escapes when they are dragged.
 _QUOTED = r"\"[^\"\n]+\"|'[^'\n]+'"
@@ -17,7 +18,7 @@ _CANDIDATE = re.compile(
     rf"(?<![\w.%+\-/\\@])@(?P<named>{_QUOTED}|{_WORD})"  # not in the middle of a word: bob@example.org
     rf"|(?:(?<=[ \t\r\n])|\A)(?P<dragged>{_QUOTED}|(?:file://|~?/){_WORD})(?=[ \t\r\n]|\Z)"
 )
-_AFTER_WORD = ".,;:!?)]}>'\"”’»…"
+_AFTER_WORD = ".,;:!?)]}>'\"\u201d\u2019\u00bb\u2026"
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,7 @@ class Look:
         click.echo(f"Error: {neutralize(text) if sys.stderr.isatty() else text}", err=True)
 
     def show(self, image: "Image.Image", name: str) -> None:
-        """An attached picture, where pictures show."""
-        if self.thumbnails != "none":
-            columns = min(COLUMNS, shutil.get_terminal_size().columns)
-            click.echo(draw_thumbnail(image, self.thumbnails, os.environ, columns), nl=False, err=True)
-            self.note(f"{name}, {image.width}x{image.height}")
+        """An attached picture, small."""
+        columns = min(COLUMNS, shutil.get_terminal_size().columns)
+        click.echo(draw_thumbnail(image, self.thumbnails, os.environ, columns), nl=False, err=True)
+        self.note(f"{name}, {image.width}x{image.height}")

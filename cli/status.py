@@ -46,7 +46,7 @@ def cost_of(stats: "Stats") -> str:
     rate = (stats.generated_tokens - 1) / stats.decode_s if stats.decode_s else 0.0
     cached = f"{100 * stats.cached_tokens // max(stats.prompt_tokens, 1)} % cached"
     used = stats.prompt_tokens + stats.generated_tokens
-    context = f"context {used:,}" + (f" of {limit:,}" if (limit := getattr(stats, "context_limit", None)) else "")
+    context = f"context {used:,}" + (f" of {stats.context_limit:,}" if stats.context_limit else "")
     return (
         f"{stats.generated_tokens} tokens, {rate:.1f} tokens/s, first after {stats.first_token_s:.2f} s, {cached}, "
         f"{context}, {stats.peak_memory_bytes / 1e9:.1f} GB"

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 # Control characters show as their symbols, so that an answer can neither move the cursor nor send sequences.
-_VISIBLE = {code: 0x2400 + code for code in range(32)} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-_VISIBLE = {code: shown for code, shown in _VISIBLE.items() if chr(code) not in "\n\t"} | {ord("\r"): None}
+_VISIBLE: dict[int, int | None] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_VISIBLE |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD), ord("\r"): None}
 
 
 def neutralize(text: str) -> str:

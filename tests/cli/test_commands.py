@@ -223,12 +223,12 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
-HEAVY = (
-    "sorted({'mlx', 'numpy', 'PIL', 'torch', 'transformers', 'mlx_lm', 'jinja2', 'huggingface_hub', 'prompt_toolkit', 'rich'} & set(sys.modules))"
+HEAVY = "sorted({'mlx', 'numpy', 'PIL', 'torch', 'transformers', 'mlx_lm', 'jinja2', 'huggingface_hub', 'prompt_toolkit', 'rich'} & set(sys.modules))"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["generate", "--help"], ["chat", "--help"], ["nonsense"], ["convert"]]
 )
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"], ["chat", "--help"], ["nonsense"], ["convert"]])
 def test_help_and_usage_errors_import_nothing_heavy(arguments):
     code = (
         "import sys; from click.testing import CliRunner; from mlx_vlm_mini.cli.main import main\n"

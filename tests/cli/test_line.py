@@ -55,7 +55,9 @@ def test_pictures_in_a_line(line, expected):
     assert found == ([line] if expected is None else expected)
 
 
-PIECES = st.sampled_from(["@", '"', "'", "\\", " ", "\n", "/", "file://", "photo.jpg", "/home/u/a b.jpg", ".png", "%", "?"])
+PIECES = st.sampled_from(
+    ["@", '"', "'", "\\", " ", "\n", "/", "file://", "photo.jpg", "/home/u/a b.jpg", ".png", "%", "?"]
+)
 
 
 @given(st.lists(PIECES | st.text(max_size=3)).map("".join))

@@ -55,7 +55,10 @@ def test_half_blocks_are_the_pixels():
     image = Image.new("RGB", (4, 4), (255, 0, 0))
     image.paste((0, 0, 255), (0, 2, 4, 4))
     lines = draw_thumbnail(image, "blocks", {"COLORTERM": "truecolor"}, columns=4).splitlines()
-    assert lines == ["\x1b[38;2;255;0;0;48;2;255;0;0m▀" * 4 + "\x1b[0m", "\x1b[38;2;0;0;255;48;2;0;0;255m▀" * 4 + "\x1b[0m"]
+    assert lines == [
+        "\x1b[38;2;255;0;0;48;2;255;0;0m▀" * 4 + "\x1b[0m",
+        "\x1b[38;2;0;0;255;48;2;0;0;255m▀" * 4 + "\x1b[0m",
+    ]
     assert draw_thumbnail(image, "blocks", {}, columns=4).startswith("\x1b[38;5;196;48;5;196m▀")
     assert draw_thumbnail(image, "none", {}) == ""
 
@@ -71,7 +74,9 @@ def test_kitty_gets_a_png_in_chunks():
 
 
 def test_iterm_gets_a_png():
-    sent = re.fullmatch(r"\x1b\]1337;File=inline=1;size=(\d+);width=32;height=11:(.*)\x07\n", draw_thumbnail(NOISE, "iterm", {}))
+    sent = re.fullmatch(
+        r"\x1b\]1337;File=inline=1;size=(\d+);width=32;height=11:(.*)\x07\n", draw_thumbnail(NOISE, "iterm", {})
+    )
     assert sent is not None
     png = base64.b64decode(sent[2])
     assert len(png) == int(sent[1]) and Image.open(io.BytesIO(png)).format == "PNG"

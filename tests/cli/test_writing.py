@@ -19,7 +19,9 @@ def test_no_control_character_comes_through(text):
 
 def test_sequences_are_shown():
     assert neutralize("\x1b]0;title\x07 \x9b2J a\rb\r\n") == "␛]0;title␇ \ufffd2J ab\n"
-    assert neutralize("[/INST] x[i] **b** <image> \\n {0} ✓ 你\u200d") == "[/INST] x[i] **b** <image> \\n {0} ✓ 你\u200d"
+    assert (
+        neutralize("[/INST] x[i] **b** <image> \\n {0} ✓ 你\u200d") == "[/INST] x[i] **b** <image> \\n {0} ✓ 你\u200d"
+    )
 
 
 class Terminal(io.StringIO):
