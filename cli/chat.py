@@ -4,15 +4,13 @@ from typing import Any
 
 import click
 
-from .commands import COMMANDS, Session, read_picture
+from .commands import COMMANDS, Session, find_settings, read_picture
 from .completion import complete
 from .look import Look
 from .options import complete_files, loading_options, model_argument, sampling_options
 from .reading import open_reader
 from .status import Status
 from .thumbnail import KINDS
-
-PREFILL_STEP = click.Option(["--prefill-step"], type=click.IntRange(1))  # for /set alone
 
 
 @click.command("chat")
@@ -94,7 +92,6 @@ def command(
     with Status(plain=plain) as status:
         status.show(f"loading {model}")
         vlm, processor = load(model, **loading)
-    settings = [each for each in ctx.command.params if isinstance(each, click.Option) and each.name in options]
     chat = Chat(
         vlm, processor, system=system, context=context, on_full=on_full,
         kv_bits=None if kv_bits is None else int(kv_bits), rotate=rotate, **options,
@@ -103,7 +100,7 @@ def command(
         chat,
         model,
         look=look,
-        settings={str(each.name): each for each in [*settings, PREFILL_STEP]},
+        settings=find_settings(ctx.command),
         load=lambda name: load(name, dtype=loading["dtype"]),
     )
     reader = open_reader(

@@ -305,6 +305,12 @@ class Session:
             click.echo(f"{f'{name} {argument}':<19} {does}", err=True)
 
 
+def find_settings(command: click.Command) -> dict[str, click.Option]:
+    """What `/set` knows: those of a command's options that are `Options`, and one more."""
+    options = [*command.params, click.Option(["--prefill-step"], type=click.IntRange(1))]
+    return {str(each.name): each for each in options if isinstance(each, click.Option) and each.name in defaults()}
+
+
 def defaults() -> dict[str, Any]:
     """What `Options` are where nobody says anything."""
     from mlx_vlm_mini.stream import Options
@@ -351,10 +357,12 @@ def parts_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def as_typed(messages: Sequence[Mapping[str, Any]]) -> str | None:
     """Messages as one would type them; None where there is nothing to type."""
-    words = []
+    typed = ""
     for part in (part for message in messages for part in parts_of(message)):
-        words.append(part["text"].strip() if part["type"] == "text" else typed_name(part))
-    return " ".join(word for word in words if word) or None
+        text = part["text"] if part["type"] == "text" else typed_name(part) or ""
+        apart = typed and text and not typed[-1].isspace() and (typed[-1].isalnum() or text[0].isalnum())
+        typed += f" {text}" if apart else text
+    return typed or None
 
 
 def typed_name(part: Mapping[str, Any]) -> str | None:

@@ -63,18 +63,19 @@ def parse_line(text: str, is_file: Callable[[str], bool] = os.path.isfile) -> li
 
 
 def strip_edges(parts: Sequence[str | Mention]) -> list[str | Mention]:
-    """Without spaces before the first words and behind the last: `@a.png What?` is the message that shows a.png and
-    asks "What?"."""
-    words = [index for index, part in enumerate(parts) if isinstance(part, str) and part.strip()]
-    kept: list[str | Mention] = []
-    for index, part in enumerate(parts):
-        if isinstance(part, str):
-            if not words or not words[0] <= index <= words[-1]:
-                continue
-            part = part.lstrip() if index == words[0] else part
-            part = part.rstrip() if index == words[-1] else part
-        kept.append(part)
-    return kept
+    """Without spaces at both ends; and where all pictures come first, without those that set them apart, so that
+    `@a.png What?` shows a.png and asks "What?". Between words the text stays as it is."""
+    kept = list(parts)
+    for end, strip in ((0, str.lstrip), (-1, str.rstrip)):
+        if kept and isinstance(part := kept[end], str):
+            kept[end] = strip(part)
+    mentions = [part for part in kept if isinstance(part, Mention)]
+    words = [part for part in kept if isinstance(part, str) and part.strip()]
+    if not words:
+        return [*mentions]
+    if words == [kept[-1]]:
+        return [*mentions, words[0].lstrip()]
+    return [part for part in kept if part]
 
 
 def read_path(text: str, exists: Callable[[str], bool] = os.path.exists) -> str:

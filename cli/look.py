@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import click
@@ -35,6 +36,8 @@ class Look:
     @classmethod
     def of_terminal(cls, *, plain: bool = False, thumbnails: str = "none", markdown: bool = False) -> "Look":
         """As the options say, and no more than stdout, stderr and NO_COLOR allow."""
+        if markdown and find_spec("rich") is None:
+            raise click.UsageError("--markdown needs another package: pip install rich")
         terminal = sys.stdout.isatty() and sys.stderr.isatty() and not plain
         kind = find_kind(os.environ) if thumbnails == "auto" else thumbnails
         return cls(

@@ -81,8 +81,10 @@ def test_spaces_at_the_edges():
         return [part if isinstance(part, str) else "P" for part in strip_edges(parse_line(line, is_there))]
 
     assert of("  @photo.jpg  What? ") == ["P", "What?"]
-    assert of("What? @photo.jpg") == ["What?", "P"]
+    assert of("What? @photo.jpg ") == ["What? ", "P"]
     assert of(" Compare @photo.jpg with @plain now ") == ["Compare ", "P", " with ", "P", " now"]
+    assert of(" @photo.jpg with @plain ") == ["P", " with ", "P"]
+    assert of("@photo.jpg  @plain \n now") == ["P", "P", "now"]
     assert of("@photo.jpg @plain") == ["P", "P"]
     assert of("   ") == []
 
