@@ -42,12 +42,13 @@ class Status:
 
 
 def cost_of(stats: "Stats") -> str:
-    """What an answer cost, for people: `12 tokens, 45.2 tokens/s, first after 0.12 s, 87 % of 500 cached, ...`."""
+    """What an answer cost, for people: `12 tokens, 45.2 tokens/s, first after 0.12 s, 87 % cached, ...`."""
     rate = (stats.generated_tokens - 1) / stats.decode_s if stats.decode_s else 0.0
     cached = f"{100 * stats.cached_tokens // max(stats.prompt_tokens, 1)} % cached"
     used = stats.prompt_tokens + stats.generated_tokens
     context = f"context {used:,}" + (f" of {stats.context_limit:,}" if stats.context_limit else "")
+    memory = stats.peak_memory_bytes
     return (
         f"{stats.generated_tokens} tokens, {rate:.1f} tokens/s, first after {stats.first_token_s:.2f} s, {cached}, "
-        f"{context}, {stats.peak_memory_bytes / 1e9:.1f} GB"
+        f"{context}, " + (f"{memory / 1e9:.1f} GB" if memory >= 1e8 else f"{memory / 1e6:.1f} MB")
     )

@@ -100,7 +100,7 @@ def test_a_conversation_in_a_terminal(start, tmp_path):
     chat.read_until(r"Type a message, or /help\.")
     chat.prompt()
     chat.type("What is it?\r")
-    first = chat.read_until(r"5 tokens, .* tokens/s, first after .* s, 0 % cached, context \d+.* GB")
+    first = chat.read_until(r"5 tokens, .* tokens/s, first after .* s, 0 % cached, context \d+.* MB")
     (answer,) = piped(tmp_path, "What is it?\n", "chat", PLAIN, "-i", "photo.jpg", "--max-tokens", 5).splitlines()
     assert answer in first
     chat.prompt()
@@ -193,7 +193,7 @@ def test_plain(start):
     chat = start("chat", PLAIN, "--plain", "--max-tokens", 5, COLORTERM="truecolor")
     chat.read_until("> ")
     chat.type("What is @photo.jpg?\n")
-    seen = chat.read_until(r"\d tokens, .* GB\r\n> ")
+    seen = chat.read_until(r"\d tokens, .* MB\r\n> ")
     assert "\x1b" not in seen and "▀" not in seen
     chat.type("\x04")
     assert chat.process.wait(timeout=20) == 0
