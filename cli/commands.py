@@ -3,7 +3,7 @@
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,8 +13,10 @@ import click
 
 from mlx_vlm_mini.errors import ImageError, PromptError
 
+from .interrupt import Interrupts
 from .line import Mention, is_picture, parse_line, read_path, strip_edges
 from .look import Look
+from .said import as_typed, last_said, parts_of, prepared_by, typed_name
 from .status import Status, cost_of
 
 if TYPE_CHECKING:
@@ -122,13 +124,19 @@ class Session:
 
     def _answer(self, begin: Callable[..., Iterator["Chunk"]], **options: Any) -> None:
         dropped = self.chat.dropped_turns
-        with Status(plain=self._look.plain) as status, self._look.answer() as answer:
+        with Status(plain=self._look.plain) as status, self._look.answer() as answer, Interrupts() as interrupts:
+
+            def progress(done: int, total: int) -> None:
+                status.prefill(done, total)
+                interrupts.check()
+
             status.show("reading the prompt")
             try:
-                with closing(begin(progress=status.prefill, **options)) as chunks:  # type: ignore[type-var]
+                with closing(begin(progress=progress, **options)) as chunks:  # type: ignore[type-var]  # it is a generator
                     for chunk in chunks:
                         status.clear()
                         answer.write(chunk.text)
+                        interrupts.check()
             except KeyboardInterrupt:
                 status.clear()
                 click.echo(" [stopped]", nl=False, err=True)
@@ -343,45 +351,3 @@ def clipboard_picture() -> Any:
     if picture is None:
         raise ImageError("there is no picture on the clipboard")
     return picture
-
-
-def last_said(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The last message of a conversation that its user wrote, alone in a list; or none."""
-    return [message for message in messages if message["role"] == "user"][-1:]
-
-
-def parts_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def as_typed(messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """Messages as one would type them; None where there is nothing to type."""
-    typed = ""
-    for part in (part for message in messages for part in parts_of(message)):
-        text = part["text"] if part["type"] == "text" else typed_name(part) or ""
-        apart = typed and text and not typed[-1].isspace() and (typed[-1].isalnum() or text[0].isalnum())
-        typed += f" {text}" if apart else text
-    return typed or None
-
-
-def typed_name(part: Mapping[str, Any]) -> str | None:
-    """How a line says a picture; None of one that came from no file and no address."""
-    origin = part["image"].origin
-    name = str(origin.path) if origin.path is not None else origin.name
-    typed = f'@"{name}"'
-    return typed if [getattr(found, "source", None) for found in parse_line(typed)] == [name] else None
-
-
-def prepared_by(chat: "Chat", message: Mapping[str, Any]) -> Any:
-    """A message's content with its pictures made ready for another model, read again where need be."""
-    if isinstance(message["content"], str):
-        return message["content"]
-    parts = []
-    for part in message["content"]:
-        if part["type"] == "image":
-            origin = part["image"].origin
-            source = origin if origin.data is not None else origin.path
-            part = {"type": "image", "image": chat.features.prepare(chat.processor, source)}
-        parts.append(part)
-    return parts

@@ -153,14 +153,15 @@ def _answer_many(
         if not todo:
             return
 
-        from mlx_vlm_mini import load, stream_generate
+        from mlx_vlm_mini import Chat, load
 
         status.show(f"loading {model}")
-        vlm, processor = load(model, **loading)
+        chat = Chat(*load(model, **loading), **options)
         status.clear()
 
         def answer(item: Item) -> dict[str, Any]:
-            return _as_object(list(stream_generate(vlm, processor, item.messages, **options)), {}, False)
+            chat.messages = []  # the cache stays: questions about the same picture share how they begin
+            return _as_object(list(chat.send(item.messages)), {}, False)
 
         try:
             failed = answer_all(todo, output, answer)

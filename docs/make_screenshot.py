@@ -38,7 +38,7 @@ def record(command: list[str], lines: tuple[str, ...], folder: Path, screen: pyt
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", screen.lines, screen.columns, 0, 0))
     screen.write_process_input = lambda text: os.write(master, text.encode())  # where the cursor is, if asked
     stream = pyte.ByteStream(screen)
-    environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor", "XDG_STATE_HOME": "/nonexistent"}
+    environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor", "XDG_STATE_HOME": os.devnull}
     for name in ("NO_COLOR", "TERM_PROGRAM", "LC_TERMINAL", "KITTY_WINDOW_ID", "TMUX", "STY"):
         environment.pop(name, None)
     process = subprocess.Popen(

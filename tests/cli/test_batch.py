@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import PHOTO, PLAIN, SHAPES
 from click.testing import CliRunner, Result
@@ -10,8 +12,6 @@ from click.testing import CliRunner, Result
 from mlx_vlm_mini.cli.batch import Item, Output, ask, left_to_do, read_prompts, spread
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.errors import PromptError
-
-TIMES = ("timings", "peak_memory_bytes")
 
 
 def run(*arguments: object, **options: object) -> Result:
@@ -64,9 +64,31 @@ def test_each_picture_gets_the_prompt_and_a_bad_one_is_reported(pictures, tmp_pa
     assert (a["text"], a["token_ids"]) == (b["text"], b["token_ids"]) and a["prompt"] == "What is it?"
     assert bad["error"].endswith("is not an image that Pillow can read") and "text" not in bad
     alone = lines_of(run("-p", "What is it?", "-i", pictures / "d[1].png", "--json").stdout)[0]
-    assert {key: value for key, value in d.items() if key not in ("key", "prompt", *TIMES)} == {
-        key: value for key, value in alone.items() if key not in TIMES
-    }
+    for name in ("images", "text", "token_ids", "finish_reason", "prompt_tokens", "image_tokens"):
+        assert d[name] == alone[name]
+    np.testing.assert_allclose(d["logprobs"], alone["logprobs"], atol=1e-4)
+    assert d.keys() - alone.keys() == {"key", "prompt"} and not alone.keys() - d.keys()
+
+
+def test_questions_about_a_picture_share_its_cache(pictures, tmp_path):
+    (tmp_path / "prompts.txt").write_text("What is it?\nHello\n")
+    entries = lines_of(run("--prompt-file", tmp_path / "prompts.txt", "-i", pictures, "--system", "Be short.").stdout)
+    assert [(Path(entry["images"][0]).name, entry["prompt"]) for entry in entries] == [
+        (name, prompt) for name in ("a.JPG", "b.jpg", "d[1].png") for prompt in ("What is it?", "Hello")
+    ]
+    for entry in entries:
+        alone = run("-p", entry["prompt"], "-i", entry["images"][0], "--system", "Be short.", "--json")
+        assert json.loads(alone.stdout)["token_ids"] == entry["token_ids"]
+    a, _, _, _, d, _ = cached = [entry["cached_tokens"] for entry in entries]
+    assert a == 0 and d > 0  # the system message is what two pictures share
+    assert [tokens >= d + 9 for tokens in cached] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]  # a and b are the same picture
 
 
 def test_it_goes_on_where_it_was_stopped(pictures, tmp_path):
