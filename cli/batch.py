@@ -174,12 +174,14 @@ class Output:
         if path is None:
             return
         with ExitStack() as stack:
-            self._file = stack.enter_context(path.open("a+b"))
+            regular = path.is_file() or not path.exists()  # a device or a pipe is written, not read
+            self._file = stack.enter_context(path.open("a+b" if regular else "ab"))
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise PromptError(f"another run is writing {path}") from None
-            self._read(self._file, path)
+            if regular:
+                self._read(self._file, path)
             stack.pop_all()
 
     def _read(self, file: BinaryIO, path: Path) -> None:

@@ -113,11 +113,18 @@ def command(
         click.echo("Type a message, or /help.", err=True)
     while True:
         try:
-            if not session.take(reader.read()):
-                return
+            line = reader.read()
         except EOFError:
             return
         except KeyboardInterrupt:
             click.echo("\n/quit or Ctrl-D leaves", err=True)
-        except VLMError as error:
+            continue
+        try:
+            if not session.take(line):
+                return
+        except (KeyboardInterrupt, EOFError):  # in the editor of /edit, or while another model was loaded
+            click.echo(err=True)
+        except BrokenPipeError:
+            raise
+        except (VLMError, OSError) as error:
             look.complain(error)

@@ -1,5 +1,6 @@
 """What is typed into a conversation: messages with pictures, and commands that begin with a slash."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -251,19 +252,15 @@ class Session:
         self._look.note("back at the beginning" if said is None else f"back behind: {said}")
 
     def _save(self, path: str) -> None:
-        if not path:
-            raise PromptError("/save needs the name of a file")
         with_cache = path.startswith("--cache ")
-        file = Path(read_path(path.removeprefix("--cache "))).expanduser()
+        file = read_file_name(path.removeprefix("--cache "))
         self.chat.save(file, cache=with_cache)
         self._look.note(f"saved to {file}")
 
     def _load(self, path: str) -> None:
-        if not path:
-            raise PromptError("/load needs the name of a file")
         from mlx_vlm_mini import Chat
 
-        self._go_on_with(Chat.load(Path(read_path(path)).expanduser(), self.chat.model, self.chat.processor))
+        self._go_on_with(Chat.load(read_file_name(path), self.chat.model, self.chat.processor))
 
     def _model(self, name: str) -> None:
         from mlx_vlm_mini import Chat
@@ -273,7 +270,7 @@ class Session:
             return
         with Status(plain=self._look.plain) as status:
             status.show(f"loading {name}")
-            model, processor = self._open_model(read_path(name))
+            model, processor = self._open_model(str(read_file_name(name)))
         chat = Chat(model, processor, on_full=self.chat.on_full, **self.chat.options)
         said = [*self.chat.messages, {"role": "user", "content": self.waiting}]
         *chat.messages, waiting = [{**message, "content": prepared_by(chat, message)} for message in said]
@@ -324,6 +321,14 @@ def defaults() -> dict[str, Any]:
     from mlx_vlm_mini.stream import Options
 
     return {field.name: field.default for field in fields(Options)}
+
+
+def read_file_name(typed: str) -> Path:
+    """Raises PromptError where nothing can have that name."""
+    name = read_path(typed)
+    if not name or "\0" in name:
+        raise PromptError("the name of a file or a model is missing" if not name else "no file can have that name")
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - never raises
 
 
 def read_picture(source: str) -> "Picture":

@@ -1,7 +1,10 @@
 """The line editor at a terminal. Imported only there: prompt_toolkit takes a while."""
 
+import asyncio
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -35,7 +38,18 @@ class Keyboard:
         )
 
     def read(self, begin: str = "") -> str:
-        return self._session.prompt(PROMPT, default=begin)
+        before = {ending: signal.getsignal(ending) for ending in (signal.SIGTERM, signal.SIGHUP)}
+        try:
+            return self._session.prompt(PROMPT, default=begin, pre_run=self._end_on_signals)
+        finally:
+            for ending, handler in before.items():
+                signal.signal(ending, handler)
+
+    def _end_on_signals(self) -> None:
+        """SIGTERM and a closed terminal end the editor, so that it leaves the terminal as it was."""
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            leave = partial(self._session.app.exit, exception=SystemExit(128 + ending))
+            asyncio.get_running_loop().add_signal_handler(ending, leave)
 
 
 class _Offers(Completer):

@@ -178,6 +178,12 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
         assert file.read_bytes() == content.encode("latin-1")
 
 
+def test_a_device_is_written_and_not_read():
+    assert run("-p", "x", "--output", "/dev/null").exit_code == 0
+    full = run("-p", "x", "--output", "/dev/full")
+    assert full.exit_code == 1 and "No space left on device" in full.stderr and full.stderr.count("\n") == 1
+
+
 def test_one_run_at_a_time(tmp_path):
     with Output(tmp_path / "out.jsonl"), pytest.raises(PromptError, match="another run is writing"):
         Output(tmp_path / "out.jsonl")

@@ -196,7 +196,18 @@ def test_what_begins_with_a_slash(begin, capsys, tmp_path):
     for line in (f"{tmp_path}/gone.png What?", "/image gone.png", "@gone.png What?"):
         with pytest.raises(ImageError, match=r"image not found: .*gone\.png"):
             session.take(line)
-    for line in ("/image", "/save", "/load", "/back", "/load gone.json"):
+    for line in (
+        "/image",
+        "/save",
+        "/load",
+        "/back",
+        "/load gone.json",
+        "/save ~nobody/x\0",
+        "/load \0",
+        "/model \0",
+        "/image \0",
+        "@\0.png",
+    ):
         with pytest.raises(VLMError):
             session.take(line)
     assert len(answers(session)) == 2
