@@ -148,7 +148,7 @@ def _download(url: str) -> bytes:
 
 def _factor(width: int, height: int) -> int:
     """By how much an image's sides are divided: 1, 2, 4 or 8."""
-    return next((factor for factor in (1, 2, 4) if width * height <= REDUCE_ABOVE * factor**2), 8)
+    return next((factor for factor in (1, 2, 4) if -(-width // factor) * -(-height // factor) <= REDUCE_ABOVE), 8)
 
 
 def _reduce(image: Image.Image) -> Image.Image:
