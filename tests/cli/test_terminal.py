@@ -130,12 +130,12 @@ def test_tab_completes_and_a_dragged_picture_is_seen(start, tmp_path):
     chat = start("chat", PLAIN, "--max-tokens", 5, COLORTERM="truecolor")
     chat.prompt()
     chat.type("/he\t")
-    chat.read_until("/help")
+    chat.read_until("lp")  # the editor writes what is new
     chat.type("\r")
     chat.read_until(r"/quit +leave")
     chat.prompt()
     chat.type("What is @ph\t")
-    chat.read_until("@photo.jpg")
+    chat.read_until(r"oto\.jpg")
     chat.type(" now?\r")
     shown = chat.read_until(r"▀.*\r\n.*photo\.jpg, \d+x\d+")
     assert "\x1b[38;2;" in shown
@@ -177,7 +177,7 @@ def test_another_size_of_the_terminal(start):
     chat = start("chat", PLAIN, "--max-tokens", 400, "-t", 1, "--seed", 1)
     chat.prompt()
     chat.type("a b " * 20)
-    chat.read_until("(a b ){19}a b")
+    chat.read_until(r"(?:b[^b]*){20}")
     chat.resize(24, 30)  # at the prompt: it is drawn again, in more lines
     chat.read_until(r"> (a b ){6}a b *\x1b\[0m\r\r\n")
     chat.type("\r")
