@@ -45,7 +45,7 @@ class Item:
         """What an answer depends on, the pictures' bytes included, as 32 hexadecimal digits."""
         seen = [[name, _digest(name)] for name in self.images]
         text = json.dumps([self.messages, seen, settings], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def spread(images: Sequence[str]) -> list[str] | None:
@@ -203,11 +203,15 @@ class Output:
 
     def write(self, key: str, entry: dict[str, Any]) -> None:
         """Add a line, and see it out."""
-        line = json.dumps({"key": key, **entry}, ensure_ascii=False)
+        entry = {"key": key, **entry}
+        try:
+            line = json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # a file's name that is not UTF-8
+            line = json.dumps(entry).encode()
         if self._file is None:
             click.echo(line)
         else:
-            self._file.write(line.encode(errors="surrogateescape") + b"\n")
+            self._file.write(line + b"\n")
             self._file.flush()
 
     def __enter__(self) -> "Output":

@@ -1,5 +1,6 @@
 """`mlx-vlm-mini chat`: a conversation in the terminal."""
 
+from functools import partial
 from typing import Any
 
 import click
@@ -89,20 +90,18 @@ def command(
 
     from mlx_vlm_mini import Chat, load
 
+    def begin(name: str | None, **loading: Any) -> Chat:
+        return Chat(
+            *load(name, **loading), system=system, context=context, on_full=on_full,
+            kv_bits=None if kv_bits is None else int(kv_bits), rotate=rotate, **options,
+        )  # fmt: skip
+
     with Status(plain=plain) as status:
         status.show(f"loading {model}")
-        vlm, processor = load(model, **loading)
-    chat = Chat(
-        vlm, processor, system=system, context=context, on_full=on_full,
-        kv_bits=None if kv_bits is None else int(kv_bits), rotate=rotate, **options,
-    )  # fmt: skip
-    session = Session(
-        chat,
-        model,
-        look=look,
-        settings=find_settings(ctx.command),
-        load=lambda name: load(name, dtype=loading["dtype"]),
-    )
+        chat = begin(model, **loading)
+    # What speaks of one checkpoint does not go on to another.
+    again = partial(begin, dtype=loading["dtype"])
+    session = Session(chat, model, look=look, settings=find_settings(ctx.command), begin=again)
     reader = open_reader(
         lambda line: complete(line, {name: does for name, (_, does) in COMMANDS.items()}, session.settings()),
         plain=plain,

@@ -61,13 +61,13 @@ class Session:
         *,
         look: Look,
         settings: Mapping[str, click.Option],
-        load: Callable[[str], tuple[Any, Any]],
+        begin: Callable[[str], "Chat"],
     ) -> None:
         """
         Args:
             model: its name.
             settings: what `/set` knows, each with its type.
-            load: another model and its processor, by name.
+            begin: begins a conversation with another model, by its name.
         """
         self.chat = chat
         self.model = model
@@ -75,7 +75,7 @@ class Session:
         self.ask: Callable[[str], str] | None = None
         self._look = look
         self._settings = settings
-        self._open_model = load
+        self._begin = begin
         self._forks: list[Chat] = []
 
     def take(self, line: str) -> bool:
@@ -85,11 +85,11 @@ class Session:
             VLMError: it cannot be done; the conversation is as it was.
         """
         line = line.strip()
-        name, _, rest = line.partition(" ")
+        name, rest = (*line.split(maxsplit=1), "", "")[:2]
         if name == "/quit":
             return False
         if name in COMMANDS:
-            getattr(self, f"_{name[1:]}")(rest.strip())
+            getattr(self, f"_{name[1:]}")(rest)
         elif line.startswith("//"):  # a message that begins with a slash
             self._say(line[1:])
         elif line.startswith("/") and not isinstance(parse_line(line)[0], Mention):
@@ -125,22 +125,24 @@ class Session:
 
     def _answer(self, begin: Callable[..., Iterator["Chunk"]], **options: Any) -> None:
         dropped = self.chat.dropped_turns
-        with Status(plain=self._look.plain) as status, self._look.answer() as answer, Interrupts() as interrupts:
+        look = self._look
+        try:
+            with Interrupts() as interrupts, look.answer() as answer, Status(plain=look.plain) as status:
 
-            def progress(done: int, total: int) -> None:
-                status.prefill(done, total)
-                interrupts.check()
+                def progress(done: int, total: int) -> None:
+                    status.prefill(done, total)
+                    interrupts.check()
 
-            status.show("reading the prompt")
-            try:
+                status.show("reading the prompt")
                 with closing(begin(progress=progress, **options)) as chunks:  # type: ignore[type-var]  # it is a generator
                     for chunk in chunks:
                         status.clear()
                         answer.write(chunk.text)
+                        if answer.waits:
+                            status.show(f"writing: {chunk.stats.generated_tokens} tokens")
                         interrupts.check()
-            except KeyboardInterrupt:
-                status.clear()
-                click.echo(" [stopped]", nl=False, err=True)
+        except KeyboardInterrupt:
+            click.echo(" [stopped]", nl=False, err=True)
         click.echo()
         if self._look.costs and self.chat.last_stats is not None:
             self._look.note(cost_of(self.chat.last_stats))
@@ -263,15 +265,13 @@ class Session:
         self._go_on_with(Chat.load(read_file_name(path), self.chat.model, self.chat.processor))
 
     def _model(self, name: str) -> None:
-        from mlx_vlm_mini import Chat
-
         if not name:
             self._look.note(f"{self.model or 'the bundled model'}, family {self.chat.model.config.family}")
             return
         with Status(plain=self._look.plain) as status:
             status.show(f"loading {name}")
-            model, processor = self._open_model(str(read_file_name(name)))
-        chat = Chat(model, processor, on_full=self.chat.on_full, **self.chat.options)
+            chat = self._begin(str(read_file_name(name)))
+        chat.options = {**self.chat.options}
         said = [*self.chat.messages, {"role": "user", "content": self.waiting}]
         *chat.messages, waiting = [{**message, "content": prepared_by(chat, message)} for message in said]
         chat.system = self.chat.system
@@ -307,7 +307,7 @@ class Session:
 
     def _help(self, _: str) -> None:
         for name, (argument, does) in COMMANDS.items():
-            click.echo(f"{f'{name} {argument}':<19} {does}", err=True)
+            click.echo(f"{f'{name} {argument}':<20} {does}", err=True)
 
 
 def find_settings(command: click.Command) -> dict[str, click.Option]:

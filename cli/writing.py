@@ -20,6 +20,8 @@ def neutralize(text: str) -> str:
 class Answer:
     """Writes an answer piece by piece. Where stdout is no terminal, it is exactly what the model said."""
 
+    waits = False
+
     def __init__(self) -> None:
         self._terminal = sys.stdout.isatty()
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -52,6 +54,11 @@ class MarkdownAnswer(Answer):
         while (cut := block_end(self._waiting)) is not None:
             block, self._waiting = self._waiting[:cut], self._waiting[cut:]
             self._render(block)
+
+    @property
+    def waits(self) -> bool:  # type: ignore[override]
+        """Whether there is text that does not show yet."""
+        return bool(self._waiting.strip())
 
     def __exit__(self, *_: Any) -> None:
         if self._waiting.strip():

@@ -1,7 +1,9 @@
 """generate for scripts: many prompts, many pictures, lines of JSON, and going on after an interruption."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +178,18 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
         result = run("-p", "x", "--output", file)
         assert result.exit_code == 1 and f"{file}:1 is no answer of generate" in result.stderr
         assert file.read_bytes() == content.encode("latin-1")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are UTF-8")
+def test_a_name_that_is_not_utf8(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    shutil.copy(PHOTO, folder / os.fsdecode(b"\xff.jpg"))
+    assert run("-p", "x", "-i", folder, "--output", tmp_path / "out.jsonl").exit_code == 0
+    assert lines_of((tmp_path / "out.jsonl").read_text())[0]["images"] == [f"{folder}/\udcff.jpg"]
+    again = run("-p", "x", "-i", folder, "--output", tmp_path / "out.jsonl")
+    assert "holds 1 of 1 answers already" in again.stderr
+    assert len(run("-p", "x", "-i", folder).stdout.splitlines()) == 1
 
 
 def test_a_device_is_written_and_not_read():

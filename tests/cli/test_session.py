@@ -25,7 +25,8 @@ def begin(llava, tmp_path, monkeypatch):
 
     def make(*lines: str, model: object = llava, look: Look | None = None, **options: object) -> Session:
         chat = Chat(*model, **{"max_tokens": 6, **options})
-        session = Session(chat, str(PLAIN), look=look or Look(), settings=find_settings(command), load=load)
+        again = lambda name: Chat(*load(name), max_tokens=6)  # noqa: E731
+        session = Session(chat, str(PLAIN), look=look or Look(), settings=find_settings(command), begin=again)
         for line in lines:
             assert session.take(line)
         return session
@@ -106,7 +107,7 @@ def test_retry_gives_another_answer(begin, capsys):
 
 
 def test_settings(begin, capsys):
-    session = begin("/set", "/set temperature 0.5", "/set top-k 3", '/set stop "a b" c', "/set max_tokens 2")
+    session = begin("/set", "/set\ttemperature 0.5", "/set top-k 3", '/set stop "a b" c', "/set max_tokens 2")
     assert capsys.readouterr().err.splitlines()[:3] == [
         "max_tokens           6",
         "temperature          0.0",
