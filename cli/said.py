@@ -1,6 +1,7 @@
 """Messages of a conversation, for people: what they would have typed."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .line import parse_line
@@ -32,7 +33,9 @@ def as_typed(messages: Sequence[Mapping[str, Any]]) -> str | None:
 def typed_name(part: Mapping[str, Any]) -> str | None:
     """How a line says a picture; None of one that came from no file and no address."""
     origin = part["image"].origin
-    name = str(origin.path) if origin.path is not None else origin.name
+    here = Path.cwd()
+    path = origin.path.relative_to(here) if origin.path and origin.path.is_relative_to(here) else origin.path
+    name = origin.name if path is None else str(path)
     typed = f'@"{name}"'
     return typed if [getattr(found, "source", None) for found in parse_line(typed)] == [name] else None
 

@@ -60,7 +60,7 @@ def test_pictures_stay_where_they_were_typed(begin, capsys):
 def test_undo_edit_and_back_equal_a_fresh_conversation(begin, capsys):
     wanted = answers(begin("@photo.jpg What is it?", "And now?"))
     assert answers(begin("@photo.jpg What is it?", "Hello", "/undo", "And now?")) == wanted
-    assert f'taken back: @"{PHOTO.name}' not in capsys.readouterr().err
+    assert "taken back: Hello\n" in capsys.readouterr().err
     assert answers(begin("@photo.jpg What is it?", "@photo.jpg Hello", "/edit And now?", "/undo", "And now?")) == wanted
     assert answers(begin("@photo.jpg What is it?", "/fork", "Hello", "Hm", "/back", "And now?")) == wanted
     assert "back behind: @" in capsys.readouterr().err
@@ -75,7 +75,7 @@ def test_edit_keeps_pictures_that_it_does_not_speak_of(begin):
     assert shape_of(session) == [["And ", "my shapes.png", "?"]]
 
 
-def test_edit_in_the_editor(begin, tmp_path):
+def test_edit_in_the_editor(begin):
     session = begin("Compare @photo.jpg with @'my shapes.png', please")
     shown = []
 
@@ -85,7 +85,7 @@ def test_edit_in_the_editor(begin, tmp_path):
 
     session.ask = ask
     session.take("/edit")
-    assert shown == [f'Compare @"{tmp_path}/photo.jpg" with @"{tmp_path}/my shapes.png", please']
+    assert shown == ['Compare @"photo.jpg" with @"my shapes.png", please']
     assert shape_of(session) == [["Mix ", "photo.jpg", " with ", "my shapes.png"]]
     session.ask = lambda text: ""  # given up
     session.take("/edit")
@@ -149,7 +149,7 @@ def test_save_and_load(begin, tmp_path, capsys):
     assert saved["messages"][0]["content"][0]["path"] == "photo.jpg" and (tmp_path / "my chat.safetensors").exists()
     loaded = begin("/load my chat.json", "And now?")
     assert answers(loaded) == answers(session) and loaded.chat.last_stats.cached_tokens > 0
-    assert f'going on behind: @"{tmp_path}/photo.jpg" What is it?' in capsys.readouterr().err
+    assert 'going on behind: @"photo.jpg" What is it?' in capsys.readouterr().err
     shutil.copy(SHAPES, tmp_path / "photo.jpg")
     begin("/load my\\ chat.json")
     assert "photo.jpg has changed since the conversation was saved" in capsys.readouterr().err
