@@ -1,26 +1,19 @@
 """`mlx-vlm-mini chat`: a conversation in the terminal."""
 
-import contextlib
-import io
-import shlex
-import sys
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import click
 
 from mlx_vlm_mini import bundled
 
-from .options import loading_options, model_argument, sampling_options
+from .commands import COMMANDS, Session, find_settings, read_picture
+from .completion import complete
+from .look import Look
+from .options import complete_files, loading_options, model_argument, sampling_options
+from .reading import open_reader
 from .status import Status
-
-if TYPE_CHECKING:
-    from mlx_vlm_mini import Chat
-
-HELP = """\
-/image PATH   show an image with your next message (a URL works too; may be repeated)
-/clear        forget the conversation
-/help         this list
-/quit         leave (so does Ctrl-D); Ctrl-C ends an answer"""
+from .thumbnail import KINDS
 
 
 @click.command("chat")
@@ -32,98 +25,110 @@ HELP = """\
     multiple=True,
     metavar="IMAGE",
     help="Shown with the first message. May be repeated.",
+    shell_complete=complete_files,
 )
 @click.option("--system", help="System message.")
+@click.option(
+    "--thumbnails",
+    type=click.Choice(KINDS),
+    default="auto",
+    show_default=True,
+    help="How attached pictures show in the terminal.",
+)
+@click.option("--markdown", is_flag=True, help="Render answers as Markdown, block by block.")
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Tokens that a conversation may have.  [default: the model's]",
+)
+@click.option(
+    "--on-full",
+    type=click.Choice(["stop", "drop"]),
+    default="stop",
+    show_default=True,
+    help="When the context is full: refuse the message, or forget the oldest turns.",
+)
+@click.option("--kv-bits", type=click.Choice(["2", "4", "8"]), help="Quantize the cache; each turn is then read anew.")
+@click.option(
+    "--rotate", type=click.IntRange(1), metavar="N", help="Keep a cache of N tokens; the model sees no others."
+)
+@click.option("--plain", is_flag=True, help="Nothing but lines of text: no editor, colours or pictures.")
 @sampling_options
 @loading_options
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     model: str,
     images: tuple[str, ...],
     system: str | None,
+    thumbnails: str,
+    markdown: bool,
+    plain: bool,
+    context: int | None,
+    on_full: Any,
+    kv_bits: str | None,
+    rotate: int | None,
     loading: dict[str, Any],
     **options: Any,
 ) -> None:
     """Talk with MODEL about images, in turns.
 
     MODEL is a checkpoint folder or a name on the Hugging Face Hub; without it, a small demonstration model answers that
-    comes with the program.
+    comes with the program. @photo.jpg in a message, or a file dragged into the terminal, shows a picture at that place;
+    /help lists what else can be typed.
 
     \b
     Example:
       mlx-vlm-mini chat llava-hf/llava-1.5-7b-hf -i photo.jpg
     """
-    from mlx_vlm_mini import Chat, load
+    from mlx_vlm_mini.errors import VLMError
     from mlx_vlm_mini.image import open_image
 
-    opened = [open_image(image) for image in images]
-    with Status() as status:
+    look = Look.of_terminal(plain=plain, thumbnails=thumbnails, markdown=markdown)
+    pictures = [read_picture(image) for image in images]
+    for picture in pictures:  # a wrong path should not cost the time that loading takes
+        open_image(picture)
+
+    from mlx_vlm_mini import Chat, load
+
+    def begin(name: str, **loading: Any) -> Chat:
+        return Chat(
+            *load(name, **loading), system=system, context=context, on_full=on_full,
+            kv_bits=None if kv_bits is None else int(kv_bits), rotate=rotate, **options,
+        )  # fmt: skip
+
+    with Status(plain=plain) as status:
         status.show(f"loading {model}")
-        vlm, processor = load(model, **loading)
+        chat = begin(model, **loading)
     if bundled.is_bundled(model):
         click.echo(bundled.NOTICE, err=True)
-    chat = Chat(vlm, processor, system=system, **options)
-    _converse(chat, [processor.prepare(image) for image in opened])
-
-
-def _converse(chat: "Chat", waiting: list[Any]) -> None:
-    """Read lines until the end; `waiting` are images for the next message."""
-    from mlx_vlm_mini.errors import VLMError
-
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused as a prompt, not with a crash
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - gives input() its line editing
+    # What speaks of one checkpoint does not go on to another.
+    again = partial(begin, dtype=loading["dtype"])
+    session = Session(chat, model, look=look, settings=find_settings(ctx.command), begin=again)
+    reader = open_reader(
+        lambda line: complete(line, {name: does for name, (_, does) in COMMANDS.items()}, session.settings()),
+        plain=plain,
+    )
+    session.ask = reader.read if reader.edits else None
+    session.waiting += [session.show_picture(each, image) for each, image in zip(pictures, images, strict=True)]
+    if reader.interactive:
         click.echo("Type a message, or /help.", err=True)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = reader.read()
         except EOFError:
-            if sys.stdin.isatty():
-                click.echo(err=True)
             return
         except KeyboardInterrupt:
             click.echo("\n/quit or Ctrl-D leaves", err=True)
             continue
         try:
-            if line == "/quit":
+            if not session.take(line):
                 return
-            if line == "/help":
-                click.echo(HELP, err=True)
-            elif line == "/clear":
-                chat.clear()
-                waiting.clear()
-                click.echo("The conversation is forgotten.", err=True)
-            elif line == "/image" or line.startswith("/image "):
-                _add_image(chat, waiting, line.removeprefix("/image").strip())
-            elif line.startswith("/"):
-                click.echo(f"unknown command {line.split()[0]}; /help lists them", err=True)
-            elif line:
-                _answer(chat, waiting, line)
-        except VLMError as error:
-            click.echo(f"Error: {error}", err=True)
-
-
-def _add_image(chat: "Chat", waiting: list[Any], path: str) -> None:
-    if not path:
-        click.echo("/image needs a path or a URL", err=True)
-        return
-    with contextlib.suppress(ValueError, IndexError):  # a path may stand in quotes, as shells write it
-        path = shlex.split(path)[0] if path[0] in "'\"" else path.replace("\\ ", " ")
-    waiting.append(chat.processor.prepare(path))
-    number = len(waiting)
-    click.echo(f"{number} image{'s' if number > 1 else ''} will be shown with your next message.", err=True)
-
-
-def _answer(chat: "Chat", waiting: list[Any], line: str) -> None:
-    with Status() as status:
-        status.show("reading the prompt")
-        try:
-            for chunk in chat.send([*waiting, line], progress=status.prefill):
-                status.clear()
-                click.echo(chunk.text, nl=False)
-        except KeyboardInterrupt:
-            status.clear()
-            click.echo(" [stopped]", nl=False, err=True)
-    waiting.clear()
-    click.echo()
+        except (KeyboardInterrupt, EOFError):  # in the editor of /edit, or while another model was loaded
+            click.echo(err=True)
+        except BrokenPipeError:
+            raise
+        except (VLMError, OSError) as error:
+            look.complain(error)

@@ -1,18 +1,22 @@
-"""`mlx-vlm-mini generate`: one prompt, one answer."""
+"""`mlx-vlm-mini generate`: one prompt, one answer; or many, for scripts."""
 
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .batch import Item, Output, answer_all, ask, ask_about, left_to_do, read_prompts, spread
 from .drawing import check_drawing, draw_answer, drawing_options, find_mask_decoder
+from .look import Look
 from .main import INTERRUPTED
-from .options import loading_options, model_argument, sampling_options
-from .status import Status
+from .options import complete_files, loading_options, model_argument, sampling_options
+from .status import Status, cost_of
+from .writing import Answer
 
 if TYPE_CHECKING:
     from mlx_vlm_mini.stream import Chunk
@@ -20,35 +24,47 @@ if TYPE_CHECKING:
 
 @click.command("generate")
 @model_argument
-@click.option("-p", "--prompt", required=True, help="What to ask; - reads it from stdin.")
+@click.option("-p", "--prompt", help="What to ask; - reads it from stdin.")
+@click.option(
+    "--prompt-file", metavar="FILE", help="Many prompts: one a line, or JSONL of messages; - reads them from stdin."
+)
 @click.option(
     "-i",
     "--image",
     "images",
     multiple=True,
     metavar="IMAGE",
-    help="Path, URL, or - for stdin. May be repeated.",
+    help="Path, URL, or - for stdin; may be repeated. Of a folder or a quoted pattern each picture gets the prompt.",
+    shell_complete=complete_files,
 )
 @click.option("--system", help="System message.")
 @sampling_options
 @loading_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
+@click.option(
+    "--output",
+    metavar="FILE.jsonl",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Append a line of JSON an answer; what the file holds already is not asked again.",
+)
 @drawing_options
 @click.pass_context
 def command(
     ctx: click.Context,
     /,
     model: str,
-    prompt: str,
+    prompt: str | None,
+    prompt_file: str | None,
     images: tuple[str, ...],
     system: str | None,
     as_json: bool,
+    output: Path | None,
     draw: Path | None,
     mask_decoder: str | None,
     loading: dict[str, Any],
     **options: Any,
 ) -> None:
-    """Ask MODEL once and print its answer.
+    """Ask MODEL once and print its answer, or many times and print a line of JSON for each.
 
     MODEL is a checkpoint folder or a name on the Hugging Face Hub.
 
@@ -56,28 +72,34 @@ def command(
     Example:
       mlx-vlm-mini generate llava-hf/llava-1.5-7b-hf -p "What is this?" -i photo.jpg
       mlx-vlm-mini generate google/paligemma2-3b-mix-448 -p "detect cat" -i photo.jpg --draw boxes.png
+      mlx-vlm-mini generate llava-hf/llava-1.5-7b-hf -p "What is this?" -i photos/ --output answers.jsonl
     """
     from mlx_vlm_mini.errors import PromptError
     from mlx_vlm_mini.image import open_image
 
-    check_drawing(draw, mask_decoder, images)
-    if prompt == "-" and "-" in images:
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("give --prompt, or --prompt-file for many" if prompt is None else "one prompt or many?")
+    if [prompt, prompt_file, *images].count("-") > 1:
         raise click.UsageError("stdin can give the prompt or an image, not both")
+    check_drawing(draw, mask_decoder, images)
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
-    if not prompt.strip():
+    if prompt is not None and not prompt.strip():
         raise PromptError("the prompt is empty: say what the model should answer")
+    pictures = spread(images)
+    if prompt is None or pictures is not None or output is not None:
+        if draw is not None or "-" in images:
+            raise click.UsageError("--draw, and an image on stdin, go with one answer on stdout")
+        items = [ask(prompt, [], system)] if prompt is not None else read_prompts(str(prompt_file), system)
+        items = ask_about(items, pictures or [images], system) if images else items
+        _answer_many(ctx, model, items, output, loading, options)
+        return
     # Opened first: a wrong path should not cost the time that loading takes.
     opened = [open_image(sys.stdin.buffer.read() if image == "-" else image) for image in images]
 
     from mlx_vlm_mini import load, stream_generate
 
     decode_masks = None if draw is None else find_mask_decoder(mask_decoder, model)
-    parts = [*({"type": "image", "image": image} for image in opened), {"type": "text", "text": prompt}]
-    messages: list[Any] = [{"role": "user", "content": parts}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-
     with Status() as status:
         begin = time.perf_counter()
         status.show(f"loading {model}")
@@ -86,12 +108,14 @@ def command(
         status.show("reading the prompt")
         chunks: list[Chunk] = []
         interrupted = False
+        answer = Answer()
+        messages = ask(prompt, opened, system).messages
         try:
             for chunk in stream_generate(vlm, processor, messages, progress=status.prefill, **options):
                 status.clear()
                 chunks.append(chunk)
                 if not as_json:
-                    click.echo(chunk.text, nl=False)
+                    answer.write(chunk.text)
         except KeyboardInterrupt:
             interrupted = True
     if not as_json:
@@ -101,14 +125,55 @@ def command(
         text = "".join(chunk.text for chunk in chunks)
         drawn["detections"] = draw_answer(text, opened[0], draw, decode_masks)
     if as_json:
-        click.echo(json.dumps(_as_object(chunks, load_s, interrupted) | drawn, ensure_ascii=False))
-    else:
-        _note(chunks)
+        said = _as_object(chunks, {"load_s": load_s}, interrupted)
+        click.echo(json.dumps({"images": images} | said | drawn, ensure_ascii=False))
+    elif chunks and sys.stderr.isatty():
+        Look.of_terminal().note(cost_of(chunks[-1].stats))
     if interrupted:
         ctx.exit(INTERRUPTED)
 
 
-def _as_object(chunks: list["Chunk"], load_s: float, interrupted: bool) -> dict[str, Any]:
+def _answer_many(
+    ctx: click.Context,
+    model: str,
+    items: Sequence[Item],
+    path: Path | None,
+    loading: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Answer all items into a file or onto stdout, and end with exit code 1 where some could not be."""
+    from mlx_vlm_mini.errors import PromptError
+
+    with Output(path) as output, Status() as status:
+        status.show("looking at what there is to do")
+        todo = left_to_do(items, output, {"model": model, **loading, **options})
+        status.clear()
+        if path is not None and len(todo) < len(items):
+            click.echo(f"{path} holds {len(items) - len(todo)} of {len(items)} answers already", err=True)
+        if not todo:
+            return
+
+        from mlx_vlm_mini import Chat, load
+
+        status.show(f"loading {model}")
+        chat = Chat(*load(model, **loading), **options)
+        status.clear()
+
+        def answer(item: Item) -> dict[str, Any]:
+            chat.messages = []  # the cache stays: questions about the same picture share how they begin
+            return _as_object(list(chat.send(item.messages)), {}, False)
+
+        try:
+            failed = answer_all(todo, output, answer)
+        except KeyboardInterrupt:
+            if path is not None:
+                click.echo(f"\nstopped: the same command goes on with {path}", err=True)
+            ctx.exit(INTERRUPTED)
+    if failed:
+        raise PromptError(f"{failed} of {len(items)} could not be answered: see their lines of output")
+
+
+def _as_object(chunks: list["Chunk"], more_timings: dict[str, float], interrupted: bool) -> dict[str, Any]:
     stats = asdict(chunks[-1].stats) if chunks else {}
     counts = ("prompt_tokens", "image_tokens", "cached_tokens")
     times = ("image_s", "prefill_s", "first_token_s", "decode_s")
@@ -118,20 +183,6 @@ def _as_object(chunks: list["Chunk"], load_s: float, interrupted: bool) -> dict[
         "logprobs": [chunk.logprob for chunk in chunks],
         "finish_reason": "interrupted" if interrupted else chunks[-1].finish_reason,
         **{key: stats.get(key, 0) for key in counts},
-        "timings": {"load_s": load_s, **{key: stats.get(key, 0.0) for key in times}},
+        "timings": {**more_timings, **{key: stats.get(key, 0.0) for key in times}},
         "peak_memory_bytes": stats.get("peak_memory_bytes", 0),
     }
-
-
-def _note(chunks: list["Chunk"]) -> None:
-    """A line about the answer, for a person at a terminal."""
-    if not chunks or not sys.stderr.isatty():
-        return
-    stats = chunks[-1].stats
-    rate = (stats.generated_tokens - 1) / stats.decode_s if stats.decode_s else 0.0
-    click.secho(
-        f"{stats.prompt_tokens} prompt tokens ({stats.image_tokens} of images), first token after "
-        f"{stats.first_token_s:.2f} s, {rate:.1f} tokens/s, {stats.peak_memory_bytes / 1e9:.1f} GB at most",
-        dim=True,
-        err=True,
-    )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from mlx_vlm_mini import bundled
 
@@ -24,6 +25,11 @@ def original_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in ORIGINAL_OPTIONS:
         function = option(function)
     return function
+
+
+def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """For the shell: what stands here may be a file."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 def model_argument(function: Callable[..., Any]) -> Callable[..., Any]:

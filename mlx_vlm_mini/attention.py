@@ -159,5 +159,8 @@ class Attention(nn.Module):
             q, k = rope(q, offset=offset), rope(k, offset=offset)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
+        if isinstance(k, tuple | list):  # quantized; one layer's at a time come back to floating point
+            settings = {"group_size": cache.group_size, "bits": cache.bits}
+            k, v = mx.dequantize(*k, **settings), mx.dequantize(*v, **settings)
         out = attend(q, k, v, scale=self.scale, softcap=self.softcap, mask=mask, attentions=attentions)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))  # (B, L, C)

@@ -41,6 +41,23 @@ def causal_mask(num_queries: int, offset: int, window: int | None, prefix: int =
     return seen | ((queries < prefix) & (keys < prefix))
 
 
+def rotating_mask(num_queries: int, offset: int, size: int, keep: int) -> Mask:
+    """What `num_queries` tokens after `offset` others may look at where mlx-lm's rotating cache holds `size` tokens.
+
+    Token t sees the first `keep` tokens and the last `size - keep` up to itself, in pieces of whatever length it is
+    read. Several tokens find at most `size - 1` keys before theirs, in order; one finds those that it sees, in any
+    order. (mlx-lm's own mask hides the first tokens from all of several queries but the first.)
+
+    Returns:
+        None where each query sees every key, else bool[num_queries, min(offset, size - 1) + num_queries].
+    """
+    if num_queries == 1:
+        return None
+    held = min(offset, size - 1)
+    queries, keys = mx.arange(held, held + num_queries)[:, None], mx.arange(held + num_queries)
+    return (keys <= queries) & ((keys > queries - (size - keep)) | (keys < keep))
+
+
 class OffsetRMSNorm(nn.Module):
     """RMS norm whose weight is stored without an offset; in float32, as models/gemma of transformers computes it."""
 
@@ -177,7 +194,11 @@ class Decoder(nn.Module):
             float[B, L, C].
         """
         caches: Sequence[Any] = [None] * len(self.layers) if cache is None else cache
-        masks = self.masks(embeddings.shape[1], 0 if caches[0] is None else caches[0].offset, prefix)
+        offset = 0 if caches[0] is None else caches[0].offset
+        masks = self.masks(embeddings.shape[1], offset, prefix)
+        if hasattr(caches[0], "max_size"):
+            rotating = rotating_mask(embeddings.shape[1], offset, caches[0].max_size, caches[0].keep)
+            masks = dict.fromkeys(masks, rotating)
         x = embeddings
         for layer, kind, layer_cache in zip(self.layers, self.config.layer_types, caches, strict=True):
             x = layer(x, mask=masks[kind], rope=self.rope, cache=layer_cache, attentions=attentions)

@@ -30,7 +30,7 @@ def draw_detections(image: ImageSource, detections: Sequence[Detection]) -> Imag
     Raises:
         ImageError: it cannot be opened.
     """
-    canvas = open_image(image).copy()
+    canvas = open_image(image, whole=True).copy()
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(detections))]
     for detection, colour in zip(detections, colours, strict=True):
         if detection.mask is not None:

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import hashlib
 import io
 import os
 import re
@@ -10,46 +11,94 @@ import urllib.parse
 import urllib.request
 import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from .errors import ImageError
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 """A path, a `data:` URL, an http(s) URL (all three may be `str`), an encoded file's bytes, a PIL image, an array."""
 
+REDUCE_ABOVE = 50_000_000  # pixels, from which on an image is opened at a half, a quarter or an eighth of its sides
+MOST_PIXELS = 500_000_000  # of a JPEG, which is reduced while it is decoded; others have Pillow's limit
 _DOWNLOAD_LIMIT = 64 * 2**20  # bytes
 _DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 
 
-def open_image(source: ImageSource) -> Image.Image:
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image as it was given: read, not yet decoded.
+
+    Attributes:
+        data: the file's bytes, or an RGB image where no file was given. None: not kept, for `path` has them.
+        name: what messages call it.
+        path: the absolute path of the file that it came from.
+        sha256: of the file's bytes, or of the image's size and pixels, in hexadecimal.
+    """
+
+    data: bytes | Image.Image | None
+    name: str
+    path: Path | None
+    sha256: str
+
+
+def read_image(source: ImageSource) -> Picture:
+    """Read an image without decoding it, so that one that was seen before is known by its bytes.
+
+    Raises:
+        ImageError: nothing is there, or it is no source of images.
+    """
+    path, name = None, "the image"
+    data: bytes | Image.Image
+    if isinstance(source, bytes | bytearray | memoryview):
+        data, name = bytes(source), "the image bytes"
+    elif isinstance(source, str) and re.match("data:", source, re.IGNORECASE):
+        data, name = _read_data_url(source), "the data: URL"
+    elif isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
+        data, name = _download(source), source
+    elif isinstance(source, str | Path):
+        name = str(source)
+        file = Path(os.path.expanduser(source))  # noqa: PTH111 - never raises
+        data = _read_file(file)
+        path = file.absolute() if file.is_file() else None  # a pipe cannot be read again
+    else:
+        data = open_image(source)
+        sha256 = hashlib.sha256(repr(data.size).encode() + data.tobytes())
+        return Picture(data, name, None, sha256.hexdigest())
+    return Picture(data, name, path, hashlib.sha256(data).hexdigest())
+
+
+def open_image(source: ImageSource | Picture, *, whole: bool = False) -> Image.Image:
     """Open an image as upright RGB; transparency shows white, an animation its first frame.
+
+    An image of more than `REDUCE_ABOVE` pixels comes with a half, a quarter or an eighth of its sides: the largest of
+    these that is within the limit. A JPEG is reduced while it is decoded, so that the whole never lies in memory.
 
     Args:
         source: see `ImageSource`. Arrays are [height, width] or [height, width, 1, 3 or 4] (or channels first): uint8,
             uint16, bool, or floats between 0 and 1.
+        whole: never reduced.
 
     Raises:
-        ImageError: nothing is there, or it is not an image.
+        ImageError: nothing is there, or it is not an image, or it is too large.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image")
-    if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(bytes(source), "the image bytes")
-    if isinstance(source, str) and re.match("data:", source, re.IGNORECASE):
-        return _decode(_read_data_url(source), "the data: URL")
-    if isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
-        return _decode(_download(source), source)
-    if isinstance(source, str | Path):
-        return _decode(_read_file(Path(os.path.expanduser(source))), str(source))  # noqa: PTH111 - never raises
-    if hasattr(source, "__array__") or hasattr(source, "__buffer__") or hasattr(source, "__array_interface__"):
-        return _from_array(np.asarray(source))
-    raise ImageError(
-        f"cannot open an image from {type(source).__name__}: give a path, a URL, bytes, a PIL image or an array"
-    )
+        image = _to_rgb(source, "the image", whole)
+    elif isinstance(source, Picture | bytes | bytearray | memoryview | str | Path):
+        picture = source if isinstance(source, Picture) else read_image(source)
+        data = picture.data
+        image = data if isinstance(data, Image.Image) else _decode(data or b"", picture.name, whole)
+    elif hasattr(source, "__array__") or hasattr(source, "__buffer__") or hasattr(source, "__array_interface__"):
+        image = _from_array(np.asarray(source))
+    else:
+        raise ImageError(
+            f"cannot open an image from {type(source).__name__}: give a path, a URL, bytes, a PIL image or an array"
+        )
+    return image if whole else _reduce(image)
 
 
 def _read_file(path: Path) -> bytes:
@@ -97,7 +146,42 @@ def _download(url: str) -> bytes:
     return data
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
+def _factor(width: int, height: int) -> int:
+    """By how much an image's sides are divided: 1, 2, 4 or 8."""
+    return next((factor for factor in (1, 2, 4) if -(-width // factor) * -(-height // factor) <= REDUCE_ABOVE), 8)
+
+
+def _reduce(image: Image.Image) -> Image.Image:
+    factor = _factor(*image.size)
+    return image if factor == 1 else image.reduce(factor)
+
+
+def _open_file(data: bytes, name: str, whole: bool) -> Image.Image:
+    """A file opened, not decoded: a JPEG set to be reduced while it is."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        if whole or not data.startswith(b"\xff\xd8\xff"):
+            raise
+        image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))  # it opens without Pillow's limit, for which see below
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and not whole:
+        width, height = image.size
+        if width * height > MOST_PIXELS:
+            raise ImageError(_too_large(name, width * height, MOST_PIXELS))
+        factor = _factor(width, height)
+        if factor > 1:
+            image.draft(None, (width // factor, height // factor))
+    return image
+
+
+def _too_large(name: str, pixels: int, limit: int) -> str:
+    return (
+        f"{name} is too large: {pixels / 1e6:,.0f} megapixels, about {pixels * 3 / 1e9:.1f} GB, and the limit is "
+        f"{limit / 1e6:,.0f}; make it smaller first"
+    )
+
+
+def _decode(data: bytes, name: str, whole: bool) -> Image.Image:
     if not data:
         raise ImageError(f"{name} is empty, not an image")
     if data.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):  # Pillow would run Ghostscript on it
@@ -105,23 +189,31 @@ def _decode(data: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's advice on large or odd files; its hard limit stays
-            image = Image.open(io.BytesIO(data))
+            image = _open_file(data, name, whole)
             image.load()
+    except ImageError:
+        raise
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image that Pillow can read") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} is too large: {str(error).partition(',')[0]}; make it smaller first") from None
+        found = re.search(r"\((\d+) pixels\).* (\d+) pixels", str(error))
+        pixels, limit = (int(number) for number in found.groups()) if found else (2**62, 2**62)
+        raise ImageError(_too_large(name, pixels, limit)) from None
+    except MemoryError:
+        raise ImageError(f"{name} does not fit into memory; make it smaller first") from None
     except Exception as error:  # decoders of a dozen formats raise anything on broken files
         raise ImageError(f"{name} is broken: {error or type(error).__name__}") from None
-    return _to_rgb(image, name)
+    return _to_rgb(image, name, whole)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, whole: bool) -> Image.Image:
     if 0 in image.size:
         raise ImageError(f"{name} is {image.width}x{image.height} pixels large: there is nothing in it")
     try:
         with suppress(Exception):  # a broken EXIF block says nothing about the picture, which is kept as it stands
             image = ImageOps.exif_transpose(image)
+        if not whole and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"):  # before it is copied further
+            image = _reduce(image)
         if image.mode == "LAB":
             lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
             converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
@@ -163,4 +255,4 @@ def _from_array(array: np.ndarray) -> Image.Image:
         elif not (low >= 0 and high <= 255):  # true for NaN too
             raise ImageError(f"pixel values run from {low:g} to {high:g}: give uint8, or floats from 0 to 1")
     image = Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
-    return image if image.mode == "RGB" else _to_rgb(image, "the image")
+    return image if image.mode == "RGB" else _to_rgb(image, "the image", whole=True)

@@ -1,6 +1,6 @@
 """The model: three parts, and where image features enter the sequence."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +17,26 @@ from .projector import Projector
 from .vision import VisionTransformer
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class InputImage:
     """One image of a prompt.
 
     Attributes:
-        rows: its rows of `pixel_values`.
+        pixel_values: float32[B, height, width, 3] (numpy), normalised: one row, or one a tile.
         tokens: its slots in the prompt.
         size: height and width in pixels, as it was opened.
         digest: SHA-256 of its size and all its pixels, by which a cache tells images apart.
     """
 
-    rows: int
+    pixel_values: np.ndarray
     tokens: int
     size: tuple[int, int]
     digest: bytes
+
+    @property
+    def rows(self) -> int:
+        """Its rows of pixels, which the vision tower encodes one by one."""
+        return len(self.pixel_values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +45,18 @@ class Inputs:
 
     Attributes:
         input_ids: int32[1, L]; at an image's slots stands the image token's id.
-        pixel_values: float32[B, height, width, 3], normalised; B rows over all images, in the prompt's order. None for
-            text alone.
         slots: bool[L] (numpy): true where a row of image features replaces the token's embedding.
-        images: in the prompt's order; their rows and slots follow one another.
+        images: in the prompt's order; their slots follow one another.
     """
 
     input_ids: mx.array
-    pixel_values: mx.array | None
     slots: np.ndarray
     images: tuple[InputImage, ...] = ()
+
+    @property
+    def pixel_values(self) -> mx.array | None:
+        """float32[B, height, width, 3]: the rows of all images in order, copied; None for text alone."""
+        return mx.array(np.concatenate([image.pixel_values for image in self.images])) if self.images else None
 
 
 class VLM(nn.Module):
@@ -115,10 +122,24 @@ class VLM(nn.Module):
             )
         return features
 
-    def embed(self, inputs: Inputs, start: int = 0) -> mx.array:
+    def encode(self, image: InputImage) -> mx.array:
+        """What stands in an image's slots: float[tokens, C], evaluated.
+
+        Raises:
+            PromptError: its features are not as many as its slots.
+            CheckpointError: the image processor cuts tiles otherwise than config.json says.
+        """
+        features = self.arrange(self.embed_images(mx.array(image.pixel_values)), image)
+        mx.eval(features)
+        return features
+
+    def embed(self, inputs: Inputs, start: int = 0, encode: Callable[[InputImage], mx.array] | None = None) -> mx.array:
         """Embeddings of the prompt from token `start` on, image features in their slots.
 
-        Images whose slots all lie before `start` are not encoded.
+        Images are encoded one at a time; those whose slots all lie before `start` are not.
+
+        Args:
+            encode: in place of `self.encode`, to be spared what was encoded before.
 
         Returns:
             float[1, L - start, C].
@@ -133,16 +154,15 @@ class VLM(nn.Module):
         if count != given:
             raise PromptError(f"the prompt has {count} image tokens, the images give {given}")
         positions = np.flatnonzero(inputs.slots[start:])
-        if inputs.pixel_values is None or not len(positions):
-            return embeddings
         arranged: list[mx.array] = []  # of the last image first
-        end, missing = inputs.pixel_values.shape[0], len(positions)
+        missing = len(positions)
         for image in reversed(inputs.images):
             if missing <= 0:
                 break
-            features = self.embed_images(inputs.pixel_values[end - image.rows : end])
-            arranged.append(self.arrange(features, image))
-            end, missing = end - image.rows, missing - image.tokens
+            arranged.append((encode or self.encode)(image))
+            missing -= image.tokens
+        if not arranged:
+            return embeddings
         features = mx.concatenate(arranged[::-1])[-len(positions) :]
         embeddings[:, mx.array(positions)] = features.astype(embeddings.dtype)
         return embeddings

@@ -6,7 +6,7 @@ Source of the arithmetic: image_processing_backends.py and image_transforms.py o
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class ImageSettings:
     """How an image is cut first, what stands above then being done to each piece; None: it stays whole."""
 
 
-_MOST_PIXELS = 1 << 28  # of a crop: far above every model's
+_MOST_PIXELS = 1 << 28  # of a step on the way to a model: far above all that they ask for
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP_DEFAULTS: dict[str, Any] = {
@@ -170,11 +170,18 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
         float32[height, width, 3].
     """
     if settings.pad_color is not None:
+        _check_pixels(image, max(image.size), max(image.size))
         image = _pad_to_square(image, settings.pad_color)
     if settings.size is not None:
         target = _target_size(image.width, image.height, settings.size)
         if min(target) < 1:
             raise ImageError(f"an image of {image.width}x{image.height} pixels is too narrow for this model")
+        if prod(_target_size(1, 1, settings.size)) > _MOST_PIXELS:  # of any image: then the settings are at fault
+            raise CheckpointError(
+                f"an image of {image.width}x{image.height} pixels cannot be made ready as the checkpoint's settings of "
+                f"images say: it would become one of {target[0]}x{target[1]}"
+            )
+        _check_pixels(image, *target)
         image = image.resize(target, resample=Image.Resampling(settings.resample))
     array = np.asarray(image)
     if settings.crop_size is not None:
@@ -186,6 +193,15 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
         mean, std = np.array(settings.image_mean, np.float32), np.array(settings.image_std, np.float32)
         values = (values - mean) / std
     return values
+
+
+def _check_pixels(image: Image.Image, width: int, height: int) -> None:
+    """Raises ImageError where a step on the way to the model would need gigabytes: of a very long and narrow image."""
+    if width * height > _MOST_PIXELS:
+        raise ImageError(
+            f"an image of {image.width}x{image.height} pixels becomes one of {width}x{height} for this model, about "
+            f"{width * height * 3 / 1e9:.1f} GB: crop it first"
+        )
 
 
 def _target_size(width: int, height: int, size: Mapping[str, int]) -> tuple[int, int]:

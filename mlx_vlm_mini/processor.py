@@ -11,7 +11,7 @@ import numpy as np
 from .config import VLMConfig
 from .errors import CheckpointError, PromptError
 from .families import Family
-from .image import ImageSource, open_image
+from .image import ImageSource, Picture, open_image, read_image
 from .model import InputImage, Inputs
 from .preprocess import ImageSettings
 from .prompt import ChatTemplate, Message, Prompt, images_of, to_messages
@@ -19,7 +19,7 @@ from .tiles import Tiles
 from .tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreparedImage:
     """An image as the vision tower takes it, so that a conversation prepares it once.
 
@@ -28,12 +28,19 @@ class PreparedImage:
         size: height and width in pixels, as it was opened.
         text: what stands for it in the prompt.
         digest: SHA-256 of its size and all its pixels.
+        origin: what it was made of; its `data` are left out where they can be read again from its path.
     """
 
     pixel_values: np.ndarray
     size: tuple[int, int]
     text: str
     digest: bytes
+    origin: Picture
+
+
+def without_data(picture: Picture) -> Picture:
+    """What is kept of a picture: where it lies; the data alone where it lies nowhere."""
+    return picture if picture.path is None else replace(picture, data=None)
 
 
 class Processor:
@@ -89,7 +96,7 @@ class Processor:
         )
         self.image_settings = replace(self.image_settings, tiling=tiles)
 
-    def prepare(self, source: ImageSource | PreparedImage) -> PreparedImage:
+    def prepare(self, source: ImageSource | Picture | PreparedImage) -> PreparedImage:
         """Open an image and make its pixels ready.
 
         Raises:
@@ -103,7 +110,8 @@ class Processor:
                 "the checkpoint has neither preprocessor_config.json nor an image_processor in processor_config.json, "
                 "so how it takes images is unknown: copy the file from the original repository"
             )
-        image = open_image(source)
+        picture = source if isinstance(source, Picture) else read_image(source)
+        image = open_image(picture)
         size = image.height, image.width
         try:
             pixels = self.family.pixels(image, self.image_settings)
@@ -114,7 +122,7 @@ class Processor:
             ) from None
         text = self.family.image_text(self.config, self.image_settings, self.image_token, size)
         digest = hashlib.sha256(repr(size).encode() + pixels.tobytes()).digest()
-        return PreparedImage(pixels, size, text, digest)
+        return PreparedImage(pixels, size, text, digest, without_data(picture))
 
     def expand(
         self, messages: Sequence[Message], prepared: Sequence[PreparedImage], *, add_generation_prompt: bool = True
@@ -162,12 +170,15 @@ class Processor:
             is_slot += [True, *[False] * len(more)]
         return ids, offsets, np.array(is_slot, dtype=bool)
 
-    def __call__(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Inputs:
+    def __call__(
+        self, prompt: Prompt, images: Sequence[ImageSource] = (), *, add_generation_prompt: bool = True
+    ) -> Inputs:
         """Everything `model()` needs to answer a prompt, ready for prefill.
 
         Args:
             prompt: a text, a list of texts and images in order, or OpenAI-style messages.
             images: come before the text.
+            add_generation_prompt: whether the template opens the answer.
 
         Raises:
             PromptError: the messages do not fit the model.
@@ -175,10 +186,10 @@ class Processor:
         """
         messages = to_messages(prompt, images)
         prepared = [self.prepare(part["image"]) for part in images_of(messages)]
-        text, slots = self.expand(messages, prepared)
+        text, slots = self.expand(messages, prepared, add_generation_prompt=add_generation_prompt)
         given = [
             InputImage(
-                rows=len(image.pixel_values),
+                pixel_values=image.pixel_values,
                 tokens=image.text.count(self.image_token),
                 size=image.size,
                 digest=image.digest,
@@ -190,7 +201,6 @@ class Processor:
             raise PromptError("the prompt is empty: the chat template gives no text for these messages")
         return Inputs(
             input_ids=mx.array(ids, dtype=mx.int32)[None],
-            pixel_values=mx.array(np.concatenate([image.pixel_values for image in prepared])) if prepared else None,
             slots=is_slot,
             images=tuple(given),
         )

@@ -97,6 +97,17 @@ def images_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
     ]
 
 
+def split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """The system messages that open a conversation, and its turns: what was said, up to the end of its answer."""
+    start = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    turns: list[list[Message]] = []
+    for message in messages[start:]:
+        if not turns or (message["role"] != "assistant" and turns[-1][-1]["role"] == "assistant"):
+            turns.append([])
+        turns[-1].append(message)
+    return list(messages[:start]), turns
+
+
 def find_chat_template(folder: Path) -> str | None:
     """The checkpoint's chat template: chat_template.jinja, chat_template.json, processor_config.json or
     tokenizer_config.json, in this order; of several named ones `default`.

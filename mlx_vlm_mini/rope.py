@@ -97,6 +97,12 @@ def depends_on_length(config: DecoderConfig, length: int) -> bool:
     return limit is not None and length > limit
 
 
+def longest_context(config: DecoderConfig) -> int:
+    """Tokens that a decoder is made for: those of config.json, more where its scaling is `dynamic`."""
+    stretch = (config.rope_scaling or {}).get("factor", 1) if rope_type(config.rope_scaling) == "dynamic" else 1
+    return int(config.max_position_embeddings * stretch)
+
+
 def make_rope(config: DecoderConfig) -> Any:
     """What turns float[B, H, L, D] by its positions: called with `(x, offset=tokens before x)`.
 

@@ -9,9 +9,10 @@ import mlx.core as mx
 
 from .borrow import borrow
 from .errors import PromptError
+from .features import Features
 from .generation import PREFILL_STEP, LogitsProcessor, Sampler, decode, prefill, wired_memory
 from .image import ImageSource
-from .model import VLM, Inputs
+from .model import VLM, InputImage, Inputs
 from .processor import Processor
 from .prompt import Prompt
 from .tokenizer import TextStream
@@ -27,6 +28,8 @@ class Stats:
         prompt_tokens: tokens of the whole prompt, images included.
         image_tokens: those that images fill.
         cached_tokens: those that a conversation's cache already held.
+        encoded_images: images that the vision tower encoded; those that a conversation had encoded before are not.
+        context_limit: tokens that a conversation and its answer may have; None outside of one.
         generated_tokens: tokens of the answer, the one that ended it included.
         image_s: seconds to open, prepare and encode images and to tokenize the text.
         prefill_s: seconds to read the prompt.
@@ -38,6 +41,8 @@ class Stats:
     prompt_tokens: int = 0
     image_tokens: int = 0
     cached_tokens: int = 0
+    encoded_images: int = 0
+    context_limit: int | None = None
     generated_tokens: int = 0
     image_s: float = 0.0
     prefill_s: float = 0.0
@@ -155,19 +160,36 @@ def stream_inputs(
     options: Options,
     cached: int = 0,
     started: float | None = None,
+    features: Features | None = None,
+    context: int | None = None,
 ) -> Iterator[Chunk]:
     """Answer inputs whose first `cached` tokens the cache already holds.
 
     Args:
         started: `time.perf_counter()` at which the caller began, for the statistics.
+        features: where what images become is kept and found.
+        context: for the statistics.
     """
     begin = time.perf_counter() if started is None else started
-    stats = Stats(prompt_tokens=len(inputs.slots), image_tokens=int(inputs.slots.sum()), cached_tokens=cached)
+    stats = Stats(
+        prompt_tokens=len(inputs.slots),
+        image_tokens=int(inputs.slots.sum()),
+        cached_tokens=cached,
+        context_limit=context,
+    )
+
+    def encode(image: InputImage) -> mx.array:
+        stats.encoded_images += 1
+        return model.encode(image)
+
+    def find(image: InputImage) -> mx.array:
+        return encode(image) if features is None else features.encode(image, encode)
+
     if options.seed is not None:
         mx.random.seed(options.seed)
     stop_filter, text_stream = _StopFilter((*options.stops, *processor.stops)), TextStream(processor.tokenizer)
     with wired_memory():
-        embeddings = model.embed(inputs, cached)
+        embeddings = model.embed(inputs, cached, find)
         mx.eval(embeddings)
         stats.image_s = time.perf_counter() - begin
         logits = prefill(model.decoder, embeddings, cache, step=options.prefill_step, progress=options.progress)

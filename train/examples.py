@@ -185,8 +185,8 @@ class Batch:
         return self.input_ids, self.targets, self.features_at, self.pixel_values
 
 
-def collate(encoded: Sequence[Encoded], num_features: int, *, pad_length: int = 32, pad_rows: int = 1) -> Batch:
-    """Lay examples side by side; lengths and rows are rounded up, so that few shapes occur and are compiled."""
+def collate(encoded: Sequence[Encoded], num_features: int, *, pad_length: int = 1, pad_rows: int = 1) -> Batch:
+    """Lay examples side by side; lengths and rows are rounded up to these multiples, so that few shapes are compiled."""
     length = -(-max(len(each.input_ids) for each in encoded) // pad_length) * pad_length
     ids = np.zeros((len(encoded), length), np.int32)
     targets, features_at = np.full_like(ids, -1), np.full_like(ids, -1)

@@ -243,7 +243,10 @@ class Trainer:
         return self._collate([encode(self.processor, example) for example in examples])
 
     def _collate(self, encoded: Sequence[Encoded]) -> Batch:
-        return collate(encoded, self.model.config.vision.num_features, pad_rows=max(len(encoded) // 2, 1))
+        num_features = self.model.config.vision.num_features
+        if self._streams:  # nothing is compiled on a CPU, so each batch may have a shape of its own
+            return collate(encoded, num_features)
+        return collate(encoded, num_features, pad_length=32, pad_rows=max(len(encoded) // 2, 1))
 
     def _train(self, batches: Sequence[Batch]) -> float:
         sums, loss, count = None, mx.array(0.0), mx.array(0)

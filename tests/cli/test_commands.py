@@ -46,8 +46,9 @@ def test_generate_as_json_gives_the_references_tokens():
         0,
     )
     assert set(answer["timings"]) == {"load_s", "image_s", "prefill_s", "first_token_s", "decode_s"}
+    assert answer["images"] == [str(PHOTO)]
     assert answer["peak_memory_bytes"] > 0 and set(answer) == {
-        "text", "token_ids", "logprobs", "finish_reason", "prompt_tokens", "image_tokens", "cached_tokens", "timings",
+        "images", "text", "token_ids", "logprobs", "finish_reason", "prompt_tokens", "image_tokens", "cached_tokens", "timings",
         "peak_memory_bytes",
     }  # fmt: skip
 
@@ -90,7 +91,7 @@ def test_a_conversation():
     assert notes[:2] == ["1 image will be shown with your next message."] * 2
     assert notes[2].startswith("/image PATH")
     assert notes[-3:] == [
-        "unknown command /nonsense; /help lists them",
+        "unknown command /nonsense; /help lists them, // begins a message with a slash",
         "Error: image not found: /no/such.png",
         "The conversation is forgotten.",
     ]
@@ -222,12 +223,12 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
-HEAVY = (
-    "sorted({'mlx', 'numpy', 'PIL', 'torch', 'transformers', 'mlx_lm', 'jinja2', 'huggingface_hub'} & set(sys.modules))"
+HEAVY = "sorted({'mlx', 'numpy', 'PIL', 'torch', 'transformers', 'mlx_lm', 'jinja2', 'huggingface_hub', 'prompt_toolkit', 'rich'} & set(sys.modules))"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["generate", "--help"], ["chat", "--help"], ["nonsense"], ["convert"]]
 )
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"], ["nonsense"], ["convert"]])
 def test_help_and_usage_errors_import_nothing_heavy(arguments):
     code = (
         "import sys; from click.testing import CliRunner; from mlx_vlm_mini.cli.main import main\n"

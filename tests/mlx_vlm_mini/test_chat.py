@@ -11,7 +11,7 @@ from PIL import Image
 from reference import GOLDEN, SPECS
 
 from mlx_vlm_mini import Chat, load, stream_generate
-from mlx_vlm_mini.errors import ImageError
+from mlx_vlm_mini.errors import ImageError, PromptError
 
 
 def fresh(model, processor, messages, max_tokens):
@@ -81,7 +81,7 @@ def test_keys_turned_for_a_shorter_conversation_are_not_used_again(copy_of, scal
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= {"rope_scaling": scaling, "max_position_embeddings": 40}
     (folder / "config.json").write_text(json.dumps(config))
-    chat = Chat(*load(folder), max_tokens=5)
+    chat = Chat(*load(folder), max_tokens=5, context=500)
     for turn in ([PHOTO, "What?"], "And now?", "Why?"):
         chunks = list(chat.send(turn))
         check(chat, chat.messages[:-1], chunks)
@@ -175,3 +175,126 @@ def test_a_picture_is_opened_and_prepared_once(llava, tmp_path, monkeypatch):
     monkeypatch.setattr(type(chat.model), "embed_images", lambda *_: encoded.append(1))
     assert len(list(chat.send("Really?"))) == 3
     assert encoded == []
+
+
+def test_undo_gives_back_what_was_said_and_retry_and_edit_read_only_what_is_new(llava):
+    chat = Chat(*llava, max_tokens=4)
+    first = list(chat.send([PHOTO, "What is it?"]))
+    used = chat.context_used
+    assert used == first[-1].stats.prompt_tokens + 4
+    second = list(chat.send(["Not ", SHAPES, "?"]))
+    again = list(chat.retry())
+    assert [chunk.token for chunk in again] == [chunk.token for chunk in second]
+    assert again[-1].stats.cached_tokens == again[-1].stats.prompt_tokens - 1 and again[-1].stats.encoded_images == 0
+    assert len(chat.messages) == 4
+    edited = list(chat.edit("Or what?"))
+    check(chat, chat.messages[:-1], edited)
+    assert edited[-1].stats.cached_tokens >= first[-1].stats.prompt_tokens
+    (said,) = chat.undo()
+    assert said == {"role": "user", "content": [{"type": "text", "text": "Or what?"}]}
+    (said,) = chat.undo()
+    assert chat.messages == [] and chat.context_used == 0
+    with pytest.raises(PromptError, match="nothing was said yet"):
+        chat.undo()
+    repeated = list(chat.send([said]))
+    assert [chunk.token for chunk in repeated] == [chunk.token for chunk in first]
+    assert repeated[-1].stats.cached_tokens == repeated[-1].stats.prompt_tokens - 1
+    for nothing in (chat.retry, lambda: chat.edit("Hi")):
+        chat.clear()
+        with pytest.raises(PromptError, match="nothing was said yet"):
+            list(nothing())
+
+
+def test_another_try_is_another_sample(llava):
+    chat = Chat(*llava, max_tokens=8, temperature=2.0, seed=5)
+    answers = [[chunk.token for chunk in chat.send("Hi")]] + [[chunk.token for chunk in chat.retry()] for _ in range(2)]
+    assert len({tuple(tokens) for tokens in answers}) == 3 and len(chat.messages) == 2
+    assert [chunk.token for chunk in chat.retry(seed=5)] == answers[0]
+
+
+def test_a_refused_retry_or_edit_changes_nothing(llava):
+    chat = Chat(*llava, max_tokens=4)
+    list(chat.send("Hi"))
+    before = list(chat.messages)
+    for refused in (chat.edit([SHAPES.with_name("none.png")]), chat.retry(max_tokens=10**6), chat.edit("a" * 10**4)):
+        with pytest.raises((ImageError, PromptError)):
+            list(refused)
+        assert chat.messages == before
+
+
+def test_another_system_message_is_read_and_the_pictures_stay_encoded(llava):
+    chat = Chat(*llava, system="Be brief.", max_tokens=4)
+    list(chat.send([PHOTO, "What is it?"]))
+    chat.system = "Be long."
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+    chunks = list(chat.send("And?"))
+    check(chat, chat.messages[:-1], chunks)
+    assert chunks[-1].stats.encoded_images == 0 and 0 < chunks[-1].stats.cached_tokens < 9
+    chat.system = None
+    assert chat.messages[0]["role"] == "user" and chat.system is None
+    check(chat, [*chat.messages, {"role": "user", "content": "So?"}], list(chat.send("So?")))
+
+
+@pytest.mark.parametrize("action", ["send", "undo", "fork", "save", "system"])
+def test_whatever_is_done_ends_an_answer_and_keeps_what_was_said(llava, action, tmp_path):
+    chat = Chat(*llava, max_tokens=8)
+    answer = chat.send([PHOTO, "What is it?"])
+    said = "".join(next(answer).text for _ in range(3))
+    if action == "send":
+        list(chat.send("Go on"))
+    elif action == "undo":
+        assert len(chat.undo()) == 1 and chat.messages == []
+    elif action == "fork":
+        assert chat.fork().messages == chat.messages
+    elif action == "save":
+        chat.save(tmp_path / "a.json")
+    else:
+        chat.system = "Be brief."
+    if action != "undo":
+        spoken = next(message for message in chat.messages if message["role"] == "assistant")
+        assert spoken["content"][0]["text"] == said
+    before = list(chat.messages)
+    assert list(answer) == [] and chat.messages == before
+    chunks = list(chat.send("Now?"))
+    check(chat, chat.messages[:-1], chunks)
+
+
+def test_a_full_context_is_refused_with_its_numbers(llava):
+    chat = Chat(*llava, max_tokens=8, context=100)
+    list(chat.send([PHOTO, "What is it?"]))
+    before, used = list(chat.messages), chat.context_used
+    with pytest.raises(PromptError) as error:
+        list(chat.send(["x" * 40, SHAPES]))
+    tokens = len(
+        chat.processor(
+            [
+                *before,
+                {"role": "user", "content": [{"type": "text", "text": "x" * 40}, {"type": "image", "image": SHAPES}]},
+            ]
+        ).slots
+    )
+    assert f"would take {tokens} tokens (18 of images) and its answer up to 8, and the context is 100: undo" in str(
+        error.value
+    )
+    assert chat.messages == before and chat.context_used == used
+    chunks = list(chat.send("Hm?"))
+    check(chat, chat.messages[:-1], chunks)
+    assert chunks[-1].stats.context_limit == 100 and chunks[-1].stats.cached_tokens > 0
+    assert Chat(*llava).context == 512
+    with pytest.raises(PromptError, match="shorten the message"):
+        list(Chat(*llava, context=20).send("a long message"))
+
+
+def test_the_oldest_turns_are_dropped_whole(llava):
+    chat = Chat(*llava, system="Be brief.", max_tokens=8, context=120, on_full="drop")
+    for turn in range(6):
+        chunks = list(chat.send([PHOTO, f"What is it? {turn}"]))
+        check(chat, chat.messages[:-1], chunks)
+        assert chunks[-1].stats.prompt_tokens + 8 <= 120
+        assert chat.messages[0]["role"] == "system" and chat.messages[-2]["content"][1]["text"] == f"What is it? {turn}"
+        assert len(chat.messages) // 2 + chat.dropped_turns == turn + 1
+    assert chat.dropped_turns > 2 and chunks[-1].stats.encoded_images == 0
+    before, dropped = list(chat.messages), chat.dropped_turns
+    with pytest.raises(PromptError, match="shorten the message"):
+        list(chat.send("y" * 200))
+    assert chat.messages == before and chat.dropped_turns == dropped

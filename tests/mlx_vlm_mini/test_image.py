@@ -2,6 +2,8 @@
 
 import base64
 import io
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,8 +15,9 @@ import pytest
 from checkpoints import PHOTO, SHAPES
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
+import mlx_vlm_mini.image as room
 from mlx_vlm_mini.errors import CheckpointError, ImageError
 from mlx_vlm_mini.image import open_image
 from mlx_vlm_mini.preprocess import image_settings, preprocess
@@ -268,3 +271,97 @@ def test_settings_that_make_no_sense(settings, message):
 def test_pictures_of_the_goldens_open():
     assert open_image(PHOTO).size == (70, 96)
     assert np.asarray(open_image(SHAPES))[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """Limits a thousandth of the real ones."""
+    monkeypatch.setattr(room, "REDUCE_ABOVE", 50_000)
+    monkeypatch.setattr(room, "MOST_PIXELS", 500_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_000)
+
+
+def gradient(width, height):
+    rows, columns = np.mgrid[:height, :width]
+    return Image.fromarray(
+        np.stack([rows * 255 // height, columns * 255 // width, rows * 0 + 128], axis=-1).astype(np.uint8)
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((250, 200), (250, 200)),
+        ((251, 200), (126, 100)),
+        ((501, 399), (126, 100)),
+        ((500, 400), (250, 200)),
+        ((800, 600), (200, 150)),
+        ((63, 5000), (16, 1250)),
+    ],
+)
+def test_a_large_jpeg_is_reduced_while_it_is_decoded(small_limits, monkeypatch, size, expected):
+    """Above Pillow's limit for other formats, too; its middle stays where it was."""
+    whole, loaded = gradient(*size), []
+    load = JpegImagePlugin.JpegImageFile.load
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", lambda self: loaded.append(self.size) or load(self))
+    opened = open_image(encoded(whole, "JPEG", quality=95))
+    assert opened.size == expected and set(loaded) == {expected}
+    if expected == size:
+        assert opened.tobytes() == Image.open(io.BytesIO(encoded(whole, "JPEG", quality=95))).tobytes()
+    np.testing.assert_allclose(np.asarray(opened.resize((8, 8))), np.asarray(whole.resize((8, 8))), atol=8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16"])
+def test_other_large_pictures_are_reduced_too(small_limits, mode):
+    whole = gradient(400, 300).convert("RGBA" if mode == "RGBA" else "L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        whole = Image.fromarray(np.asarray(whole).astype(np.uint16) * 257)
+    for source in (whole, encoded(whole, "TIFF")):
+        opened = open_image(source)
+        assert opened.size == (200, 150) and opened.mode == "RGB"
+        expected = np.asarray(open_image(source, whole=True).resize((8, 8))).astype(int)
+        np.testing.assert_allclose(np.asarray(opened.resize((8, 8))), expected, atol=3)
+        assert open_image(source, whole=True).size == (400, 300)
+    assert open_image(np.asarray(gradient(400, 300))).size == (200, 150)
+
+
+def test_a_reduced_picture_is_upright(small_limits):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for form in ("JPEG", "TIFF"):
+        assert open_image(encoded(gradient(400, 300), form, exif=exif)).size == (150, 200)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_what_is_too_large_is_refused_with_its_size(monkeypatch, form):
+    monkeypatch.setattr(room, "MOST_PIXELS", 2_000_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    with pytest.raises(ImageError) as error:
+        open_image(encoded(Image.new("RGB", (2000, 2500)), form))
+    assert str(error.value) == (
+        "the image bytes is too large: 5 megapixels, about 0.0 GB, and the limit is 2; make it smaller first"
+    )
+
+
+def test_a_photo_of_a_hundred_megapixels_takes_little_memory(tmp_path):
+    """In a process of its own, whose peak says it: 300 MB would be the whole in RGB."""
+    file = tmp_path / "large.jpg"
+    Image.new("L", (12000, 9000), 90).save(file, quality=30)
+    code = (
+        "import resource, sys; from mlx_vlm_mini.image import open_image; "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; image = open_image(sys.argv[1]); "
+        "print(image.size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True)
+    size, megabytes = done.stdout.rsplit(maxsplit=1)
+    assert size == "(6000, 4500)"
+    assert int(megabytes) / (1024 if sys.platform == "darwin" else 1) < 180
+
+
+@pytest.mark.parametrize(
+    "settings", [{"do_pad": True}, {"size": {"shortest_edge": 336}}], ids=["padded to a square", "short side"]
+)
+def test_a_strip_that_would_grow_to_gigabytes_is_refused(settings):
+    strip = Image.new("RGB", (60000, 3))
+    with pytest.raises(ImageError, match=r"60000x3 pixels becomes one of .* GB: crop it first"):
+        preprocess(strip, image_settings(settings, "Llava"))

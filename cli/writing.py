@@ -1,0 +1,90 @@
+"""Answers on stdout as they come: raw, or rendered as Markdown on purpose. What a model says never steers the terminal."""
+
+import io
+import sys
+from types import TracebackType
+from typing import Any
+
+import click
+
+# Control characters show as their symbols, so that an answer can neither move the cursor nor send sequences.
+_VISIBLE: dict[int, int | None] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_VISIBLE |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD), ord("\r"): None}
+
+
+def neutralize(text: str) -> str:
+    """Text without control characters, line ends and tabs excepted."""
+    return text.translate(_VISIBLE)
+
+
+class Answer:
+    """Writes an answer piece by piece. Where stdout is no terminal, it is exactly what the model said."""
+
+    waits = False
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a locale without all characters ends no answer
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(neutralize(text) if self._terminal else text)  # click.echo would strip sequences
+        sys.stdout.flush()
+
+    def __enter__(self) -> "Answer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class MarkdownAnswer(Answer):
+    """Renders each block of Markdown when it is whole: at an empty line outside of fences, and at the end."""
+
+    def __init__(self, *, colour: bool) -> None:
+        super().__init__()
+        self._waiting = ""
+        self._written = False
+        self._colour = colour
+
+    def write(self, text: str) -> None:
+        self._waiting += neutralize(text)
+        while (cut := block_end(self._waiting)) is not None:
+            block, self._waiting = self._waiting[:cut], self._waiting[cut:]
+            self._render(block)
+
+    @property
+    def waits(self) -> bool:  # type: ignore[override]
+        """Whether there is text that does not show yet."""
+        return bool(self._waiting.strip())
+
+    def __exit__(self, *_: Any) -> None:
+        if self._waiting.strip():
+            self._render(self._waiting)
+
+    def _render(self, block: str) -> None:
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        if self._written:
+            click.echo()
+        self._written = True
+        console = Console(file=sys.stdout, no_color=not self._colour, highlight=False)
+        console.print(Markdown(block, hyperlinks=False))  # a link is an escape sequence with the model's text in it
+
+
+def block_end(text: str) -> int | None:
+    """Where the first block of Markdown ends: behind its empty line; None while it may go on."""
+    place, fenced, begun = 0, False, False
+    for line in text.splitlines(keepends=True):
+        if not line.endswith("\n"):
+            return None
+        place += len(line)
+        if line.lstrip().startswith(("```", "~~~")):
+            fenced = not fenced
+        if not line.strip() and begun and not fenced:
+            return place
+        begun = begun or bool(line.strip())
+    return None

@@ -1,0 +1,115 @@
+"""Properties: whatever is done in a conversation, each answer equals a fresh run of the messages before it, its pictures
+encoded once."""
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import PHOTO, PLAIN, SHAPES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from reference import GOLDEN
+
+from mlx_vlm_mini import Chat, load, stream_generate
+from mlx_vlm_mini.errors import PromptError
+from mlx_vlm_mini.prompt import images_of
+
+LONG = "llava with longrope"  # whose angles change at 56 tokens, for all positions
+MODELS = (
+    "llava-clip-mistral", "llava-next-siglip-qwen2", "internvl-qwen2", "internvl-chat-phi3", "llava-original-v1.6-mistral",
+    "paligemma2-gemma2", LONG,
+)  # fmt: skip
+PICTURES = (PHOTO, SHAPES, SHAPES.read_bytes(), Image.new("RGB", (50, 40), "red"), Image.new("RGB", (50, 40), "blue"))
+TEXTS = ("Hi", "What is it? ", " and\n", "Why? Tell me more.", "no")
+
+parts = st.lists(st.sampled_from(TEXTS) | st.integers(0, len(PICTURES) - 1).map(PICTURES.__getitem__), max_size=3)
+prompts = st.builds(lambda begin, rest: [*begin, rest], parts, st.sampled_from(TEXTS))
+steps = st.tuples(  # in which of two conversations, the second of which is a fork of the first
+    st.sampled_from(("send", "send", "edit", "interrupt", "undo", "retry", "fork")), st.integers(0, 1), prompts
+)
+
+
+@cache
+def model_of(name):
+    if name != LONG:
+        return load(GOLDEN / name)
+    with TemporaryDirectory() as temporary:
+        folder = Path(shutil.copytree(PLAIN, Path(temporary) / "long"))
+        config = json.loads((folder / "config.json").read_text())
+        scaling = {
+            "rope_type": "longrope", "short_factor": [1.0] * 10, "long_factor": [3.0] * 10,
+            "original_max_position_embeddings": 56,
+        }  # fmt: skip
+        config["text_config"] |= {"rope_scaling": scaling}
+        (folder / "config.json").write_text(json.dumps(config))
+        return load(folder)
+
+
+def check_fresh(chat, chunks):
+    """The tokens of an answer and their log-probabilities, by a run that knows nothing: its tokens are put into its mouth."""
+    model, processor = chat.model, chat.processor
+    said = iter([chunk.token for chunk in chunks])
+    best = []
+
+    def say(logprobs):
+        best.append(int(logprobs[0].argmax()))
+        return mx.array([next(said)])
+
+    raw = [{**message, "content": [_raw(part) for part in message["content"]]} for message in chat.messages[:-1]]
+    alone = list(stream_generate(model, processor, raw, max_tokens=len(chunks), sampler=say))
+    np.testing.assert_allclose(
+        [chunk.logprob for chunk in chunks], [chunk.logprob for chunk in alone], atol=1e-4, rtol=0
+    )
+    return best
+
+
+def _raw(part):
+    """An image as it was given, so that the fresh run prepares it itself."""
+    if part["type"] == "text":
+        return part
+    return {"type": "image", "image": part["image"].origin.path or part["image"].origin.data}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(deadline=None, max_examples=12, derandomize=True, database=None)
+@given(plan=st.lists(steps, min_size=4, max_size=7))
+def test_every_answer_equals_a_fresh_run(name, plan):
+    model, processor = model_of(name)
+    chat = Chat(model, processor, context=10**6, max_tokens=3)
+    if "paligemma" not in name and "mistral" not in name:  # their templates take no system message
+        chat.system = "Be brief."
+    chats, seen, encoded = [chat, chat], set(), 0
+    for kind, place, prompt in [("send", 0, ["Begin"]), ("fork", 1, []), *plan]:
+        chat = chats[place]
+        begun = any(message["role"] == "user" for message in chat.messages)
+        if kind == "fork":
+            chats[place] = chats[1 - place].fork()
+            continue
+        if kind == "undo":
+            before = len(chat.messages)
+            if begun:
+                assert chat.undo()[-1]["role"] == "user" and len(chat.messages) == before - 2
+            else:
+                with pytest.raises(PromptError, match="nothing was said yet"):
+                    chat.undo()
+            continue
+        if kind == "retry" and begun:
+            chunks = list(chat.retry(temperature=1.0, seed=len(plan)))
+        elif kind == "interrupt":
+            answer = chat.send(prompt)
+            chunks = [next(answer), next(answer)]
+            answer.close()
+        else:
+            chunks = list(chat.edit(prompt) if kind == "edit" and begun else chat.send(prompt))
+        best = check_fresh(chat, chunks)
+        if kind != "retry":
+            assert [chunk.token for chunk in chunks] == best
+        seen |= {part["image"].digest for part in images_of(chat.messages)}
+        encoded += chunks[-1].stats.encoded_images
+    assert encoded == len(seen)
