@@ -186,7 +186,7 @@ class Batch:
 
 
 def collate(encoded: Sequence[Encoded], num_features: int, *, pad_length: int = 1, pad_rows: int = 1) -> Batch:
-    """Lay examples side by side; lengths and rows are rounded up to these multiples, so that few shapes are compiled."""
+    """Lay examples side by side, lengths and rows rounded up to these multiples, so that few shapes occur."""
     length = -(-max(len(each.input_ids) for each in encoded) // pad_length) * pad_length
     ids = np.zeros((len(encoded), length), np.int32)
     targets, features_at = np.full_like(ids, -1), np.full_like(ids, -1)
