@@ -1,7 +1,7 @@
 """Vision-language models on Apple MLX: convert them, chat with them, import them.
 
-The public names are `load`, `generate`, `stream_generate` and `Chat`, and for answers that name places
-`find_detections` and `draw_detections`. They are imported when first used, so that `import mlx_vlm_mini` costs nothing.
+The public names are `load`, `generate`, `stream_generate` and `Chat`; for answers that name places `find_detections`
+and `draw_detections`; and `attend`, `draw_attention` and `attention_page` for where the model looked. They are imported when first used, so that `import mlx_vlm_mini` costs nothing.
 No module may have one of these names: importing it would put it in the place of the function.
 """
 
@@ -13,14 +13,23 @@ if TYPE_CHECKING:
     from .chat import Chat
     from .detections import find_detections
     from .draw import draw_detections
+    from .heat import draw_attention
+    from .inspection import attend
     from .loading import load
+    from .page import attention_page
     from .stream import generate, stream_generate
 
 __version__ = "0.1.0"
-__all__ = ["Chat", "__version__", "draw_detections", "find_detections", "generate", "load", "stream_generate"]
+__all__ = [
+    "Chat", "__version__", "attend", "attention_page", "draw_attention", "draw_detections", "find_detections", "generate",
+    "load", "stream_generate",
+]  # fmt: skip
 
 _HOME = {
     "Chat": ".chat",
+    "attend": ".inspection",
+    "attention_page": ".page",
+    "draw_attention": ".heat",
     "draw_detections": ".draw",
     "find_detections": ".detections",
     "generate": ".stream",
