@@ -1,8 +1,9 @@
 """Vision-language models on Apple MLX: convert them, chat with them, import them.
 
 The public names are `load`, `generate`, `stream_generate` and `Chat`; for answers that name places `find_detections`
-and `draw_detections`; and `attend`, `draw_attention` and `attention_page` for where the model looked. They are imported when first used, so that `import mlx_vlm_mini` costs nothing.
-No module may have one of these names: importing it would put it in the place of the function.
+and `draw_detections`; for what the model looked at `attend`, `draw_attention` and `attention_page`. They are imported
+when first used, so that `import mlx_vlm_mini` costs nothing. No module may have one of these names: importing it would
+put it in the place of the function.
 """
 
 import sys
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Chat", "__version__", "attend", "attention_page", "draw_attention", "draw_detections", "find_detections", "generate",
-    "load", "stream_generate",
+    "Chat", "__version__", "attend", "attention_page", "draw_attention", "draw_detections", "find_detections",
+    "generate", "load", "stream_generate",
 ]  # fmt: skip
 
 _HOME = {

@@ -111,9 +111,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
-    def __call__(
-        self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: Recorder | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: Recorder | None) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), mask=mask, rope=rope, cache=cache, attentions=attentions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -129,9 +127,7 @@ class SandwichLayer(DecoderLayer):
         self.pre_feedforward_layernorm = make_norm(config)
         self.post_feedforward_layernorm = make_norm(config)
 
-    def __call__(
-        self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: Recorder | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: Recorder | None) -> mx.array:
         y = self.self_attn(self.input_layernorm(x), mask=mask, rope=rope, cache=cache, attentions=attentions)
         x = x + self.post_attention_layernorm(y)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))

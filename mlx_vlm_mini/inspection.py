@@ -5,7 +5,7 @@ whole prompt, and keeps of a layer what flowed there from the images. Source of 
 (arXiv:2005.00928).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import mlx.core as mx
@@ -22,7 +22,7 @@ from .preprocess import frames
 from .processor import PreparedImage, Processor
 from .prompt import Message, Prompt, images_of, to_messages
 from .rope import depends_on_length
-from .stream import Options, stream_inputs
+from .stream import Chunk, Options, stream_inputs
 from .tokenizer import TextStream
 
 
@@ -37,6 +37,7 @@ def attend(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     features: Features | None = None,
+    listen: Callable[[Chunk], None] | None = None,
     **options: Any,
 ) -> AnswerAttention:
     """Where a model looks in its images for each token of an answer.
@@ -48,6 +49,7 @@ def attend(
             each with half of what its own position held (arXiv:2005.00928).
         layers, heads: those to look at; negative ones count from the end. None is all; rollout takes all.
         features: where pixels and features of pictures are kept and found.
+        listen: is called with each chunk of the answer that the model gives.
         options: see `Options`: max_tokens, temperature, ..., progress.
 
     Raises:
@@ -71,8 +73,11 @@ def attend(
     boxes = [find_boxes(model, processor, image) for image in inputs.images]
     with wired_memory():
         if answer is None:
-            chunks = list(stream_inputs(model, processor, inputs, cache, options=chosen, features=kept))
-            tokens = [chunk.token for chunk in chunks]
+            tokens = []
+            for chunk in stream_inputs(model, processor, inputs, cache, options=chosen, features=kept):
+                tokens.append(chunk.token)
+                if listen is not None:
+                    listen(chunk)
         else:
             tokens = list(answer) if not isinstance(answer, str) else encode_answer(processor, messages, inputs, answer)
             if not tokens:
@@ -242,9 +247,7 @@ def _record(
     return mx.concatenate(logits), np.concatenate(weights, axis=-2)
 
 
-def _roll_out(
-    model: VLM, inputs: Inputs, tokens: Sequence[int], features: Features
-) -> tuple[mx.array, np.ndarray]:
+def _roll_out(model: VLM, inputs: Inputs, tokens: Sequence[int], features: Features) -> tuple[mx.array, np.ndarray]:
     """The same, computed of the whole sequence: float32[T, N]."""
     length, decoder = len(inputs.slots), model.decoder
     if depends_on_length(model.config.decoder, length + len(tokens)):
