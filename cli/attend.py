@@ -110,7 +110,7 @@ def command(
         check_output(file)
     if folder is not None:
         check_folder(folder)
-    chosen = {"layers": parse_numbers("--layers", layers), "heads": parse_numbers("--heads", heads)}
+    options |= {"layers": parse_numbers("--layers", layers), "heads": parse_numbers("--heads", heads)}
     # Opened first: a wrong path should not cost the time that loading takes.
     pictures = [read_image(sys.stdin.buffer.read()) if image == "-" else read_picture(image) for image in images]
     for picture in pictures:
@@ -129,9 +129,7 @@ def command(
             writer.write(chunk.text)
 
         messages = ask(prompt, pictures, system).messages
-        found = attend(
-            vlm, processor, messages, answer=answer, listen=listen, progress=status.prefill, **chosen, **options
-        )
+        found = attend(vlm, processor, messages, answer=answer, listen=listen, progress=status.prefill, **options)
         if answer is not None:
             status.clear()
             writer.write("".join(found.texts))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -102,7 +102,7 @@ class AnswerAttention:
     def save(self, file: Path) -> None:
         """Write an .npz, which `numpy.load` reads: the attributes by their names, and of image i `weights_i`,
         `boxes_i` and `size_i`."""
-        arrays = {
+        arrays: dict[str, Any] = {
             "made_by": MADE_BY, "prompt": self.prompt, "token_ids": self.token_ids, "tokens": self.tokens,
             "texts": self.texts, "logprobs": self.logprobs, "reduce": self.reduce, "layers": self.layers,
             "heads": self.heads,
@@ -110,7 +110,7 @@ class AnswerAttention:
         for i, image in enumerate(self.images):
             arrays |= {f"weights_{i}": image.weights, f"boxes_{i}": image.boxes, f"size_{i}": image.size}
         with file.open("wb") as out:  # np.savez would put .npz behind another name
-            np.savez_compressed(out, **{name: np.asarray(value) for name, value in arrays.items()})
+            np.savez_compressed(out, **arrays)
 
 
 def choose(name: str, chosen: Sequence[int] | None, count: int) -> list[int]:

@@ -265,4 +265,4 @@ def _roll_out(model: VLM, inputs: Inputs, tokens: Sequence[int], features: Featu
 def _embed(model: VLM, inputs: Inputs, tokens: Sequence[int], features: Features, start: int) -> mx.array:
     """Embeddings of the prompt from `start` on and of all tokens but the last, which nothing reads."""
     prompt = model.embed(inputs, start, lambda image: features.encode(image, model.encode))
-    return mx.concatenate([prompt, model.decoder.embed(mx.array(tokens)[None])[:, :-1]], axis=1)
+    return mx.concatenate([prompt, model.decoder.embed(mx.array(list(tokens))[None])[:, :-1]], axis=1)

@@ -69,14 +69,12 @@ def attention_page(found: AnswerAttention) -> str:
     """
     found = found.mean()
     pictures = open_pictures(found, _MOST, _LEAST)
-    grids, figures = [], []
+    grids: list[tuple[int, int]] = []
+    figures: list[str] = []
     for picture in pictures:
         scale = min(1.0, _CELLS / max(picture.size))
         figures.append(f'<img class="under" alt="image {len(figures) + 1}" src="{_data(picture, "JPEG")}">')
         grids.append((max(1, round(picture.height * scale)), max(1, round(picture.width * scale))))
-    figures = [
-        f'<img class="under" alt="image {i + 1}" src="{_data(each, "JPEG")}">' for i, each in enumerate(pictures)
-    ]
     shown = [("all", mean_token(found), 0), *((str(t), found, t) for t in range(len(found.tokens)))]
     for name, of, token in shown:
         for i, heat in enumerate(heat_of(of, token, grids)):
