@@ -27,7 +27,11 @@ LAYOUTS = {  # golden, changes to its config, changes to its image settings
     "grid": ("llava-original-v1.6-mistral", {"tile_merge": "grid"}, {}),
     "flat": ("llava-original-v1.6-mistral", {"tile_merge": "flat"}, {}),
     "tiles, shuffled, thumbnail": ("internvl-qwen2", {}, {}),
-    "shuffled column by column": ("internvl-chat-llama", {}, {"tiling": Tiles(tile_size=24, min_tiles=2, max_tiles=6, thumbnail=True)}),
+    "shuffled column by column": (
+        "internvl-chat-llama",
+        {},
+        {"tiling": Tiles(tile_size=24, min_tiles=2, max_tiles=6, thumbnail=True)},
+    ),
     "InternViT": ("llava-original-internvit", {}, {}),
     "squashed": ("paligemma-gemma", {}, {}),
 }
@@ -77,7 +81,9 @@ def test_a_bright_square_lights_up_the_patch_that_holds_it(layout):
         bright = grey.copy()
         bright[top : top + side, left : left + side] = 250
         change = changes(model, before, image_of(processor, bright))
-        held = weight_inside(np.diag(np.nan_to_num(extent.prod(axis=-1))), boxes, square) / side**2  # parts of the square
+        held = (
+            weight_inside(np.diag(np.nan_to_num(extent.prod(axis=-1))), boxes, square) / side**2
+        )  # parts of the square
         for row, changed in enumerate(change):
             own = np.flatnonzero((sources >= 0).all(axis=-1) & (sources[:, 0] // len(changed) == row))
             if len(own) and held[own].max() > 0.7:
