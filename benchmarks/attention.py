@@ -164,10 +164,11 @@ def main() -> None:
     rows = zip(figures["attention"], figures["ratio"], figures["exceeds"], strict=True)
     for layer, (attention, ratio, exceeds) in enumerate(rows):
         print(f"| {layer} | {attention:.1%} | {figures['area']:.1%} | {ratio:.2f} | {exceeds:.0%} |")
+    print(f"\n{figures['right']} of {figures['scenes']} answers named the colour.")
     print(
-        f"\n{figures['right']} of {figures['scenes']} answers named the colour. Painted over: {figures['painted']:.0%}."
+        f"With {figures['painted']:.0%} of the picture painted over the answer changed "
+        f"{figures['most_attended']} times where it was the most attended part, {figures['random']} times at random."
     )
-    print(f"Answers changed: {figures['most_attended']} with the most attended part, {figures['random']} at random.")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from .places import lay_over
 _STOPS = np.array([(22, 14, 60), (122, 28, 109), (221, 81, 58), (252, 172, 44), (255, 255, 190)], dtype=np.float64)
 _SIDE = 1024  # pixels along a picture at most
 _THUMBNAIL = 176  # pixels along one of a contact sheet
-_GAP, _LINE, _FONT = 8, 18, 13  # pixels
+_GAP, _BETWEEN, _LINE, _FONT = 14, 3, 18, 13  # pixels; the second between pictures of one token
 
 
 def draw_attention(found: AnswerAttention, token: int | None = None) -> Image.Image:
@@ -100,12 +100,12 @@ def _over(found: AnswerAttention, pictures: list[Image.Image], token: int) -> li
 
 
 def _side_by_side(pictures: list[Image.Image]) -> Image.Image:
-    width = sum(picture.width for picture in pictures) + _GAP * (len(pictures) - 1)
+    width = sum(picture.width for picture in pictures) + _BETWEEN * (len(pictures) - 1)
     canvas = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
     left = 0
     for picture in pictures:
         canvas.paste(picture, (left, 0))
-        left += picture.width + _GAP
+        left += picture.width + _BETWEEN
     return canvas
 
 

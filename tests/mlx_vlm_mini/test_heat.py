@@ -62,7 +62,7 @@ def test_large_pictures_are_drawn_smaller(size, drawn):
 def test_a_sheet_has_a_cell_for_every_token_and_their_mean(count):
     texts = ("a caption that is far too long for the cell that it is written into", "\n", " 中文 é")
     sheet = draw_attention(answer(np.full((count, 5), 0.1), texts=(texts * 10)[:count]))
-    cells = (sheet.width // 184) * (sheet.height // 114)
+    cells = (sheet.width // 190) * (sheet.height // 120)
     assert cells >= count + 1 and sheet.width <= 3 * sheet.height + 400
 
 
