@@ -1,7 +1,8 @@
 """Vision-language models on Apple MLX: convert them, chat with them, import them.
 
 The public names are `load`, `generate`, `stream_generate` and `Chat`, and for answers that name places
-`find_detections` and `draw_detections`. They are imported when first used, so that `import mlx_vlm_mini` costs nothing.
+`find_detections` and `draw_detections`, and for CLIP `load_scorer`. They are imported when first used, so that
+`import mlx_vlm_mini` costs nothing.
 No module may have one of these names: importing it would put it in the place of the function.
 """
 
@@ -11,13 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chat import Chat
+    from .clip import load_scorer
     from .detections import find_detections
     from .draw import draw_detections
     from .loading import load
     from .stream import generate, stream_generate
 
 __version__ = "0.1.0"
-__all__ = ["Chat", "__version__", "draw_detections", "find_detections", "generate", "load", "stream_generate"]
+__all__ = [
+    "Chat",
+    "__version__",
+    "draw_detections",
+    "find_detections",
+    "generate",
+    "load",
+    "load_scorer",
+    "stream_generate",
+]
 
 _HOME = {
     "Chat": ".chat",
@@ -25,6 +36,7 @@ _HOME = {
     "find_detections": ".detections",
     "generate": ".stream",
     "load": ".loading",
+    "load_scorer": ".clip",
     "stream_generate": ".stream",
 }
 
