@@ -1,9 +1,9 @@
 """Vision-language models on Apple MLX: convert them, chat with them, import them.
 
 The public names are `load`, `generate`, `stream_generate` and `Chat`; for answers that name places `find_detections`
-and `draw_detections`; for what the model looked at `attend`, `draw_attention` and `attention_page`. They are imported
-when first used, so that `import mlx_vlm_mini` costs nothing. No module may have one of these names: importing it would
-put it in the place of the function.
+and `draw_detections`; for what the model looked at `attend`, `draw_attention` and `attention_page`; for CLIP
+`load_scorer`. They are imported when first used, so that `import mlx_vlm_mini` costs nothing. No module may have one of
+these names: importing it would put it in the place of the function.
 """
 
 import sys
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chat import Chat
+    from .clip import load_scorer
     from .detections import find_detections
     from .draw import draw_detections
     from .heat import draw_attention
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Chat", "__version__", "attend", "attention_page", "draw_attention", "draw_detections", "find_detections",
-    "generate", "load", "stream_generate",
+    "generate", "load", "load_scorer", "stream_generate",
 ]  # fmt: skip
 
 _HOME = {
@@ -35,6 +36,7 @@ _HOME = {
     "find_detections": ".detections",
     "generate": ".stream",
     "load": ".loading",
+    "load_scorer": ".clip",
     "stream_generate": ".stream",
 }
 

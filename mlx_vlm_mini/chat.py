@@ -84,7 +84,7 @@ class Chat:
         Args:
             system: a system message that opens the conversation.
             context: in place of what config.json says.
-            kv_bits: 2, 4 or 8 quantizes the cache, whose memory is a quarter of float16's with 4; each turn then reads
+            kv_bits: 2, 4 or 8 quantizes the cache, which takes 0.28 of float16's memory with 4; each turn then reads
                 the whole conversation again.
             rotate: the cache holds that many tokens, the first few and the last ones; the model sees no others.
             feature_memory: bytes of pixels and features that are kept for pictures that come again.

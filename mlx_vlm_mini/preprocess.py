@@ -6,7 +6,7 @@ Source of the arithmetic: image_processing_backends.py and image_transforms.py o
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
@@ -177,6 +177,11 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
         target = _target_size(image.width, image.height, settings.size)
         if min(target) < 1:
             raise ImageError(f"an image of {image.width}x{image.height} pixels is too narrow for this model")
+        if prod(_target_size(1, 1, settings.size)) > _MOST_PIXELS:  # of any image: then the settings are at fault
+            raise CheckpointError(
+                f"an image of {image.width}x{image.height} pixels cannot be made ready as the checkpoint's settings of "
+                f"images say: it would become one of {target[0]}x{target[1]}"
+            )
         _check_pixels(image, *target)
         image = image.resize(target, resample=Image.Resampling(settings.resample))
     array = np.asarray(image)

@@ -73,7 +73,7 @@ def hub_name(name: str, weights: Weights) -> str:
     raise KeyError(name)
 
 
-def match_names(names: Iterable[str], weights: Weights, config: VLMConfig) -> tuple[dict[str, str], list[str]]:
+def match_names(names: Iterable[str], weights: Weights, family: str) -> tuple[dict[str, str], list[str]]:
     """Match a checkpoint's tensors to ours.
 
     Returns:
@@ -97,7 +97,7 @@ def match_names(names: Iterable[str], weights: Weights, config: VLMConfig) -> tu
                 raise CheckpointError(f"the checkpoint has both {ours[target]} and {name}, which mean the same tensor")
             ours[target] = name
     if unknown:
-        raise CheckpointError(f"the checkpoint has {_list(unknown)}, which family '{config.family}' does not know")
+        raise CheckpointError(f"the checkpoint has {_list(unknown)}, which family '{family}' does not know")
     return ours, unused
 
 
@@ -166,10 +166,26 @@ def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) ->
     if not any(name.endswith(".scales") for name in block):  # quantized ones may each be so in their own way
         for number in range(config.vision.depth, config.vision.num_hidden_layers):
             expected |= {name.replace(".0.", f".{number}.", 1): expected[name] for name in block}
+    check_tensors(expected, ours, checkpoint, is_idle=lambda name: _is_idle(name, config))
+    return model
+
+
+def check_tensors(
+    expected: Mapping[str, mx.array],
+    ours: Mapping[str, str],
+    checkpoint: Checkpoint,
+    *,
+    is_idle: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Check that a checkpoint has the tensors that a model expects, of their shapes, and no others but idle ones.
+
+    Raises:
+        CheckpointError: a tensor is missing, superfluous or of another shape.
+    """
     missing = [name for name in expected if name not in ours]
     if missing:
         raise CheckpointError(f"{checkpoint.folder} lacks {_list([_their_name(name, ours) for name in missing])}")
-    extra = [theirs for name, theirs in ours.items() if name not in expected and not _is_idle(name, config)]
+    extra = [theirs for name, theirs in ours.items() if name not in expected and not is_idle(name)]
     if extra:
         raise CheckpointError(f"{checkpoint.folder} has {_list(extra)}, which config.json has no place for")
     held = fused(ours)
@@ -190,7 +206,6 @@ def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) ->
         if info.is_float != mx.issubdtype(array.dtype, mx.floating):
             kind = "whole numbers" if array.dtype != mx.float32 else "floating-point numbers"
             raise CheckpointError(f"{checkpoint.folder}: {theirs} has type {info.dtype} instead of {kind}")
-    return model
 
 
 def _their_name(name: str, ours: Mapping[str, str]) -> str:
