@@ -13,8 +13,9 @@ from reference import GOLDEN
 from mlx_vlm_mini import Chat, attend, attention, exponential, load, stream_generate
 from mlx_vlm_mini.errors import ImageError, PromptError, VLMError
 from mlx_vlm_mini.features import Features
+from mlx_vlm_mini.generation import prefill
 from mlx_vlm_mini.heat import open_pictures
-from mlx_vlm_mini.inspection import _Rows, encode_answer
+from mlx_vlm_mini.inspection import _record, _Rows, encode_answer
 from mlx_vlm_mini.prompt import to_messages
 
 FAMILIES = (
@@ -64,13 +65,19 @@ def test_the_explicit_path_gives_the_fused_ones_log_probabilities(loaded, slow, 
         np.testing.assert_allclose(one.weights, other.weights, atol=1e-6)
 
 
-def test_each_token_is_explained_by_the_query_that_predicts_it(loaded):
+def test_each_token_is_explained_by_the_query_that_predicts_it(loaded, monkeypatch):
     """Row t is the query before token t: the prompt's last one for the first token."""
+    monkeypatch.setattr(exponential, "is_slow", lambda: False)  # fused is MLX's own
     model, processor = loaded
     tokens = [7, 9, 8, 7]
     found = attend(model, processor, PROMPT, answer=tokens, reduce="none")
     weights, logits, inputs = explicit(model, processor, tokens)
     first, slots = len(inputs.slots) - 1, np.flatnonzero(inputs.slots)
+    rows = _Rows(inputs, [0], [0], "mean")
+    cache = model.make_cache()
+    prefill(model.decoder, model.embed(inputs), cache)
+    recorded, _ = _record(model, inputs, tokens, cache, Features(), rows)
+    np.testing.assert_allclose(recorded, fused(model, inputs, tokens)[first:], atol=1e-5)
     own = np.concatenate([image.weights for image in found.images], axis=-1)
     np.testing.assert_allclose(own, weights[:, :, first:, slots], atol=1e-6)
     np.testing.assert_allclose(found.logprobs, _log_softmax(logits[first:])[range(4), tokens], atol=1e-5)
@@ -81,6 +88,12 @@ def test_each_token_is_explained_by_the_query_that_predicts_it(loaded):
     for one, other in zip(found.images, changed.images, strict=True):
         np.testing.assert_allclose(one.weights[:, :, :3], other.weights[:, :, :3], atol=1e-6)  # token 2 is not read yet
         assert np.abs(one.weights[:, :, 3] - other.weights[:, :, 3]).max() > 1e-5
+
+
+def fused(model, inputs, tokens):
+    """Logits float[S, vocab_size] of prompt and answer by the fused attention, all at once."""
+    embeddings = mx.concatenate([model.embed(inputs), model.decoder.embed(mx.array([tokens]))[:, :-1]], axis=1)
+    return np.array(model.decoder.logits(model.decoder(embeddings, prefix=len(inputs.slots)))[0])
 
 
 def _log_softmax(logits):
