@@ -1,8 +1,8 @@
 """Vision-language models on Apple MLX: convert them, chat with them, import them.
 
 The public names are `load`, `generate`, `stream_generate` and `Chat`, and for answers that name places
-`find_detections` and `draw_detections`, and for CLIP `load_scorer`. They are imported when first used, so that
-`import mlx_vlm_mini` costs nothing.
+`find_detections` and `draw_detections`, for CLIP `load_scorer`, for ViLT `load_answerer`. They are imported when first
+used, so that `import mlx_vlm_mini` costs nothing.
 No module may have one of these names: importing it would put it in the place of the function.
 """
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .draw import draw_detections
     from .loading import load
     from .stream import generate, stream_generate
+    from .vilt import load_answerer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "find_detections",
     "generate",
     "load",
+    "load_answerer",
     "load_scorer",
     "stream_generate",
 ]
@@ -36,6 +38,7 @@ _HOME = {
     "find_detections": ".detections",
     "generate": ".stream",
     "load": ".loading",
+    "load_answerer": ".vilt",
     "load_scorer": ".clip",
     "stream_generate": ".stream",
 }
