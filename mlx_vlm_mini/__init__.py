@@ -2,8 +2,8 @@
 
 The public names are `load`, `generate`, `stream_generate` and `Chat`; for answers that name places `find_detections`
 and `draw_detections`; for what the model looked at `attend`, `draw_attention` and `attention_page`; for CLIP
-`load_scorer`. They are imported when first used, so that `import mlx_vlm_mini` costs nothing. No module may have one of
-these names: importing it would put it in the place of the function.
+`load_scorer`, for ViLT `load_answerer`. They are imported when first used, so that `import mlx_vlm_mini` costs nothing.
+No module may have one of these names: importing it would put it in the place of the function.
 """
 
 import sys
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from .loading import load
     from .page import attention_page
     from .stream import generate, stream_generate
+    from .vilt import load_answerer
 
 __version__ = "0.1.0"
 __all__ = [
     "Chat", "__version__", "attend", "attention_page", "draw_attention", "draw_detections", "find_detections",
-    "generate", "load", "load_scorer", "stream_generate",
+    "generate", "load", "load_answerer", "load_scorer", "stream_generate",
 ]  # fmt: skip
 
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "find_detections": ".detections",
     "generate": ".stream",
     "load": ".loading",
+    "load_answerer": ".vilt",
     "load_scorer": ".clip",
     "stream_generate": ".stream",
 }

@@ -12,7 +12,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from .checkpoint import open_checkpoint, read_json
 from .config import VisionConfig
@@ -23,7 +22,7 @@ from .image import ImageSource, open_image
 from .preprocess import ImageSettings, image_settings, preprocess
 from .tokenizer import Tokenizer, load_tokenizer
 from .vision import Block, VisionTransformer
-from .weights import check_tensors, match_names, to_mlx_layout
+from .weights import load_whole
 
 _TEXT = {
     "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
@@ -193,7 +192,11 @@ class Scorer:
 
     def probabilities(self, images: Sequence[ImageSource], texts: Sequence[str]) -> np.ndarray:
         """float32[images, texts]: for each image, which of the texts it is about if it is about one of them."""
-        logits = self.logits(images, texts)
+        return self.probabilities_of(self.logits(images, texts))
+
+    @staticmethod
+    def probabilities_of(logits: np.ndarray) -> np.ndarray:
+        """The same of logits that are there: their softmax over the texts."""
         odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
 
@@ -209,20 +212,7 @@ def load_scorer(name: str | Path, *, revision: str | None = None) -> Scorer:
         CheckpointError: the checkpoint cannot be found, read or understood, or is of another kind.
     """
     checkpoint = open_checkpoint(find_folder(name, revision=revision))
-    try:
-        config = read_config(checkpoint.config)
-        ours, _ = match_names(checkpoint.tensors, WEIGHTS, "clip")
-        layers = max(config.vision.num_hidden_layers, config.text.num_hidden_layers)
-        if layers > len(checkpoint.tensors):  # before a model of a billion layers is built
-            raise CheckpointError(f"config.json asks for {layers} layers, {checkpoint.folder} has fewer tensors")
-        model = CLIP(config)
-    except (TypeError, KeyError, AttributeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{checkpoint.folder}/config.json is malformed: {error!r}") from None
-    check_tensors(dict(tree_flatten(model.parameters())), ours, checkpoint)
-    arrays = [(name, to_mlx_layout(name, checkpoint.read(theirs), checkpoint)) for name, theirs in ours.items()]
-    model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays])
-    model.eval()
-    mx.eval(model.parameters())
+    model = load_whole(checkpoint, "clip", WEIGHTS, lambda: CLIP(read_config(checkpoint.config)))
     file = checkpoint.folder / "preprocessor_config.json"
     if not file.is_file():
         raise CheckpointError(f"{checkpoint.folder} has no preprocessor_config.json, which says how it takes images")

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +15,7 @@ from .errors import CheckpointError
 from .families.maps import PerHead, Weights
 from .model import VLM
 
-CONVOLUTIONS = frozenset({"vision.patch_embed.weight"})
+CONVOLUTIONS = frozenset({"vision.patch_embed.weight", "patch_embed.weight"})
 """Our names of convolution kernels: (out, in, h, w) on the Hub, (out, h, w, in) here and in MLX's files."""
 
 _BATCHED = frozenset({"vision.class_token", "vision.pos_embed"})
@@ -291,3 +291,33 @@ def load_weights(
         mx.eval([array for _, array in arrays])
     except RuntimeError as error:
         raise CheckpointError(f"cannot read the tensors of {checkpoint.folder}: {error}") from None
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def load_whole(checkpoint: Checkpoint, kind: str, weights: Weights, build: Callable[[], Module]) -> Module:
+    """A model of one piece, in float32, with a checkpoint's tensors in it.
+
+    Args:
+        kind: for errors.
+        build: makes the model of config.json, with fresh weights.
+
+    Raises:
+        CheckpointError: config.json is malformed, or names or shapes do not fit it.
+    """
+    parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
+    layers = [part["num_hidden_layers"] for part in parts if isinstance(part.get("num_hidden_layers"), int)]
+    if max(layers, default=0) > len(checkpoint.tensors):  # before a model of a billion layers is built
+        raise CheckpointError(f"config.json asks for {max(layers)} layers, {checkpoint.folder} has fewer tensors")
+    try:
+        model = build()
+    except (TypeError, KeyError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.folder}/config.json is malformed: {error!r}") from None
+    ours, _ = match_names(checkpoint.tensors, weights, kind)
+    check_tensors(dict(tree_flatten(model.parameters())), ours, checkpoint)
+    arrays = [(name, to_mlx_layout(name, checkpoint.read(theirs), checkpoint)) for name, theirs in ours.items()]
+    model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays])
+    model.eval()
+    mx.eval(model.parameters())
+    return model

@@ -17,7 +17,7 @@ FOLDERS = ("mlx_vlm_mini", "convert", "train", "cli")
 ORDER = (
     "errors", "blas", "borrow", "config", "activation", "exponential", "attention", "rope", "vision", "projector", "decoder", "places", "anyres", "model",
     "pickled", "checkpoint", "image", "tiles", "preprocess", "bytelevel", "sentencepiece", "tokenizer", "families", "weights", "hub", "assembly", "prompt", "processor", "loading", "generation",
-    "features", "stream", "fingerprint", "cache", "transcript", "chat", "describe", "detections", "draw", "mask_decoder", "clip",
+    "features", "stream", "fingerprint", "cache", "transcript", "chat", "describe", "detections", "draw", "mask_decoder", "clip", "vilt",
     "attended", "inspection", "heat", "page",
 )  # fmt: skip
 
