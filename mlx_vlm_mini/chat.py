@@ -113,6 +113,7 @@ class Chat:
         """Forget the conversation, an answer that is being given included."""
         self._open: _Answer | None = None
         self.messages: list[Message] = []
+        self._said: tuple[Message, list[int]] = {}, []
         self.dropped_turns = self._used = 0
         self.last_stats: Stats | None = None
         self._cache.clear()
@@ -129,6 +130,13 @@ class Chat:
         self._system = text
         opening = [] if text is None else [{"role": "system", "content": [{"type": "text", "text": text}]}]
         self.messages = opening + [message for turn in split_turns(self.messages)[1] for message in turn]
+
+    @property
+    def last_tokens(self) -> list[int] | None:
+        """Token ids of the last answer; None where it was not given here, but read from a file, say."""
+        self._close_answer()
+        given, tokens = self._said
+        return list(tokens) if self.messages and self.messages[-1] is given else None
 
     @property
     def context_used(self) -> int:
@@ -347,7 +355,7 @@ class Chat:
             return
         self._cache.keep(answer.prompt, answer.tokens)
         said = {"role": "assistant", "content": [{"type": "text", "text": "".join(answer.text)}]}
-        self.messages = [*answer.messages, said]
+        self.messages, self._said = [*answer.messages, said], (said, answer.tokens)
         self.dropped_turns += answer.dropped
         self._used = len(answer.prompt) + len(answer.tokens)
 

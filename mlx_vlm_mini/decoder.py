@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .activation import ACTIVATIONS
-from .attention import Attention, Mask
+from .attention import Attention, Mask, Recorder
 from .config import DecoderConfig, LayerType
 from .rope import depends_on_length, make_rope
 
@@ -111,9 +111,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
-    def __call__(
-        self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: list[mx.array] | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: Recorder | None) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), mask=mask, rope=rope, cache=cache, attentions=attentions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -129,9 +127,7 @@ class SandwichLayer(DecoderLayer):
         self.pre_feedforward_layernorm = make_norm(config)
         self.post_feedforward_layernorm = make_norm(config)
 
-    def __call__(
-        self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: list[mx.array] | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: Recorder | None) -> mx.array:
         y = self.self_attn(self.input_layernorm(x), mask=mask, rope=rope, cache=cache, attentions=attentions)
         x = x + self.post_attention_layernorm(y)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
@@ -178,7 +174,7 @@ class Decoder(nn.Module):
         self,
         embeddings: mx.array,
         cache: Sequence[Any] | None = None,
-        attentions: list[mx.array] | None = None,
+        attentions: Recorder | None = None,
         prefix: int | None = None,
     ) -> mx.array:
         """Run the layers and the final norm; `logits` turns rows of the result into scores.
@@ -186,7 +182,7 @@ class Decoder(nn.Module):
         Args:
             embeddings: float[B, L, C].
             cache: one of mlx-lm's KV caches a layer; these L tokens are appended to it.
-            attentions: where given, each layer appends its weights float[B, H, L, S].
+            attentions: where given, each layer appends its weights float[B, H, L, S], see `Recorder`.
             prefix: tokens of the sequence's beginning that see one another, where the config says `prefix_lm`. By
                 default those of the call that begins the sequence.
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .anyres import Tiling, read_pinpoints
+from .anyres import Tiling, cut_frames, read_pinpoints
 from .errors import CheckpointError, ImageError
-from .tiles import Tiles
+from .places import Frame
+from .tiles import Tiles, tile_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +194,32 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
         mean, std = np.array(settings.image_mean, np.float32), np.array(settings.image_std, np.float32)
         values = (values - mean) / std
     return values
+
+
+def frames(size: tuple[int, int], settings: ImageSettings) -> list[Frame]:
+    """Where each row of pixels that an image of `size`, height and width, is made into lies in it."""
+    pieces = [(Frame(), size)]
+    if isinstance(settings.tiling, Tiling):
+        pieces = cut_frames(size, settings.tiling)
+    elif isinstance(settings.tiling, Tiles):
+        pieces = tile_frames(size, settings.tiling)
+    return [_frame(frame, height, width, settings) for frame, (height, width) in pieces]
+
+
+def _frame(frame: Frame, height: int, width: int, settings: ImageSettings) -> Frame:
+    """Where the pixels that `preprocess` makes of a piece lie, which lies at `frame`."""
+    if settings.pad_color is not None:
+        side = max(width, height)
+        frame = frame.cut(-((side - width) // 2), -((side - height) // 2))
+        width = height = side
+    if settings.size is not None:
+        target = _target_size(width, height, settings.size)
+        frame = frame.resize((width, height), target)
+        width, height = target
+    if settings.crop_size is not None:
+        rows, columns = settings.crop_size
+        frame = frame.cut((width - columns) // 2, (height - rows) // 2)
+    return frame
 
 
 def _check_pixels(image: Image.Image, width: int, height: int) -> None:
