@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .activation import ACTIVATIONS
-from .attention import Attention
+from .attention import Attention, Mask
 from .config import VisionConfig, VisionNorm
 from .errors import ImageError
 
@@ -62,7 +62,7 @@ class Block(nn.Module):
             num_kv_heads=heads,
             head_dim=config.hidden_size // heads,
             qkv_bias=config.blocks.qkv_bias,
-            o_bias=True,
+            o_bias=config.blocks.o_bias,
             scale=(config.hidden_size // heads) ** -0.5,
             qk_norm=None if qk_norm_eps is None else (config.hidden_size, qk_norm_eps),
         )
@@ -71,8 +71,8 @@ class Block(nn.Module):
         if config.blocks.layer_scale:
             self.ls1, self.ls2 = mx.ones(config.hidden_size), mx.ones(config.hidden_size)
 
-    def __call__(self, x: mx.array, attentions: list[mx.array] | None = None) -> mx.array:
-        added = self.attn(self.norm1(x), attentions=attentions)
+    def __call__(self, x: mx.array, attentions: list[mx.array] | None = None, *, mask: Mask = None) -> mx.array:
+        added = self.attn(self.norm1(x), mask=mask, attentions=attentions)
         x = x + (added * self.ls1 if "ls1" in self else added)
         added = self.mlp(self.norm2(x))
         return x + (added * self.ls2 if "ls2" in self else added)

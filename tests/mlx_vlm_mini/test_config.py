@@ -67,7 +67,7 @@ def test_an_empty_config_is_llava_of_seven_billion():
         ({"text_config": {"model_type": "mistral", "sliding_window": None}}, {"decoder.sliding_window": None}),
         (
             {"text_config": {"model_type": "qwen2"}},
-            {"decoder.vocab_size": 151936, "decoder.qkv_bias": True, "decoder.o_bias": False, "decoder.sliding_window": None},
+            {"decoder.vocab_size": 151936, "decoder.biases.qkv_bias": True, "decoder.biases.o_bias": False, "decoder.sliding_window": None},
         ),
         (
             {"text_config": {"model_type": "qwen2", "num_hidden_layers": 3, "use_sliding_window": True, "max_window_layers": 1}},
@@ -79,7 +79,7 @@ def test_an_empty_config_is_llava_of_seven_billion():
             {"text_config": {"rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}}},
             {"decoder.rope_theta": 1e6, "decoder.rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         ),
-        ({"text_config": {"attention_bias": True, "mlp_bias": True}}, {"decoder.o_bias": True, "decoder.mlp_bias": True}),
+        ({"text_config": {"attention_bias": True, "mlp_bias": True}}, {"decoder.biases.o_bias": True, "decoder.biases.mlp_bias": True}),
         ({"image_token_id": 7}, {"image_token_id": 7}),
         ({"image_token_index": 9}, {"image_token_id": 9}),
         ({"image_token_index": 9, "image_token_id": 7}, {"image_token_id": 7}),
