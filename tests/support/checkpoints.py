@@ -69,6 +69,9 @@ WIDE: dict[str, dict[str, Any]] = {  # changes to a golden's config.json
         },
         "vision_config": {"hidden_size": 96, "intermediate_size": 72},
     },
+    "mllama-meta": {
+        "vision_config": {"hidden_size": 32, "attention_heads": 2, "intermediate_size": 64, "vision_output_dim": 96},
+    },
     "paligemma-gemma": {
         "hidden_size": 128, "projection_dim": 128,
         "text_config": {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32},
