@@ -154,8 +154,10 @@ class CrossAttention(nn.Module):
     def keys_values(self, features: mx.array) -> tuple[mx.array, mx.array]:
         """float[1, S, C] -> float[1, H, S, D], twice."""
         B, S, _ = features.shape
-        k = self.k_norm(self.k_proj(features).reshape(B, S, self.num_kv_heads, -1)).transpose(0, 2, 1, 3)
-        return k, self.v_proj(features).reshape(B, S, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
+        k = self.k_norm(self.k_proj(features).reshape(B, S, self.num_kv_heads, -1))
+        v = self.v_proj(features).reshape(B, S, self.num_kv_heads, -1)
+        # Laid out head by head, once: else each step would copy them for its product.
+        return mx.contiguous(k.transpose(0, 2, 1, 3)), mx.contiguous(v.transpose(0, 2, 1, 3))
 
     def __call__(self, x: mx.array, *, sight: Sight, cache: Any, attentions: list[mx.array] | None = None) -> mx.array:
         """float[B, L, C] -> float[B, L, C]. Weights that are asked for are 0 where a token sees no image."""

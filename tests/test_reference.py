@@ -287,7 +287,8 @@ def test_canvases_of_many_sizes_equal_the_reference():
 def test_what_tokens_see_equals_the_reference(places):
     """Of prompts of 12 tokens with image tokens at these places, each image having another number of tiles."""
     from transformers.models.mllama.processing_mllama import (
-        convert_sparse_cross_attention_mask_to_dense, get_cross_attention_token_mask,
+        convert_sparse_cross_attention_mask_to_dense,
+        get_cross_attention_token_mask,
     )  # fmt: skip
 
     ids = [99 if place in places else 5 for place in range(12)]

@@ -15,7 +15,10 @@ from mlx_vlm_mini import load
 from mlx_vlm_mini.activation import ACTIVATIONS
 from mlx_vlm_mini.config import (
     Activation,
+    BiasConfig,
+    BlindRows,
     BlockConfig,
+    CrossAttentionConfig,
     DecoderConfig,
     LayerType,
     NormConfig,
@@ -23,6 +26,7 @@ from mlx_vlm_mini.config import (
     ProjectorConfig,
     ScaleConfig,
     ShuffleConfig,
+    TiledConfig,
     VisionConfig,
     VisionNorm,
     VLMConfig,
@@ -181,7 +185,8 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
 @pytest.mark.parametrize(
     "config",
     [
-        BlockConfig, VisionConfig, ShuffleConfig, ProjectorConfig, NormConfig, ScaleConfig, DecoderConfig, Prescribed, VLMConfig,
+        BlockConfig, TiledConfig, VisionConfig, ShuffleConfig, ProjectorConfig, NormConfig, ScaleConfig, BiasConfig,
+        CrossAttentionConfig, DecoderConfig, Prescribed, VLMConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_a_reader_and_towers_stay_small(config):
@@ -195,7 +200,7 @@ def test_every_field_has_a_reader_and_towers_stay_small(config):
 
 def test_every_literal_has_a_user():
     families = "".join(file.read_text() for file in (PACKAGE / "families").glob("*.py"))
-    known = {*get_args(Activation), *get_args(LayerType), *get_args(VisionNorm)}
+    known = {*get_args(Activation), *get_args(BlindRows), *get_args(LayerType), *get_args(VisionNorm)}
     values = known - {"relu"}  # of models composed and trained here
     assert [value for value in sorted(values) if f'"{value}"' not in families] == []
     assert set(ACTIVATIONS) == set(get_args(Activation)) and set(NORMS) == set(get_args(VisionNorm))
