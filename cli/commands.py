@@ -36,6 +36,7 @@ COMMANDS = {  # name: what may follow, what it does
     "/undo": ("", "take back your last message and its answer"),
     "/fork": ("", "try something: /back returns to this point"),
     "/back": ("", "return to the last /fork"),
+    "/attend": ("[FILE]", "where the model looked for its last answer: heat maps as .png or .html, arrays as .npz"),
     "/save": ("[--cache] FILE", "write the conversation to a file, with its cache if you like"),
     "/load": ("FILE", "go on with a conversation from a file"),
     "/stats": ("", "what the last answer and the conversation cost"),
@@ -252,6 +253,14 @@ class Session:
         self.chat = self._forks.pop()
         said = as_typed(last_said(self.chat.messages))
         self._look.note("back at the beginning" if said is None else f"back behind: {said}")
+
+    def _attend(self, name: str) -> None:
+        from .attend import attend_last
+
+        with Status(plain=self._look.plain) as status:
+            status.show("looking at where the model looked")
+            file = attend_last(self.chat, str(read_file_name(name)) if name else "")
+        self._look.note(f"written to {file}")
 
     def _save(self, path: str) -> None:
         with_cache = path.startswith("--cache ")

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from .line import is_picture
 
-PATHS_AFTER = {"/image": True, "/save": False, "/load": False, "/model": False}  # whether pictures alone are offered
+PATHS_AFTER = {
+    "/image": True,
+    "/attend": False,
+    "/save": False,
+    "/load": False,
+    "/model": False,
+}  # whether pictures alone are offered
 _AT = re.compile(r"(?:(?<=[ \t\n(\[{])|\A)@(?P<path>\"[^\"\n]*|(?:\\.|[^ \t\n\\\"])*\\?)\Z")
 
 

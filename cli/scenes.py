@@ -23,11 +23,20 @@ from .status import Status
     help="Share of lines with a handwritten digit (needs scikit-learn).",
 )
 @click.option(
+    "--words",
+    type=click.IntRange(0),
+    default=60,
+    show_default=True,
+    help="Length of a dialogue, about; 0 leaves the description alone.",
+)
+@click.option(
     "--test",
     is_flag=True,
     help="One question a line, with its kind, as `eval` wants it; digits that training never sees.",
 )
-def command(destination: Path, count: int, seed: int, most: int, pairs: float, digits: float, test: bool) -> None:
+def command(
+    destination: Path, count: int, seed: int, most: int, pairs: float, digits: float, words: int, test: bool
+) -> None:
     """Write pictures of simple objects and conversations about them into the new folder OUT.
 
     \b
@@ -42,7 +51,7 @@ def command(destination: Path, count: int, seed: int, most: int, pairs: float, d
         raise CheckpointError(f"{destination} exists; name another folder or remove it first")
     with Status() as status:
         write_scenes(
-            destination, count, seed=seed, most=most, pairs=pairs, digits=digits, test=test,
+            destination, count, seed=seed, most=most, pairs=pairs, digits=digits, words=words, test=test,
             progress=lambda done, total: status.show(f"drawing: {done} of {total}"),
         )  # fmt: skip
     click.echo(f"{destination / 'scenes.jsonl'}: {count} lines")

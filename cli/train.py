@@ -78,7 +78,8 @@ def command(
             status.show(line)
             if progress.valid_loss is not None:
                 status.clear()
-                click.echo(f"{line}, validation loss {progress.valid_loss:.4f}", err=True)
+                right = f"{100 * (progress.valid_right or 0):.1f} % of its answers right"
+                click.echo(f"{line}, validation loss {progress.valid_loss:.4f}, {right}", err=True)
         planned.model.eval()
         if trainer.settings.stage == "lora":
             save_adapters(planned.model, output / "adapters", trainer.settings.rank, trainer.settings.scale)

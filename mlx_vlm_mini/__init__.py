@@ -1,7 +1,8 @@
 """Vision-language models on Apple MLX: convert them, chat with them, import them.
 
-The public names are `load`, `generate`, `stream_generate` and `Chat`, and for answers that name places
-`find_detections` and `draw_detections`. They are imported when first used, so that `import mlx_vlm_mini` costs nothing.
+The public names are `load`, `generate`, `stream_generate` and `Chat`; for answers that name places `find_detections`
+and `draw_detections`; for what the model looked at `attend`, `draw_attention` and `attention_page`; for CLIP
+`load_scorer`, for ViLT `load_answerer`. They are imported when first used, so that `import mlx_vlm_mini` costs nothing.
 No module may have one of these names: importing it would put it in the place of the function.
 """
 
@@ -11,20 +12,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chat import Chat
+    from .clip import load_scorer
     from .detections import find_detections
     from .draw import draw_detections
+    from .heat import draw_attention
+    from .inspection import attend
     from .loading import load
+    from .page import attention_page
     from .stream import generate, stream_generate
+    from .vilt import load_answerer
 
 __version__ = "0.1.0"
-__all__ = ["Chat", "__version__", "draw_detections", "find_detections", "generate", "load", "stream_generate"]
+__all__ = [
+    "Chat", "__version__", "attend", "attention_page", "draw_attention", "draw_detections", "find_detections",
+    "generate", "load", "load_answerer", "load_scorer", "stream_generate",
+]  # fmt: skip
 
 _HOME = {
     "Chat": ".chat",
+    "attend": ".inspection",
+    "attention_page": ".page",
+    "draw_attention": ".heat",
     "draw_detections": ".draw",
     "find_detections": ".detections",
     "generate": ".stream",
     "load": ".loading",
+    "load_answerer": ".vilt",
+    "load_scorer": ".clip",
     "stream_generate": ".stream",
 }
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from .config import TileMerge
 from .errors import CheckpointError
+from .places import Frame
 
 Size = tuple[int, int]
 
@@ -62,18 +63,37 @@ def choose_pinpoint(size: Size, pinpoints: Sequence[Size]) -> Size:
 
 def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
     """The image squashed to `base_size`, then its tiles row by row: fitted into the pinpoint, black bars around it."""
-    height, width = choose_pinpoint((image.height, image.width), tiling.pinpoints)
-    by_width, by_height = width / image.width, height / image.height
-    if by_width < by_height:
-        fitted = width, min(ceil(image.height * by_width), height)
-    else:
-        fitted = min(ceil(image.width * by_height), width), height
+    (height, width), fitted, corner = _fit((image.height, image.width), tiling)
     kernel, side = Image.Resampling(resample), tiling.tile_size
     canvas = Image.new("RGB", (width, height))
-    canvas.paste(image.resize(fitted, resample=kernel), ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
-    corners = [(left, top) for top in range(0, height, side) for left in range(0, width, side)]
-    tiles = [canvas.crop((left, top, left + side, top + side)) for left, top in corners]
+    canvas.paste(image.resize(fitted, resample=kernel), corner)
+    tiles = [canvas.crop((left, top, left + side, top + side)) for left, top in _corners(height, width, side)]
     return [image.resize(tiling.base_size[::-1], resample=kernel), *tiles]
+
+
+def cut_frames(size: Size, tiling: Tiling) -> list[tuple[Frame, Size]]:
+    """Where the pieces that `cut` gives lie in an image of `size`, and each one's own size."""
+    whole = size[::-1]
+    (height, width), fitted, (left, top) = _fit(size, tiling)
+    canvas, side = Frame().resize(whole, fitted).cut(-left, -top), tiling.tile_size
+    tiles = [(canvas.cut(*corner), (side, side)) for corner in _corners(height, width, side)]
+    return [(Frame().resize(whole, tiling.base_size[::-1]), tiling.base_size), *tiles]
+
+
+def _fit(size: Size, tiling: Tiling) -> tuple[Size, tuple[int, int], tuple[int, int]]:
+    """The pinpoint for an image; width and height of the image in it; its left and top there."""
+    height, width = choose_pinpoint(size, tiling.pinpoints)
+    by_width, by_height = width / size[1], height / size[0]
+    if by_width < by_height:
+        fitted = width, min(ceil(size[0] * by_width), height)
+    else:
+        fitted = min(ceil(size[1] * by_height), width), height
+    return (height, width), fitted, ((width - fitted[0]) // 2, (height - fitted[1]) // 2)
+
+
+def _corners(height: int, width: int, side: int) -> list[tuple[int, int]]:
+    """Left and top of each tile, row by row."""
+    return [(left, top) for top in range(0, height, side) for left in range(0, width, side)]
 
 
 def _bars(size: Size, rows: int, columns: int, merge: TileMerge) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """The one attention of both towers: fused, and an explicit path that keeps its weights."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,7 +9,15 @@ from . import exponential
 
 Mask = mx.array | Literal["causal"] | None
 
-BLOCK = 2**23  # scores held at a time where the attention is not fused, unless its weights are asked for
+BLOCK = 2**23  # scores held at a time where the attention is not fused
+
+
+class Recorder(Protocol):
+    """Takes attention weights, layer after layer: a list, or what keeps less of them."""
+
+    def append(self, weights: mx.array, /) -> None:
+        """float[B, H, L, S]; where these are more than `BLOCK`, float[B, H, rows, S'] again and again until all L
+        queries had their turn. S' below S leaves out keys that none of the rows sees."""
 
 
 def attend(
@@ -20,7 +28,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
     mask: Mask = None,
-    attentions: list[mx.array] | None = None,
+    attentions: Recorder | None = None,
 ) -> mx.array:
     """softmax(scale QK^T) V, after "Attention Is All You Need" (arXiv:1706.03762), eq. 1.
 
@@ -31,7 +39,7 @@ def attend(
             fused attention cannot do that.
         mask: bool[L, S] or bool[B, 1, L, S], true where a query may look; "causal" when the queries are the last L of
             the S positions; None when every query sees every key.
-        attentions: where given, the weights float[B, H, L, S] are computed explicitly and appended.
+        attentions: where given, the weights are computed explicitly and appended, see `Recorder`.
 
     Returns:
         float[B, H, L, D].
@@ -42,8 +50,9 @@ def attend(
     if fused and not by_hand:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     rows = max(1, BLOCK // (B * H * S))
-    if attentions is None and rows < L:
-        return _attend_in_blocks(queries, keys, values, rows, scale=scale, softcap=softcap, mask=mask)
+    if rows < L:
+        options = {"scale": scale, "softcap": softcap, "attentions": attentions}
+        return _attend_in_blocks(queries, keys, values, rows, mask=mask, **options)
     if by_hand:
         return _attend_in_chunks(queries * scale, keys, values, mask)
     if isinstance(mask, str):
@@ -143,7 +152,7 @@ class Attention(nn.Module):
         mask: Mask = None,
         rope: Any = None,
         cache: Any = None,
-        attentions: list[mx.array] | None = None,
+        attentions: Recorder | None = None,
     ) -> mx.array:
         """float[B, L, C] -> float[B, L, C]. `rope` turns queries and keys, mlx-lm's `cache` keeps keys and values."""
         B, L, _ = x.shape

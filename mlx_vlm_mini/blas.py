@@ -1,7 +1,9 @@
 """OpenBLAS for MLX on Linux, where the CPU wheel's own matrix products are some forty times slower."""
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 
 
 def use_openblas() -> bool:
@@ -20,3 +22,21 @@ def use_openblas() -> bool:
     except OSError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let each product run on the thread that asks for it: for those who compute on several threads themselves."""
+    try:
+        library = ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL) if sys.platform == "linux" else None
+        before = None if library is None else library.openblas_get_num_threads()
+    except (OSError, AttributeError):
+        library = before = None
+    if library is None:
+        yield
+        return
+    library.openblas_set_num_threads(1)
+    try:
+        yield
+    finally:
+        library.openblas_set_num_threads(before)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from .config import MOST_TILES
 from .errors import CheckpointError
+from .places import Frame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,14 @@ def place(image: Image.Image, canvas: Canvas, resample: int) -> Image.Image:
     whole = Image.new("RGB", (grid[1] * canvas.tile_size, grid[0] * canvas.tile_size))
     whole.paste(image.resize((width, height), resample=Image.Resampling(resample)), (0, 0))
     return whole
+
+
+def canvas_frames(size: tuple[int, int], canvas: Canvas) -> list[tuple[Frame, tuple[int, int]]]:
+    """Where the tiles lie in an image of `size`, and each one's own size: height and width."""
+    grid, side = choose_canvas(size, canvas), canvas.tile_size
+    whole = Frame().resize(size[::-1], fit_size(size, grid, side)[::-1])
+    corners = [(column * side, row * side) for row in range(grid[0]) for column in range(grid[1])]
+    return [(whole.cut(*corner), (side, side)) for corner in corners]
 
 
 def cut_canvas(values: np.ndarray, tile_size: int) -> np.ndarray:

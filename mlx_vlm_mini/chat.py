@@ -85,7 +85,7 @@ class Chat:
         Args:
             system: a system message that opens the conversation.
             context: in place of what config.json says.
-            kv_bits: 2, 4 or 8 quantizes the cache, whose memory is a quarter of float16's with 4; each turn then reads
+            kv_bits: 2, 4 or 8 quantizes the cache, which takes 0.28 of float16's memory with 4; each turn then reads
                 the whole conversation again.
             rotate: the cache holds that many tokens, the first few and the last ones; the model sees no others.
             feature_memory: bytes of pixels and features that are kept for pictures that come again.
@@ -114,6 +114,7 @@ class Chat:
         """Forget the conversation, an answer that is being given included."""
         self._open: _Answer | None = None
         self.messages: list[Message] = []
+        self._said: tuple[Message, list[int]] = {}, []
         self.dropped_turns = self._used = 0
         self.last_stats: Stats | None = None
         self._cache.clear()
@@ -130,6 +131,13 @@ class Chat:
         self._system = text
         opening = [] if text is None else [{"role": "system", "content": [{"type": "text", "text": text}]}]
         self.messages = opening + [message for turn in split_turns(self.messages)[1] for message in turn]
+
+    @property
+    def last_tokens(self) -> list[int] | None:
+        """Token ids of the last answer; None where it was not given here, but read from a file, say."""
+        self._close_answer()
+        given, tokens = self._said
+        return list(tokens) if self.messages and self.messages[-1] is given else None
 
     @property
     def context_used(self) -> int:
@@ -348,7 +356,7 @@ class Chat:
             return
         self._cache.keep(answer.prompt, answer.tokens)
         said = {"role": "assistant", "content": [{"type": "text", "text": "".join(answer.text)}]}
-        self.messages = [*answer.messages, said]
+        self.messages, self._said = [*answer.messages, said], (said, answer.tokens)
         self.dropped_turns += answer.dropped
         self._used = len(answer.prompt) + len(answer.tokens)
 

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .attention import attend
+from .attention import Recorder, attend
 from .config import DecoderConfig
 
 
@@ -135,6 +135,18 @@ class ImageCache:
         return sum(each.nbytes for each in self.state)
 
 
+class _Seeing:
+    """Hands weights on, block by block of queries, 0 where a token sees no image."""
+
+    def __init__(self, recorder: Recorder, sees: mx.array) -> None:
+        self._recorder, self._sees, self._done = recorder, sees, 0
+
+    def append(self, weights: mx.array, /) -> None:
+        sees = self._sees[self._done : self._done + weights.shape[2]]
+        self._done += weights.shape[2]
+        self._recorder.append(weights * sees)
+
+
 class CrossAttention(nn.Module):
     """Grouped queries of the text on keys and values of images; queries and keys are normed head by head."""
 
@@ -159,12 +171,12 @@ class CrossAttention(nn.Module):
         # Laid out head by head, once: else each step would copy them for its product.
         return mx.contiguous(k.transpose(0, 2, 1, 3)), mx.contiguous(v.transpose(0, 2, 1, 3))
 
-    def __call__(self, x: mx.array, *, sight: Sight, cache: Any, attentions: list[mx.array] | None = None) -> mx.array:
+    def __call__(self, x: mx.array, *, sight: Sight, cache: Any, attentions: Recorder | None = None) -> mx.array:
         """float[B, L, C] -> float[B, L, C]. Weights that are asked for are 0 where a token sees no image."""
         B, L, _ = x.shape
         q = self.q_norm(self.q_proj(x).reshape(B, L, self.num_heads, -1)).transpose(0, 2, 1, 3)  # (B, H, L, D)
         k, v = cache.keys[..., sight.keys, :], cache.values[..., sight.keys, :]
-        out = attend(q, k, v, scale=self.scale, mask=sight.mask, attentions=attentions)
         if attentions is not None and sight.sees is not None:
-            attentions[-1] = attentions[-1] * sight.sees
+            attentions = _Seeing(attentions, sight.sees)
+        out = attend(q, k, v, scale=self.scale, mask=sight.mask, attentions=attentions)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))

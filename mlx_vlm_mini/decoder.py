@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .activation import ACTIVATIONS
-from .attention import Attention, Mask
+from .attention import Attention, Mask, Recorder
 from .config import DecoderConfig, LayerType
 from .cross_attention import CrossAttention, ImageCache, ShownImage, Sight, Span, look
 from .rope import depends_on_length, make_rope
@@ -113,9 +113,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
-    def __call__(
-        self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: list[mx.array] | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: Recorder | None) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), mask=mask, rope=rope, cache=cache, attentions=attentions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -131,9 +129,7 @@ class SandwichLayer(DecoderLayer):
         self.pre_feedforward_layernorm = make_norm(config)
         self.post_feedforward_layernorm = make_norm(config)
 
-    def __call__(
-        self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: list[mx.array] | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: Recorder | None) -> mx.array:
         y = self.self_attn(self.input_layernorm(x), mask=mask, rope=rope, cache=cache, attentions=attentions)
         x = x + self.post_attention_layernorm(y)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
@@ -163,7 +159,7 @@ class CrossAttentionLayer(nn.Module):
         cache.add([image.span for image in images], *self.cross_attn.keys_values(features))
 
     def __call__(
-        self, x: mx.array, *, mask: Sight | None, rope: Any, cache: Any, attentions: list[mx.array] | None
+        self, x: mx.array, *, mask: Sight | None, rope: Any, cache: Any, attentions: Recorder | None
     ) -> mx.array:
         """`cache` is an ImageCache; images have no positions, and `rope` is not used."""
         if mask is None:
@@ -245,7 +241,7 @@ class Decoder(nn.Module):
         self,
         embeddings: mx.array,
         cache: Sequence[Any] | None = None,
-        attentions: list[mx.array] | None = None,
+        attentions: Recorder | None = None,
         prefix: int | None = None,
         images: Sequence[ShownImage] = (),
     ) -> mx.array:
@@ -255,8 +251,8 @@ class Decoder(nn.Module):
             embeddings: float[B, L, C].
             cache: one of mlx-lm's KV caches a layer, an `ImageCache` a cross-attention layer; these L tokens are
                 appended to it.
-            attentions: where given, each layer appends its weights float[B, H, L, S]; S are the tokens, in
-                cross-attention layers the keys of all images.
+            attentions: where given, each layer appends its weights float[B, H, L, S], see `Recorder`; S are the tokens,
+                in cross-attention layers the keys of all images.
             prefix: tokens of the sequence's beginning that see one another, where the config says `prefix_lm`. By
                 default those of the call that begins the sequence.
             images: new ones, for cross-attention layers; also those whose tokens only later calls read.

@@ -15,7 +15,7 @@ from .config import VLMConfig
 from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
 from .errors import CheckpointError, PromptError
-from .projector import Projector
+from .projector import Projector, pixel_shuffle
 from .tiled_vision import TiledVisionTransformer
 from .vision import VisionTransformer
 
@@ -137,12 +137,29 @@ class VLM(nn.Module):
         Raises:
             PromptError: they are not as many as its slots.
         """
-        pinpoints = self.config.image_grid_pinpoints
+        return self._arrange(features, self.image_newline if self.config.has_newline else None, image)
+
+    def sources(self, image: InputImage) -> np.ndarray:
+        """Which of the vision tower's features an image's slots show: int[tokens, n], n where the projector joins n.
+
+        Features are numbered as the tower gives them, row of pixels after row; -1 is a newline, which shows none.
+
+        Raises:
+            PromptError, CheckpointError: as `arrange`.
+        """
+        count = self.config.vision.features_at(image.pixel_values.shape[1])
+        numbers = mx.arange(image.rows * count).reshape(image.rows, count, 1)
+        if self.config.projector.shuffle is not None:
+            numbers = pixel_shuffle(numbers, self.config.projector.shuffle)
+        newline = mx.full(numbers.shape[-1:], -1) if self.config.has_newline else None
+        return np.array(self._arrange(numbers, newline, image))
+
+    def _arrange(self, features: mx.array, newline: mx.array | None, image: InputImage) -> mx.array:
+        pinpoints, merge = self.config.image_grid_pinpoints, self.config.tile_merge
         if pinpoints is None:
             features = features.flatten(0, 1)
         else:
             tile_size = self.config.vision.image_size
-            newline, merge = self.image_newline if self.config.has_newline else None, self.config.tile_merge
             features = pack(features, newline, image.size, pinpoints, tile_size=tile_size, merge=merge or "unpad")
         if len(features) != image.tokens:
             height, width = image.size

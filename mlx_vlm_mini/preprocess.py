@@ -6,16 +6,17 @@ Source of the arithmetic: image_processing_backends.py and image_transforms.py o
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .anyres import Tiling, read_pinpoints
-from .canvas import Canvas
+from .anyres import Tiling, cut_frames, read_pinpoints
+from .canvas import Canvas, canvas_frames
 from .errors import CheckpointError, ImageError
-from .tiles import Tiles
+from .places import Frame
+from .tiles import Tiles, tile_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +204,11 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
         target = _target_size(image.width, image.height, settings.size)
         if min(target) < 1:
             raise ImageError(f"an image of {image.width}x{image.height} pixels is too narrow for this model")
+        if prod(_target_size(1, 1, settings.size)) > _MOST_PIXELS:  # of any image: then the settings are at fault
+            raise CheckpointError(
+                f"an image of {image.width}x{image.height} pixels cannot be made ready as the checkpoint's settings of "
+                f"images say: it would become one of {target[0]}x{target[1]}"
+            )
         _check_pixels(image, *target)
         image = image.resize(target, resample=Image.Resampling(settings.resample))
     array = np.asarray(image)
@@ -215,6 +221,34 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
         mean, std = np.array(settings.image_mean, np.float32), np.array(settings.image_std, np.float32)
         values = (values - mean) / std
     return values
+
+
+def frames(size: tuple[int, int], settings: ImageSettings) -> list[Frame]:
+    """Where each row of pixels that an image of `size`, height and width, is made into lies in it."""
+    pieces = [(Frame(), size)]
+    if isinstance(settings.tiling, Tiling):
+        pieces = cut_frames(size, settings.tiling)
+    elif isinstance(settings.tiling, Tiles):
+        pieces = tile_frames(size, settings.tiling)
+    elif isinstance(settings.tiling, Canvas):
+        pieces = canvas_frames(size, settings.tiling)
+    return [_frame(frame, height, width, settings) for frame, (height, width) in pieces]
+
+
+def _frame(frame: Frame, height: int, width: int, settings: ImageSettings) -> Frame:
+    """Where the pixels that `preprocess` makes of a piece lie, which lies at `frame`."""
+    if settings.pad_color is not None:
+        side = max(width, height)
+        frame = frame.cut(-((side - width) // 2), -((side - height) // 2))
+        width = height = side
+    if settings.size is not None:
+        target = _target_size(width, height, settings.size)
+        frame = frame.resize((width, height), target)
+        width, height = target
+    if settings.crop_size is not None:
+        rows, columns = settings.crop_size
+        frame = frame.cut((width - columns) // 2, (height - rows) // 2)
+    return frame
 
 
 def _check_pixels(image: Image.Image, width: int, height: int) -> None:

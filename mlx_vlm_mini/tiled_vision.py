@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attention import Mask
+from .attention import Mask, Recorder
 from .canvas import possible_grids
 from .config import VisionConfig
 from .errors import ImageError
@@ -26,7 +26,7 @@ class GatedBlock(Block):
         super().__init__(config)
         self.gate_attn, self.gate_mlp = mx.zeros(1), mx.zeros(1)
 
-    def __call__(self, x: mx.array, attentions: list[mx.array] | None = None, *, mask: Mask = None) -> mx.array:
+    def __call__(self, x: mx.array, attentions: Recorder | None = None, *, mask: Mask = None) -> mx.array:
         x = x + mx.tanh(self.gate_attn) * self.attn(self.norm1(x), mask=mask, attentions=attentions)
         return x + mx.tanh(self.gate_mlp) * self.mlp(self.norm2(x))
 
@@ -75,7 +75,7 @@ class TiledVisionTransformer(nn.Module):
         self,
         pixel_values: mx.array,
         grids: Sequence[tuple[int, int]],
-        attentions: list[mx.array] | None = None,
+        attentions: Recorder | None = None,
     ) -> mx.array:
         """Encode images.
 

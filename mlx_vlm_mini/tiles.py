@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from .errors import CheckpointError
+from .places import Frame
 
 _MOST = 1000  # far above every model's 12 or 40; the grids that are compared grow with it
 
@@ -66,6 +67,20 @@ def cut_tiles(image: Image.Image, tiles: Tiles, resample: int) -> list[Image.Ima
     rows, columns = choose_grid((image.height, image.width), tiles)
     side, kernel = tiles.tile_size, Image.Resampling(resample)
     whole = image.resize((columns * side, rows * side), resample=kernel)
-    corners = [(column * side, row * side) for row in range(rows) for column in range(columns)]
-    cut = [whole.crop((left, top, left + side, top + side)) for left, top in corners]
+    cut = [whole.crop((left, top, left + side, top + side)) for left, top in _corners(rows, columns, side)]
     return [*cut, image.resize((side, side), resample=kernel)] if tiles.thumbnail and len(cut) > 1 else cut
+
+
+def tile_frames(size: tuple[int, int], tiles: Tiles) -> list[tuple[Frame, tuple[int, int]]]:
+    """Where what `cut_tiles` gives lies in an image of `size`, and each one's own size: height and width."""
+    if tiles.max_tiles == 1:
+        return [(Frame(), size)]
+    (rows, columns), side, whole = choose_grid(size, tiles), tiles.tile_size, size[::-1]
+    grid = Frame().resize(whole, (columns * side, rows * side))
+    cut = [(grid.cut(*corner), (side, side)) for corner in _corners(rows, columns, side)]
+    return [*cut, (Frame().resize(whole, (side, side)), (side, side))] if tiles.thumbnail and len(cut) > 1 else cut
+
+
+def _corners(rows: int, columns: int, side: int) -> list[tuple[int, int]]:
+    """Left and top of each tile, row by row."""
+    return [(column * side, row * side) for row in range(rows) for column in range(columns)]

@@ -52,7 +52,10 @@ class Tokenizer:
                 text.encode()
             except UnicodeEncodeError:
                 raise PromptError("the prompt is not valid UTF-8 text") from None
-        return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        except Exception as error:  # the library raises no other; it means a vocabulary with gaps
+            raise CheckpointError(f"the tokenizer cannot read {text[:40]!r}: {error}") from None
 
     def _has_bos(self, text: str, image_token: str) -> bool:
         bos = self.special_tokens.get("bos_token")

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .activation import ACTIVATIONS
-from .attention import Attention, Mask
+from .attention import Attention, Mask, Recorder
 from .config import VisionConfig, VisionNorm
 from .errors import ImageError
 
@@ -71,7 +71,7 @@ class Block(nn.Module):
         if config.blocks.layer_scale:
             self.ls1, self.ls2 = mx.ones(config.hidden_size), mx.ones(config.hidden_size)
 
-    def __call__(self, x: mx.array, attentions: list[mx.array] | None = None, *, mask: Mask = None) -> mx.array:
+    def __call__(self, x: mx.array, attentions: Recorder | None = None, *, mask: Mask = None) -> mx.array:
         added = self.attn(self.norm1(x), mask=mask, attentions=attentions)
         x = x + (added * self.ls1 if "ls1" in self else added)
         added = self.mlp(self.norm2(x))
@@ -113,7 +113,7 @@ class VisionTransformer(nn.Module):
         grid = resample(rest.astype(mx.float32).reshape(1, stored, stored, -1))  # (1, wanted, wanted, C)
         return mx.concatenate([first, grid.reshape(wanted**2, -1).astype(first.dtype)])
 
-    def __call__(self, pixel_values: mx.array, attentions: list[mx.array] | None = None) -> mx.array:
+    def __call__(self, pixel_values: mx.array, attentions: Recorder | None = None) -> mx.array:
         """Encode images.
 
         Args:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +15,7 @@ from .errors import CheckpointError
 from .families.maps import PerHead, Weights
 from .model import VLM
 
-CONVOLUTIONS = frozenset({"vision.patch_embed.weight"})
+CONVOLUTIONS = frozenset({"vision.patch_embed.weight", "patch_embed.weight"})
 """Our names of convolution kernels: (out, in, h, w) on the Hub, (out, h, w, in) here and in MLX's files."""
 
 _BATCHED = frozenset({"vision.class_token", "vision.pos_embed"})
@@ -73,7 +73,7 @@ def hub_name(name: str, weights: Weights) -> str:
     raise KeyError(name)
 
 
-def match_names(names: Iterable[str], weights: Weights, config: VLMConfig) -> tuple[dict[str, str], list[str]]:
+def match_names(names: Iterable[str], weights: Weights, family: str) -> tuple[dict[str, str], list[str]]:
     """Match a checkpoint's tensors to ours.
 
     Returns:
@@ -97,7 +97,7 @@ def match_names(names: Iterable[str], weights: Weights, config: VLMConfig) -> tu
                 raise CheckpointError(f"the checkpoint has both {ours[target]} and {name}, which mean the same tensor")
             ours[target] = name
     if unknown:
-        raise CheckpointError(f"the checkpoint has {_list(unknown)}, which family '{config.family}' does not know")
+        raise CheckpointError(f"the checkpoint has {_list(unknown)}, which family '{family}' does not know")
     return ours, unused
 
 
@@ -168,10 +168,26 @@ def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) ->
     if not any(name.endswith(".scales") for name in block):  # quantized ones may each be so in their own way
         for number in range(config.vision.depth, config.vision.num_hidden_layers):
             expected |= {name.replace(".0.", f".{number}.", 1): expected[name] for name in block}
+    check_tensors(expected, ours, checkpoint, is_idle=lambda name: _is_idle(name, config))
+    return model
+
+
+def check_tensors(
+    expected: Mapping[str, mx.array],
+    ours: Mapping[str, str],
+    checkpoint: Checkpoint,
+    *,
+    is_idle: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Check that a checkpoint has the tensors that a model expects, of their shapes, and no others but idle ones.
+
+    Raises:
+        CheckpointError: a tensor is missing, superfluous or of another shape.
+    """
     missing = [name for name in expected if name not in ours]
     if missing:
         raise CheckpointError(f"{checkpoint.folder} lacks {_list([_their_name(name, ours) for name in missing])}")
-    extra = [theirs for name, theirs in ours.items() if name not in expected and not _is_idle(name, config)]
+    extra = [theirs for name, theirs in ours.items() if name not in expected and not is_idle(name)]
     if extra:
         raise CheckpointError(f"{checkpoint.folder} has {_list(extra)}, which config.json has no place for")
     held = fused(ours)
@@ -192,7 +208,6 @@ def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) ->
         if info.is_float != mx.issubdtype(array.dtype, mx.floating):
             kind = "whole numbers" if array.dtype != mx.float32 else "floating-point numbers"
             raise CheckpointError(f"{checkpoint.folder}: {theirs} has type {info.dtype} instead of {kind}")
-    return model
 
 
 def _their_name(name: str, ours: Mapping[str, str]) -> str:
@@ -278,3 +293,33 @@ def load_weights(
         mx.eval([array for _, array in arrays])
     except RuntimeError as error:
         raise CheckpointError(f"cannot read the tensors of {checkpoint.folder}: {error}") from None
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def load_whole(checkpoint: Checkpoint, kind: str, weights: Weights, build: Callable[[], Module]) -> Module:
+    """A model of one piece, in float32, with a checkpoint's tensors in it.
+
+    Args:
+        kind: for errors.
+        build: makes the model of config.json, with fresh weights.
+
+    Raises:
+        CheckpointError: config.json is malformed, or names or shapes do not fit it.
+    """
+    parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
+    layers = [part["num_hidden_layers"] for part in parts if isinstance(part.get("num_hidden_layers"), int)]
+    if max(layers, default=0) > len(checkpoint.tensors):  # before a model of a billion layers is built
+        raise CheckpointError(f"config.json asks for {max(layers)} layers, {checkpoint.folder} has fewer tensors")
+    try:
+        model = build()
+    except (TypeError, KeyError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.folder}/config.json is malformed: {error!r}") from None
+    ours, _ = match_names(checkpoint.tensors, weights, kind)
+    check_tensors(dict(tree_flatten(model.parameters())), ours, checkpoint)
+    arrays = [(name, to_mlx_layout(name, checkpoint.read(theirs), checkpoint)) for name, theirs in ours.items()]
+    model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays])
+    model.eval()
+    mx.eval(model.parameters())
+    return model

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint, read_json
@@ -95,18 +96,58 @@ def compose(
         whole = replace(understood.vision, feature_layers=(understood.vision.num_hidden_layers,))
         model = VLM(replace(understood, vision=whole))  # with the blocks behind the last one read, too
         ours = dict(tree_flatten(model.parameters()))
-        ours["vision.pos_embed"] = mx.random.normal(ours["vision.pos_embed"].shape) * 0.02
+        ours["vision.pos_embed"] = _places(whole.image_size // whole.patch_size, ours["vision.pos_embed"].shape)
+        ours["vision.patch_embed.weight"] = _waves(whole.patch_size, whole.hidden_size)
         width = whole.hidden_size
         tensors = {f"{_NORM}.weight": mx.ones(width), f"{_NORM}.bias": mx.zeros(width)}
         tensors |= {f"{_NORM}.{part}": array for part, array in _fill(ours, tower, _VISION_NAMES, vocab_size).items()}
         _fill(ours, text, _TEXT_NAMES, vocab_size)
         tensors |= {hub_name(name, llava.WEIGHTS): to_torch_layout(name, array) for name, array in ours.items()}
         save_tensors(destination / "model.safetensors", tensors, dtype)
-        _write_image_settings(tower, whole.image_size, clip, destination)
+        given = None if Path(vision).suffix == ".json" else tower.folder
+        _write_image_settings(given, whole.image_size, clip, destination)
+        for_others = {  # who make one `<image>` as many tokens as the tower gives features
+            "processor_class": "LlavaProcessor",
+            "patch_size": whole.patch_size,
+            "num_additional_image_tokens": int(clip),
+            "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+            "image_token": IMAGE_TOKEN,
+        }
+        (destination / "processor_config.json").write_text(json.dumps(for_others, indent=2), encoding="utf-8")
         plan(open_checkpoint(destination))
     except BaseException:
         shutil.rmtree(destination, ignore_errors=True)
         raise
+
+
+def _places(side: int, shape: tuple[int, ...]) -> mx.array:
+    """Fresh positions of a square grid of patches: sines and cosines of rows and of columns, as large as what
+    patches look like, from which a tower learns places sooner than from small noise (arXiv:2205.01580). Rows before
+    the grid's, a class token's, are noise.
+    """
+    rows, width = shape
+    rates = np.geomspace(1, 1 / side, width // 4)
+    angles = np.arange(side)[:, None] * rates
+    waves = 0.5 * np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    grid = np.concatenate([np.repeat(waves, side, axis=0), np.tile(waves, (side, 1))], axis=1)
+    places = 0.02 * np.array(mx.random.normal(shape))
+    places[rows - side * side :, : grid.shape[1]] = grid
+    return mx.array(places, dtype=mx.float32)
+
+
+def _waves(side: int, width: int) -> mx.array:
+    """A fresh patch embedding, float32[width, side, side, 3]: each colour's lowest two-dimensional cosines, the
+    larger the higher their frequency, of which pictures hold the less; so edges count beside a patch's mean colour
+    from the first step on, which under random filters they do not.
+    """
+    places = (np.arange(side) + 0.5) * np.pi / side
+    pairs = sorted(((u, v) for u in range(side) for v in range(side)), key=lambda pair: (pair[0] + pair[1], pair))
+    filters = np.zeros((width, side, side, 3))
+    for number in range(min(width, 3 * side * side)):
+        (u, v), color = pairs[number // 3], number % 3
+        wave = np.outer(np.cos(u * places), np.cos(v * places))
+        filters[number, :, :, color] = wave / np.linalg.norm(wave) * 2 * (1 + u + v) / side
+    return mx.array(filters, dtype=mx.float32)
 
 
 def _open_part(name: str | Path) -> Checkpoint:
@@ -181,10 +222,11 @@ def _fill(ours: dict[str, mx.array], part: Checkpoint, names: Weights, vocab_siz
     return norm
 
 
-def _write_image_settings(tower: Checkpoint, side: int, clip: bool, destination: Path) -> None:
-    source = tower.folder / "preprocessor_config.json"
-    if tower.headers is None and source.is_file():
-        shutil.copyfile(source, destination / source.name)
+def _write_image_settings(tower: Path | None, side: int, clip: bool, destination: Path) -> None:
+    """The tower's own settings, where it came in a folder that has them."""
+    name = "preprocessor_config.json"
+    if tower is not None and (tower / name).is_file():
+        shutil.copyfile(tower / name, destination / name)
         return
     square = {"height": side, "width": side}
     settings: dict[str, Any] = {"image_processor_type": "SiglipImageProcessor", "size": square}
@@ -192,4 +234,4 @@ def _write_image_settings(tower: Checkpoint, side: int, clip: bool, destination:
         settings = {
             "image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": False, "size": square,
         }  # fmt: skip
-    (destination / source.name).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (destination / name).write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -189,6 +189,7 @@ def write_scenes(
     most: int = 4,
     pairs: float = 0.2,
     digits: float = 0.0,
+    words: int = 60,
     test: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -201,6 +202,7 @@ def write_scenes(
         most: things in a picture at most.
         pairs: share of lines that show two pictures and compare them.
         digits: share of lines that show a handwritten digit; they need scikit-learn.
+        words: of a dialogue, about; 0 leaves one question alone, of a scene the description.
         test: one question a line, with its kind, as `eval` wants it, the kinds of one picture equally often, and digits
             that training never sees. Else many questions in one dialogue, as training wants it: what is scarce there
             is supervision per picture.
@@ -210,17 +212,18 @@ def write_scenes(
     with (folder / "scenes.jsonl").open("w", encoding="utf-8") as lines:
         for number in range(first, first + count):
             rng = np.random.default_rng([seed, number])
-            lines.write(json.dumps(_line(rng, folder, f"images/{number:06}", most, pairs, digits, test)) + "\n")
+            line = _line(rng, folder, f"images/{number:06}", most, pairs, digits, None if test else words)
+            lines.write(json.dumps(line) + "\n")
             if progress is not None:
                 progress(number + 1 - first, count)
 
 
 def _line(
-    rng: np.random.Generator, folder: Path, name: str, most: int, pairs: float, digits: float, test: bool
+    rng: np.random.Generator, folder: Path, name: str, most: int, pairs: float, digits: float, words: int | None
 ) -> dict[str, Any]:
     asker, sort = Asker(rng), rng.random()
     if sort < digits:
-        digit = random_digit(rng, held_out=test)
+        digit = random_digit(rng, held_out=words is None)
         pictures, asked = [draw_digit(digit, rng)], asker.digit(digit)
     else:
         scenes = [random_scene(rng, most=most) for _ in range(1 + (sort < digits + pairs))]
@@ -232,14 +235,15 @@ def _line(
         picture.save(folder / file)
         shown.append({"image": file})
     opening = _opening(shown, rng)
-    if test:
+    if words is None:
         kind = asker.say(*dict.fromkeys(kind for kind, _ in asked))
         of_kind = [questions for each, questions in asked if each == kind]
         return {"messages": dialogue(of_kind[int(rng.integers(len(of_kind)))], opening), "kind": kind}
-    return {"messages": dialogue(_pick(asked, rng), opening)}
+    picked = _pick(asked, rng, words) if words else asked[0][1]
+    return {"messages": dialogue(picked, opening)}
 
 
-def _pick(asked: Sequence[Exchange], rng: np.random.Generator, words: int = 60) -> list[Question]:
+def _pick(asked: Sequence[Exchange], rng: np.random.Generator, words: int) -> list[Question]:
     """Questions for a dialogue of up to about so many words, in any order; a fifth of them ask one thing alone.
 
     A description stands first or last or not at all: behind it, every answer could be copied from what was said.

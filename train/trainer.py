@@ -5,11 +5,14 @@ Stages follow LLaVA (arXiv:2304.08485): first the projector alone, then more.
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,11 +22,12 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_vlm_mini.blas import one_thread
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
 
-from .examples import Batch, Example, collate, encode
+from .examples import Batch, Encoded, Example, collate, encode
 from .lora import add_adapters
 
 Stage = Literal["projector", "full", "lora"]
@@ -71,6 +75,7 @@ class Progress:
     Attributes:
         loss: mean negative log-likelihood of the assistant's tokens in this step.
         valid_loss: the same on the validation examples, where they were just measured.
+        valid_right: share of their answers of which every token is the likeliest one behind those before it.
         tokens_per_s: tokens read since the run began or went on, images' included, padding not.
         left_s: seconds to the end at this rate.
     """
@@ -79,23 +84,46 @@ class Progress:
     steps: int
     loss: float
     valid_loss: float | None
+    valid_right: float | None
     tokens_per_s: float
     left_s: float
+
+
+def batch_logits(model: VLM, input_ids: mx.array, features_at: mx.array, pixel_values: mx.array) -> mx.array:
+    """float32[B, L, vocabulary]: what the model expects behind each token of a batch; see `Batch`."""
+    embeddings = model.decoder.embed(input_ids)
+    if pixel_values.shape[0]:
+        features = model.projector(model.vision(pixel_values))
+        features = features.reshape(-1, features.shape[-1])
+        embeddings = mx.where((features_at >= 0)[..., None], features[mx.maximum(features_at, 0)], embeddings)
+    return model.decoder.logits(model.decoder(embeddings)).astype(mx.float32)
 
 
 def batch_loss(
     model: VLM, input_ids: mx.array, targets: mx.array, features_at: mx.array, pixel_values: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Negative log-likelihood of a batch's targets, summed, and their number; see `Batch`."""
-    embeddings = model.decoder.embed(input_ids)
-    if pixel_values.shape[0]:
-        features = model.projector(model.vision(pixel_values))
-        features = features.reshape(-1, features.shape[-1])
-        embeddings = mx.where((features_at >= 0)[..., None], features[mx.maximum(features_at, 0)], embeddings)
-    logits = model.decoder.logits(model.decoder(embeddings)).astype(mx.float32)
+    return _targets_loss(batch_logits(model, input_ids, features_at, pixel_values), targets)
+
+
+def _targets_loss(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     counted = targets >= 0
     losses = nn.losses.cross_entropy(logits, mx.maximum(targets, 0))
     return (losses * counted).sum(), counted.sum()
+
+
+def answers_right(targets: np.ndarray, likeliest: np.ndarray) -> tuple[int, int]:
+    """How many answers have every token as the likeliest one, and how many there are.
+
+    Args:
+        targets: int32[B, L] of a `Batch`; each run of tokens is an answer.
+        likeliest: int32[B, L], the token that the model finds the likeliest there.
+    """
+    inside = (targets >= 0).ravel()  # the last place of a row is never inside
+    answer = np.cumsum(inside & ~np.concatenate([[False], inside[:-1]])) - 1
+    wrong = answer[inside & (targets != likeliest).ravel()]
+    count = int(answer[-1]) + 1
+    return count - len(np.unique(wrong)), count
 
 
 def order(step: int, count: int, size: int, seed: int) -> list[int]:
@@ -142,6 +170,7 @@ class Trainer:
         self.optimizer = _optimizer(settings)
         self.optimizer.init(model.trainable_parameters())
         self._tokens = 0
+        self._streams = _core_streams() if mx.default_device().type == mx.DeviceType.cpu else ()
         self._gradients, self._update = self._compile()
         self._resume()
 
@@ -167,7 +196,8 @@ class Trainer:
     def run(self) -> Iterator[Progress]:
         """Train to the end, from the last checkpoint on; yields after each step."""
         begin, first = time.perf_counter(), self.step
-        with ThreadPoolExecutor(1) as loader:  # the next batches are opened and encoded while this step computes
+        alone = one_thread() if self._streams else nullcontext()
+        with alone, ThreadPoolExecutor(1) as loader:  # the next batches are opened and encoded while this step computes
             waiting = loader.submit(self._batches, self.step)
             while self.step < self.settings.steps:
                 batches = waiting.result()
@@ -176,46 +206,58 @@ class Trainer:
                 loss = self._train(batches)
                 self.step += 1
                 due = self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps
-                valid_loss = self.validate() if due and self.valid else None
+                valid_loss, valid_right = self.validate() if due and self.valid else (None, None)
                 elapsed = time.perf_counter() - begin
                 left = elapsed / (self.step - first) * (self.settings.steps - self.step)
-                progress = Progress(self.step, self.settings.steps, loss, valid_loss, self._tokens / elapsed, left)
+                progress = Progress(
+                    self.step, self.settings.steps, loss, valid_loss, valid_right, self._tokens / elapsed, left
+                )
+                line = {"step": self.step, "loss": loss, "valid_loss": valid_loss, "valid_right": valid_right}
                 with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-                    log.write(json.dumps({"step": self.step, "loss": loss, "valid_loss": valid_loss}) + "\n")
+                    log.write(json.dumps(line) + "\n")
                 if due:
                     self._save()
                 yield progress
 
-    def validate(self) -> float:
-        """Mean negative log-likelihood of the assistant's tokens in the validation examples."""
+    def validate(self) -> tuple[float, float]:
+        """On the validation examples `valid_loss` and `valid_right` of `Progress`."""
         size = self.settings.batch_size
-        total, count = 0.0, 0
+        total, count, right, answers = 0.0, 0, 0, 0
         for start in range(0, len(self.valid), size):
-            loss, tokens = batch_loss(self.model, *self._batch(self.valid[start : start + size]).arrays)
+            ids, targets, *rest = self._batch(self.valid[start : start + size]).arrays
+            logits = batch_logits(self.model, ids, *rest)
+            loss, tokens = _targets_loss(logits, targets)
             total += cast(float, loss.item())
             count += cast(int, tokens.item())
-        return total / max(count, 1)
+            found = answers_right(np.array(targets), np.array(logits.argmax(-1)))
+            right, answers = right + found[0], answers + found[1]
+        return total / max(count, 1), right / max(answers, 1)
 
     def _batches(self, step: int) -> list[Batch]:
         settings = self.settings
         chosen = order(step, len(self.examples), settings.batch_size * settings.accumulate, settings.seed)
-        return [
-            self._batch([self.examples[index] for index in chosen[start : start + settings.batch_size]])
-            for start in range(0, len(chosen), settings.batch_size)
-        ]
+        size = -(-settings.batch_size // max(len(self._streams), 1))
+        encoded = [encode(self.processor, self.examples[index]) for index in chosen]
+        encoded.sort(key=lambda each: len(each.input_ids))  # the sum over a step is the same, the padding shorter
+        return [self._collate(encoded[start : start + size]) for start in range(0, len(encoded), size)]
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
-        encoded = [encode(self.processor, example) for example in examples]
-        return collate(encoded, self.model.config.vision.num_features, pad_rows=max(len(examples) // 2, 1))
+        return self._collate([encode(self.processor, example) for example in examples])
+
+    def _collate(self, encoded: Sequence[Encoded]) -> Batch:
+        return collate(encoded, self.model.config.vision.num_features, pad_rows=max(len(encoded) // 2, 1))
 
     def _train(self, batches: Sequence[Batch]) -> float:
         sums, loss, count = None, mx.array(0.0), mx.array(0)
-        for batch in batches:
-            (batch_sum, batch_count), gradients = self._gradients(*batch.arrays)
-            loss, count = loss + batch_sum, count + batch_count
-            sums = gradients if sums is None else tree_map(mx.add, sums, gradients)
+        beside = max(len(self._streams), 1)
+        for start in range(0, len(batches), beside):
+            for number, batch in enumerate(batches[start : start + beside]):
+                with mx.stream(self._streams[number]) if self._streams else nullcontext():
+                    (batch_sum, batch_count), gradients = self._gradients(*batch.arrays)
+                loss, count = loss + batch_sum, count + batch_count
+                sums = gradients if sums is None else tree_map(mx.add, sums, gradients)
+                self._tokens += batch.num_tokens
             mx.eval(sums, loss, count)
-            self._tokens += batch.num_tokens
         self._update(sums, mx.maximum(count, 1))
         mx.eval(self.model.state, self.optimizer.state)
         return cast(float, loss.item()) / max(cast(int, count.item()), 1)
@@ -255,6 +297,12 @@ class Trainer:
         self._gradients, self._update = self._compile()
         log = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[: self.step]
         (self.folder / "log.jsonl").write_text("".join(line + "\n" for line in log), encoding="utf-8")
+
+
+@cache
+def _core_streams() -> tuple[mx.Stream, ...]:
+    """A stream for each core of a CPU: each is a thread (which never ends), and much of a step is no matrix product."""
+    return tuple(mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1))
 
 
 def choose_trainable(model: VLM, settings: Settings) -> None:

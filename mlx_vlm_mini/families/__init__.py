@@ -58,6 +58,8 @@ def find_family(hf: Mapping[str, Any]) -> Family:
     if llava_original.is_original(hf):
         return llava_normed if llava_original.has_norm(hf) else llava_original
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        if model_type in ("clip", "vilt"):
+            raise CheckpointError(f"config.json says model_type '{model_type}', for which there is mlx-vlm-mini score")
         known = ", ".join(sorted(FAMILIES))
         what = "has no model_type" if model_type is None else f"says model_type '{model_type}'"
         raise CheckpointError(f"config.json {what}; this version knows: {known}")

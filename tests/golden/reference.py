@@ -533,7 +533,7 @@ def fill(model: Any, seed: int, *, gemma: bool = False) -> Any:
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             small = gemma and "language_model" in name  # Gemma adds 1 in its norms and scales embeddings
-            if tensor.ndim == 1:
+            if tensor.ndim < 2:
                 tensor.copy_(0.3 * noise(tensor) + ("norm" in name and name.endswith("weight") and not small))
             elif "embed" in name:
                 tensor.copy_((0.1 if small else 0.7) * noise(tensor))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from reference import GOLDEN
 
-from mlx_vlm_mini import Chat, generate, load
+from mlx_vlm_mini import Chat, attention, generate, load
+from mlx_vlm_mini import attend as inspect
 from mlx_vlm_mini.attention import attend
 from mlx_vlm_mini.cache import make_cache
 from mlx_vlm_mini.canvas import Canvas, choose_canvas, cut_canvas, fit_size, place, possible_grids
@@ -26,7 +27,7 @@ from mlx_vlm_mini.families import mllama
 from mlx_vlm_mini.generation import prefill
 from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.model import VLM
-from mlx_vlm_mini.preprocess import image_settings
+from mlx_vlm_mini.preprocess import frames, image_settings
 from mlx_vlm_mini.train.questions import write_scenes
 from mlx_vlm_mini.train.trainer import Settings, Trainer
 from mlx_vlm_mini.weights import hub_name, rename
@@ -149,6 +150,48 @@ def test_the_image_lies_in_the_corner_and_the_rest_is_black():
     tiles = cut_canvas(numbers, 20)
     assert tiles.shape == (6, 20, 20, 3)
     np.testing.assert_array_equal(tiles[4], numbers[20:, 20:40])
+
+
+def test_tiles_lie_where_they_were_cut(meta):
+    """A bright pixel of a picture changes the tile, and in it the place, that its frame says."""
+    settings = meta[1].image_settings
+    for size, grid in (((96, 70), (2, 2)), ((40, 160), (1, 3)), ((30, 30), (1, 1))):
+        assert choose_canvas(size, settings.tiling) == grid
+        placed, before = frames(size, settings), mllama.pixels(Image.new("RGB", size[::-1]), settings)
+        assert len(placed) == len(before) == grid[0] * grid[1]
+        for top, left in ((3, 4), (size[0] // 2, size[1] // 2), (size[0] - 3, size[1] - 4)):
+            image = Image.new("RGB", size[::-1])
+            image.putpixel((left, top), (255, 255, 255))
+            changed = np.abs(mllama.pixels(image, settings) - before).sum(axis=-1)
+            tile, y, x = np.unravel_index(changed.argmax(), changed.shape)
+            frame = placed[tile]
+            assert abs(frame.left + (x + 0.5) * frame.across - left - 0.5) <= 1
+            assert abs(frame.top + (y + 0.5) * frame.down - top - 0.5) <= 1
+
+
+def test_the_inspector_says_that_it_does_not_show_cross_attention(meta):
+    with pytest.raises(PromptError, match="looks at images by cross-attention, which is not shown yet"):
+        inspect(*meta, "What?", images=[PHOTO])
+
+
+def test_recorded_blocks_are_whole_weights(meta, monkeypatch):
+    """Where weights come block by block, tokens that see no image have none in any of them."""
+    model, processor = meta
+    inputs = processor(["What is in this ", PHOTO, "?"])
+    run = [model.embed(inputs), model.show(inputs)]
+    whole: list[mx.array] = []
+    model.decoder(run[0], attentions=whole, images=run[1])
+    monkeypatch.setattr(attention, "BLOCK", 1000)
+    blocks: list[mx.array] = []
+    model.decoder(run[0], attentions=blocks, images=run[1])
+    length, keys = run[0].shape[1], run[1][0].span.held
+    cross = [each for each in blocks if each.shape[3] == keys]
+    assert len(cross) > 2 and sum(each.shape[2] for each in cross) == 2 * length
+    joined = np.concatenate([np.array(each) for each in cross], axis=2)
+    expected = np.concatenate([np.array(each) for each in whole if each.shape[3] == keys], axis=2)
+    np.testing.assert_allclose(joined, expected, atol=1e-6)
+    (first,) = np.flatnonzero(inputs.slots)
+    assert (expected[:, :, :first] == 0).all() and np.allclose(expected[:, :, first:length].sum(-1), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize(

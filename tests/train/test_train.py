@@ -24,7 +24,7 @@ from mlx_vlm_mini.train.evaluate import evaluate
 from mlx_vlm_mini.train.examples import collate, encode, read_examples
 from mlx_vlm_mini.train.lora import fuse_adapters, load_adapters
 from mlx_vlm_mini.train.questions import write_scenes
-from mlx_vlm_mini.train.trainer import Settings, Trainer, batch_loss, order
+from mlx_vlm_mini.train.trainer import Settings, Trainer, answers_right, batch_loss, order
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +225,14 @@ def test_a_resumed_run_takes_the_same_trajectory(tmp_path, scenes, stage):
     np.testing.assert_allclose(logged, whole, atol=1e-5)
     with pytest.raises(CheckpointError, match="another learning_rate"):
         trainer(tmp_path / "cut", scenes, stage=stage, learning_rate=1.0)
+
+
+def test_answers_right():
+    targets = np.array([[-1, 5, 6, -1, 7, -1], [8, -1, 9, 9, 9, -1], [-1] * 6])
+    assert answers_right(targets, targets) == (4, 4)
+    likeliest = np.array([[1, 5, 0, 1, 7, 1], [8, 1, 0, 9, 0, 1], [1] * 6])
+    assert answers_right(targets, likeliest) == (2, 4)
+    assert answers_right(targets[2:], targets[2:]) == (0, 0)
 
 
 def test_kill_9_in_the_middle(tmp_path, scenes):
