@@ -59,8 +59,8 @@ def attend(
     chosen, config = Options(**options), model.config.decoder
     if config.cross_attention is not None:
         raise PromptError(
-            f"family '{model.config.family}' looks at images by cross-attention, which is not shown yet: ask a model of "
-            "another family"
+            f"family '{model.config.family}' looks at images by cross-attention, which is not shown yet: use another "
+            "family's model"
         )
     if reduce not in get_args(Reduce):
         raise PromptError(f"reduce must be one of {', '.join(get_args(Reduce))}, not {reduce!r}")

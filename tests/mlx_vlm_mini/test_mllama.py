@@ -502,7 +502,9 @@ def wide(tmp_path_factory):
     """Whose tower's widths can be quantized, too; and scenes to calibrate with."""
     folder = tmp_path_factory.mktemp("wide")
     write_scenes(folder / "few", 3, seed=3, test=True)
-    return make_wide(META.name, folder / "model"), str(folder / "few" / "scenes.jsonl")
+    tower = {"hidden_size": 32, "attention_heads": 2, "intermediate_size": 64, "vision_output_dim": 96}
+    model = make_wide(META.name, folder / "model", {"vision_config": tower})
+    return model, str(folder / "few" / "scenes.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,6 @@ WIDE: dict[str, dict[str, Any]] = {  # changes to a golden's config.json
         },
         "vision_config": {"hidden_size": 96, "intermediate_size": 72},
     },
-    "mllama-meta": {
-        "vision_config": {"hidden_size": 32, "attention_heads": 2, "intermediate_size": 64, "vision_output_dim": 96},
-    },
     "paligemma-gemma": {
         "hidden_size": 128, "projection_dim": 128,
         "text_config": {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32},
@@ -80,11 +77,12 @@ WIDE: dict[str, dict[str, Any]] = {  # changes to a golden's config.json
 }  # fmt: skip
 
 
-def make_wide(name: str, folder: Path) -> Path:
-    """A golden's wider sister: random bfloat16 tensors in torch's layout, by the golden's names."""
+def make_wide(name: str, folder: Path, changes: dict[str, Any] | None = None) -> Path:
+    """A golden's wider sister: random bfloat16 tensors in torch's layout, by the golden's names; `changes` to its
+    config.json are by default those of `WIDE`."""
     shutil.copytree(GOLDEN / name, folder)
     config = json.loads((folder / "config.json").read_text())
-    for key, change in WIDE[name].items():
+    for key, change in (changes or WIDE[name]).items():
         config[key] = {**config[key], **change} if isinstance(change, dict) else change
     (folder / "config.json").write_text(json.dumps(config))
     planned = plan(open_checkpoint(GOLDEN / name))
