@@ -169,9 +169,63 @@ def test_tiles_lie_where_they_were_cut(meta):
             assert abs(frame.top + (y + 0.5) * frame.down - top - 0.5) <= 1
 
 
-def test_the_inspector_says_that_it_does_not_show_cross_attention(meta):
-    with pytest.raises(PromptError, match="looks at images by cross-attention, which is not shown yet"):
-        inspect(*meta, "What?", images=[PHOTO])
+TWO = ["What is ", PHOTO, " beside ", STRIP, "?"]
+
+
+@pytest.mark.parametrize("folder", [META, OTHER])
+def test_the_inspector_shows_what_cross_attention_layers_look_at(folder):
+    """Each token's weights are those of one explicit pass over prompt and answer, image by image, unused tiles left out."""
+    model, processor = load(folder)
+    found = inspect(model, processor, TWO, max_tokens=5, reduce="none")
+    kinds = model.config.decoder.layer_types
+    looking = [number for number, kind in enumerate(kinds) if kind == "cross_attention"]
+    assert found.layers == tuple(looking)
+    inputs = processor(TWO)
+    embeddings = mx.concatenate([model.embed(inputs), model.decoder.embed(mx.array([found.token_ids]))[:, :-1]], axis=1)
+    shown, weights = model.show(inputs), []
+    hidden = model.decoder(embeddings, attentions=weights, images=shown)
+    whole = np.stack([np.array(weights[number][0]) for number in looking])[:, :, len(inputs.slots) - 1 :]
+    begin = 0
+    for image, span in zip(found.images, [each.span for each in shown], strict=True):
+        np.testing.assert_allclose(image.weights, whole[..., begin : begin + span.seen], atol=1e-5)
+        assert image.weights.shape[-1] == len(image.boxes) == span.seen
+        begin += span.held
+    np.testing.assert_allclose(sum(image.weights.sum(-1) for image in found.images), whole.sum(-1), atol=1e-5)
+    logits = np.array(model.decoder.logits(hidden)[0, len(inputs.slots) - 1 :])
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(found.logprobs, logprobs[np.arange(5), list(found.token_ids)], atol=1e-4)
+
+
+def test_the_inspector_reads_given_answers_and_reduces_them(meta):
+    every = inspect(*meta, TWO, answer=[5, 6, 7], reduce="none")
+    mean = inspect(*meta, TWO, answer=[5, 6, 7])
+    for image, reduced in zip(every.images, mean.images, strict=True):
+        np.testing.assert_allclose(image.weights.mean(axis=(0, 1)), reduced.weights, atol=1e-6)
+    # "beside" is said between the images: what follows the second one sees that alone
+    assert mean.images[0].weights.sum() == 0
+    np.testing.assert_allclose(mean.shares, 1, atol=1e-5)
+    together = inspect(*meta, ["What?", PHOTO, STRIP], answer=[5])
+    assert all(image.weights.sum() > 0 for image in together.images)
+
+
+def test_boxes_of_tiles_lie_over_the_picture(meta):
+    model, processor = meta
+    found = inspect(model, processor, ["What?", PHOTO], answer=[5])
+    image, vision = found.images[0], model.config.vision
+    placed = ~np.isnan(image.boxes[:, 0])
+    assert (~placed).sum() == len(image.boxes) // vision.num_features  # a class token a tile
+    inside = image.boxes[placed]
+    assert inside[:, 0].min() == inside[:, 1].min() == 0
+    height, width = image.size
+    assert inside[:, 2].max() >= width - 1 and inside[:, 3].max() >= height - 1
+    np.testing.assert_allclose(image.inside((0, 0, 10**6, 10**6)), image.weights[:, placed].sum(-1), atol=1e-6)
+
+
+def test_what_the_inspector_refuses(meta):
+    with pytest.raises(PromptError, match="rollout follows self-attention"):
+        inspect(*meta, TWO, reduce="rollout")
+    with pytest.raises(PromptError, match="layer 0 reads text alone"):
+        inspect(*meta, TWO, layers=[0])
 
 
 def test_recorded_blocks_are_whole_weights(meta, monkeypatch):
