@@ -134,7 +134,7 @@ def ours(file: Path) -> None:
         inputs = processor(with_paths(case["messages"]))
         report[name] = {"same_ids": np.array(inputs.input_ids[0]).tolist() == case["ids"]}
         cache = model.make_cache()
-        logits, rows = prefill(model.decoder, model.embed(inputs), cache), []
+        logits, rows = prefill(model.decoder, model.embed(inputs), cache, images=model.show(inputs)), []
         for token in case["tokens"]:
             rows.append(np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0])
             logits = model.decoder.logits(model.decoder(model.decoder.embed(mx.array([[token]])), cache))[:, -1]

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
+from mlx_vlm_mini.cross_attention import ShownImage
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.loading import Plan
 from mlx_vlm_mini.model import Inputs
@@ -134,6 +135,7 @@ class Walk:
 
     Attributes:
         hidden: of each sample, what the next layer reads: float[1, L, C].
+        shown: of each sample, what cross-attention layers look at.
     """
 
     def __init__(
@@ -143,9 +145,8 @@ class Walk:
         self.samples = samples
         self.dtype = dtype
         self.hidden: list[mx.array] = []
+        self.shown: list[list[ShownImage]] = []
         self._say = say or (lambda _: None)
-        decoder = plan.model.decoder
-        self._masks = [decoder.masks(sample.length, prefix=sample.start) for sample in samples]
 
     def load_front(self) -> None:
         """Read everything in front of the decoder's layers."""
@@ -153,14 +154,22 @@ class Walk:
         others = {name.partition(".")[0] for name in self.plan.ours} - {"decoder"}
         load_part(self.plan, "decoder.embed_tokens.", *sorted(others), dtype=self.dtype)
 
+    def enter(self) -> list[mx.array]:
+        """What the first layer reads of each sample; what cross-attention layers look at becomes `shown`."""
+        model, embedded = self.plan.model, []
+        self.shown = []
+        for sample in self.samples:
+            embedded.append(model.embed(sample.inputs))
+            self.shown.append(model.show(sample.inputs))
+            mx.eval(embedded[-1])
+        return embedded
+
     def embed(self) -> None:
         """Embed all samples, their pictures among them; keeps the embeddings' table where the head needs it."""
         model = self.plan.model
         for part in (model.vision, model.projector):
             expand(part, self.dtype)
-        for sample in self.samples:
-            self.hidden.append(model.embed(sample.inputs))
-            mx.eval(self.hidden[-1])
+        self.hidden = self.enter()
         for part in (model.vision, model.projector):
             release(part)
         if "lm_head" in model.decoder:
@@ -168,6 +177,12 @@ class Walk:
 
     def features(self) -> list[np.ndarray]:
         """Of each sample the embeddings of its pictures, float32[P, C]; between `embed` and the first layer."""
+        if any(self.shown):
+            return [
+                np.concatenate([np.array(image.features.astype(mx.float32)) for image in shown])
+                for shown in self.shown
+                if shown
+            ]
         found = []
         for sample, hidden in zip(self.samples, self.hidden, strict=True):
             rows = mx.array(np.flatnonzero(sample.inputs.slots))
@@ -186,8 +201,10 @@ class Walk:
         decoder = self.plan.model.decoder
         layer, kind = decoder.layers[number], decoder.config.layer_types[number]
         outputs = []
-        for x, masks in zip(hidden, self._masks, strict=True):
-            outputs.append(layer(x, mask=masks[kind], rope=decoder.rope, cache=None, attentions=None))
+        for x, sample, shown in zip(hidden, self.samples, self.shown, strict=True):
+            masks = decoder.masks(sample.length, prefix=sample.start, spans=[image.span for image in shown])
+            cache = decoder.show(number, shown, None) if kind == "cross_attention" else None
+            outputs.append(layer(x, mask=masks[kind], rope=decoder.rope, cache=cache, attentions=None))
             mx.eval(outputs[-1])
         return outputs
 

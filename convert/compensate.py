@@ -314,11 +314,15 @@ def compensate_model(
 
     walk = Walk(plan, samples, compute_dtype(plan), say)
     walk.load_front()
-    rows = [sample.inputs.pixel_values for sample in samples if sample.inputs.pixel_values is not None]
-    if rows:  # all pictures in one call, so that each layer is finished when the next one reads
+    images = [image for sample in samples for image in sample.inputs.images]
+    if images:  # all pictures in one call, so that each layer is finished when the next one reads
         front = {path for path in wanted if not path.startswith("decoder.")}
         with watch(model, front, finish_at_once):
-            mx.eval(model.projector(model.vision(mx.concatenate(rows).astype(model.dtype))))
+            if plan.config.vision.tiled is not None:
+                mx.eval(model.embed_tiled(images))
+            else:
+                rows = mx.array(np.concatenate([image.pixel_values for image in images]))
+                mx.eval(model.projector(model.vision(rows.astype(model.dtype))))
         last = None
     if "decoder.embed_tokens" in wanted:
         finish("decoder.embed_tokens", None)

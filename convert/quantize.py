@@ -113,9 +113,14 @@ def find_parts(plan: Plan) -> dict[str, Part]:
 
 
 def find_layers(plan: Plan) -> dict[str, Quantization | None]:
-    """Linear layers and embeddings: their weights' names in the checkpoint, to how they are packed there."""
+    """Linear layers and embeddings: their weights' names in the checkpoint, to how they are packed there.
+
+    A vision tower's embeddings are positions, which are not to be packed; those that are packed are among the result.
+    """
     found: dict[str, Quantization | None] = {}
     for path, module in plan.model.named_modules():
+        if isinstance(module, nn.Embedding) and path.startswith("vision."):
+            continue
         if isinstance(module, nn.Linear | nn.Embedding):
             found[plan.ours[f"{path}.weight"]] = None
         elif isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):

@@ -171,11 +171,6 @@ def measure(
         energies[path] = energies[path] + energy if path in energies else energy
         mx.eval(energies[path])
 
-    def embed() -> list[mx.array]:
-        embedded = [model.embed(sample.inputs) for sample in samples]
-        mx.eval(embedded)
-        return embedded
-
     def answers(states: list[mx.array], start: int) -> np.ndarray:
         for number in range(start, len(decoder.layers)):
             states = walk.run_layer(number, states)
@@ -183,7 +178,7 @@ def measure(
         return np.concatenate(walk.logprobs())
 
     with watch(model, {path for path, each in layers.items() if isinstance(each, nn.Linear)}, record):
-        states = [embed()]
+        states = [walk.enter()]
         for number in range(len(decoder.layers)):
             states.append(walk.run_layer(number, states[-1]))
         reference = answers(states[-1], len(decoder.layers))
@@ -206,7 +201,9 @@ def measure(
             start = int(paths[0].split(".")[2])
             other = answers(states[start], start)
         else:
-            other = answers(embed(), 0)
+            shown = walk.shown
+            other = answers(walk.enter(), 0)
+            walk.shown = shown
         for path, weight in zip(paths, exact, strict=True):
             layers[path].weight = weight
         kl = max(float(divergence(reference, other).mean()), 0.0)

@@ -11,7 +11,8 @@ import numpy as np
 from mlx.utils import tree_map
 
 from .borrow import borrow
-from .checkpoint import DTYPES, read_header
+from .checkpoint import DTYPES, TensorInfo, read_header
+from .cross_attention import ImageCache, Span
 from .errors import CheckpointError, PromptError
 from .model import VLM, Inputs
 
@@ -33,7 +34,7 @@ def identify(inputs: Inputs) -> np.ndarray:
 
 
 def make_cache(model: VLM, *, kv_bits: int | None = None, rotate: int | None = None) -> list[Any]:
-    """An empty cache.
+    """An empty cache. What cross-attention layers keep of images is neither quantized nor given up.
 
     Args:
         kv_bits: 2, 4 or 8 quantizes keys and values, in groups of 64 or 32 along a head (mlx-lm's QuantizedKVCache).
@@ -54,21 +55,21 @@ def make_cache(model: VLM, *, kv_bits: int | None = None, rotate: int | None = N
         if config.prefix_lm or "sliding_attention" in config.layer_types:
             own = "reads a prompt both ways" if config.prefix_lm else "has layers with a window of their own"
             raise PromptError(f"family '{model.config.family}' {own}, which no rotating cache fits: leave rotate out")
-        return [caches.RotatingKVCache(max_size=rotate, keep=KEEP) for _ in model.decoder.layers]
+        return model.cache_of(lambda: caches.RotatingKVCache(max_size=rotate, keep=KEEP))
     group_size = next((size for size in (64, 32) if config.head_dim % size == 0), None)
     if kv_bits not in (2, 4, 8) or group_size is None:
         why = f"kv_bits must be 2, 4 or 8, not {kv_bits}"
         if kv_bits in (2, 4, 8):
             why = f"heads of {config.head_dim} numbers cannot be quantized in groups of 32: leave kv_bits out"
         raise PromptError(why)
-    return [caches.QuantizedKVCache(group_size=group_size, bits=kv_bits) for _ in model.decoder.layers]
+    return model.cache_of(lambda: caches.QuantizedKVCache(group_size=group_size, bits=kv_bits))
 
 
 class TurnCache:
     """A cache that knows what it holds, position by position.
 
     Attributes:
-        entries: one of mlx-lm's caches a decoder layer.
+        entries: one of mlx-lm's caches a decoder layer, an `ImageCache` a cross-attention layer.
         held: what they hold, see `identify`.
     """
 
@@ -81,6 +82,14 @@ class TurnCache:
         self.entries = make_cache(self.model, kv_bits=self.kv_bits, rotate=self.rotate)
         self.held = np.zeros((0, 5), dtype=np.uint64)
 
+    @property
+    def _texts(self) -> list[Any]:
+        return [entry for entry in self.entries if not isinstance(entry, ImageCache)]
+
+    @property
+    def _images(self) -> dict[int, ImageCache]:
+        return {number: entry for number, entry in enumerate(self.entries) if isinstance(entry, ImageCache)}
+
     def share(self, wanted: np.ndarray) -> int:
         """Trim to what is shared with a prompt, all but its last token; return its length.
 
@@ -91,7 +100,8 @@ class TurnCache:
         different = np.flatnonzero((self.held[:length] != wanted[:length]).any(axis=-1))
         length = int(different[0]) if len(different) else length
         longest = max(len(self.held), len(wanted))
-        if self.kv_bits is not None or self.model.decoder.reads_whole(longest):
+        ahead = self.model.decoder.looks_ahead and (self.held[:, 4].any() or wanted[:, 4].any())
+        if self.kv_bits is not None or ahead or self.model.decoder.reads_whole(longest):
             length = 0
         self._trim(length)
         return len(self.held)
@@ -107,17 +117,19 @@ class TurnCache:
         said[:, 0] = tokens
         if tokens:
             self.held = np.concatenate([prompt, said])
-        self._trim(min(len(self.held), *(entry.offset for entry in self.entries)))
+        self._trim(min(len(self.held), *(entry.offset for entry in self._texts)))
         mx.eval([entry.state for entry in self.entries if not entry.empty()])
 
     def _trim(self, length: int) -> None:
-        """Cut to the first tokens; to none where a rotating cache gave one of them up."""
-        longer = [entry for entry in self.entries if entry.offset > length]
+        """Cut to the first tokens and the images among them; to none where a rotating cache gave one of them up."""
+        longer = [entry for entry in self._texts if entry.offset > length]
         if not all(entry.is_trimmable() for entry in longer):
             self.clear()
             return
         for entry in longer:
             entry.trim(entry.offset - length)
+        for images in self._images.values():
+            images.cut(length)
         self.held = self.held[:length]
 
     def fork(self) -> "TurnCache":
@@ -144,12 +156,18 @@ class TurnCache:
             raise PromptError("a quantized or rotating cache is not saved: save the conversation without its cache")
 
     def write(self, file: Path, model_fingerprint: str) -> None:
-        """Write safetensors: `keys` and `values` of each layer, float[1, H, L, D], and `held`, uint64[L, 5]."""
+        """Write safetensors: `keys` and `values` of each layer, float[1, H, L, D], and `held`, uint64[L, 5]; with
+        cross-attention layers and images also `images`, uint64[N, 3], their spans."""
+        images = self._images
         arrays = {
-            f"layers.{i}.{part}": mx.contiguous(getattr(entry, part)[..., : len(self.held), :])
+            f"layers.{i}.{part}": mx.contiguous(getattr(entry, part)[..., : None if i in images else len(self.held), :])
             for i, entry in enumerate(self.entries)
+            if not entry.empty()
             for part in _PARTS
         }
+        for entry in images.values():
+            if entry.spans:
+                arrays["images"] = mx.array(np.array(entry.spans, dtype=np.uint64))
         mx.save_safetensors(str(file), {**arrays, "held": mx.array(self.held)}, {"model": model_fingerprint})
 
     def read(self, file: Path, model_fingerprint: str, digest: str) -> None:
@@ -162,13 +180,17 @@ class TurnCache:
         if metadata.get("model") != model_fingerprint:
             raise CheckpointError(f"{file} was computed by another model")
         info, config = tensors.get("held"), self.model.config.decoder
-        names = [f"layers.{i}.{part}" for i in range(len(self.entries)) for part in _PARTS]
-        if info is None or set(tensors) != {"held", *names}:
+        shown, images = tensors.get("images"), self._images
+        layers = [i for i in range(len(self.entries)) if shown is not None or i not in images]
+        names = [f"layers.{i}.{part}" for i in layers for part in _PARTS]
+        if info is None or set(tensors) != {"held", *names, *(["images"] if images and shown else [])}:
             raise CheckpointError(f"{file} has not the layers of this model")
         if info.dtype != "U64" or len(info.shape) != 2 or info.shape[1] != 5 or not info.shape[0]:
             raise CheckpointError(f"{file} does not say which tokens it holds")
-        shape = 1, config.num_key_value_heads, info.shape[0], config.head_dim
+        spans = self._read_spans(file, shown)
         for name in names:
+            count = sum(span.held for span in spans) if int(name.split(".")[1]) in images else info.shape[0]
+            shape = 1, config.num_key_value_heads, count, config.head_dim
             if tensors[name].shape != shape or DTYPES[tensors[name].dtype][0] != self.model.dtype:
                 found = f"{tensors[name].dtype}{list(tensors[name].shape)}"
                 raise CheckpointError(f"{file}: {name} is {found}, and this model's is {self.model.dtype}{list(shape)}")
@@ -176,8 +198,26 @@ class TurnCache:
         held = np.array(arrays["held"])
         if hashlib.sha256(held.tobytes()).hexdigest() != digest:
             raise CheckpointError(f"{file} belongs to another conversation")
+        if images and [span.position for span in spans] != np.flatnonzero(held[:, 4]).tolist():
+            raise CheckpointError(f"{file} does not hold the images of its tokens")
         mx.eval(arrays)
-        for i, entry in enumerate(self.entries):
+        for i in layers:
+            entry = self.entries[i]
             entry.keys, entry.values = (arrays[f"layers.{i}.{part}"] for part in _PARTS)
-            entry.offset = len(held)
+            if i in images:
+                entry.spans = spans
+            else:
+                entry.offset = len(held)
         self.held = held
+
+    @staticmethod
+    def _read_spans(file: Path, info: TensorInfo | None) -> tuple[Span, ...]:
+        if info is None:
+            return ()
+        if info.dtype != "U64" or len(info.shape) != 2 or info.shape[1] != 3:
+            raise CheckpointError(f"{file} does not say which images it holds")
+        arrays = cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
+        spans = tuple(Span(*row) for row in np.array(arrays["images"]).tolist())
+        if not all(0 < span.seen <= span.held < 2**31 for span in spans):
+            raise CheckpointError(f"{file} does not say which images it holds")
+        return spans

@@ -50,7 +50,8 @@ class Chat:
     decided position by position: on token ids and, at an image's slots, on the SHA-256 of the image's pixels, so that
     another picture never gets the answer about the old one. The prompt is the messages as text; an answer is read again
     from the first token that its text does not give. Nothing of a cache is used again where that would not be exact:
-    where the prompt sees itself both ways (PaliGemma), where the conversation is or was longer than its rotary angles
+    where the prompt sees itself both ways (PaliGemma), where what was said before an image depends on it (Llama 3.2
+    Vision as transformers computes it), where the conversation is or was longer than its rotary angles
     are fixed for (dynamic and longrope scaling), where the cache is quantized, and where a full rotating one would have
     to go back.
 

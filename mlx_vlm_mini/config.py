@@ -13,10 +13,12 @@ from .errors import CheckpointError
 
 Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"]
 VisionNorm = Literal["layer_norm", "rms_norm"]
-LayerType = Literal["full_attention", "sliding_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "cross_attention"]
+BlindRows = Literal["zero", "attend"]
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
 
 
+MOST_TILES = 100  # of an image in one tower, far above every model's 4; the grids that are compared grow with it
 _LARGEST = 10**8  # of any size in a config: far above every model, and products of two still fit 64 bits
 
 
@@ -53,17 +55,32 @@ class BlockConfig:
 
     norm_type: VisionNorm = "layer_norm"
     qkv_bias: bool = True
+    o_bias: bool = True
     qk_norm_eps: float | None = None
     """Of an RMS norm over the queries of all heads, and one over the keys (InternViT-6B); None: there are none."""
     layer_scale: bool = False
     """Learned factors of what attention and MLP add to the stream (arXiv:2103.17239)."""
 
     def __post_init__(self) -> None:
-        _check_flags(self, "qkv_bias", "layer_scale")
+        _check_flags(self, "qkv_bias", "o_bias", "layer_scale")
         if self.norm_type not in get_args(VisionNorm):
             raise CheckpointError(f"config.json: unknown norm_type {self.norm_type!r} of the vision tower")
         if self.qk_norm_eps is not None:
             _check_positive(self, "qk_norm_eps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledConfig:
+    """An image as several tiles that see one another (Llama 3.2 Vision); see `tiled_vision.py`."""
+
+    max_tiles: int
+    num_global_layers: int
+    """Gated blocks behind the norm of the last block."""
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "max_tiles", "num_global_layers")
+        if self.max_tiles > MOST_TILES:
+            raise CheckpointError(f"config.json: an image has at most {MOST_TILES} tiles, not {self.max_tiles}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +113,8 @@ class VisionConfig:
     """LLaVA's feature strategy `default`: the first row, CLIP's class token, is left out."""
     resample_positions: bool
     """Images of another size get the position embeddings resampled (InternViT); otherwise they are refused."""
+    tiled: TiledConfig | None = None
+    """The image is tiles, `image_size` pixels along a side each; None: it is one square."""
 
     def __post_init__(self) -> None:
         _check_sizes(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -115,6 +134,8 @@ class VisionConfig:
                     f"{self.num_hidden_layers} layers"
                 )
 
+        if self.tiled is not None and not (self.pre_norm and self.post_norm and self.depth == self.num_hidden_layers):
+            raise CheckpointError("config.json: a tower of tiles needs all of its blocks, and both norms")
         if self.post_norm and self.depth < self.num_hidden_layers:
             raise CheckpointError("config.json: the norm behind the last vision block needs that block to be read")
 
@@ -218,6 +239,34 @@ class ScaleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BiasConfig:
+    """Which of the decoder's linear layers have biases."""
+
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        _check_flags(self, "qkv_bias", "o_bias", "mlp_bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossAttentionConfig:
+    """Layers of type `cross_attention`, which look at images and not at text (Llama 3.2 Vision)."""
+
+    spare_embeddings: int
+    """Rows of the token embedding behind the vocabulary's: of tokens that are read and never said, an image's say."""
+    blind_rows: BlindRows = "zero"
+    """Tokens before the first image: the layers leave them as they are; or, as transformers computes it, they look at
+    all images and are spared the MLP alone."""
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "spare_embeddings")
+        if self.blind_rows not in get_args(BlindRows):
+            raise CheckpointError(f"config.json: unknown blind_rows {self.blind_rows!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A pre-norm decoder with grouped-query attention, rotary positions and a gated MLP."""
 
@@ -235,21 +284,21 @@ class DecoderConfig:
     rope_theta: float
     rope_scaling: Mapping[str, Any] | None
     """In Hugging Face's form: `rope_type` and what that type needs; None for plain rotary positions."""
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
+    biases: BiasConfig
     layer_types: tuple[LayerType, ...]
     sliding_window: int | None
     """Keys that a `sliding_attention` layer sees, the query's own among them."""
     tie_word_embeddings: bool
     prefix_lm: bool
     """The prompt's tokens see one another, later ones too; what follows it is causal."""
+    cross_attention: CrossAttentionConfig | None = None
+    """Image embeddings do not enter the sequence: layers of a type of their own read them. None: there are none."""
 
     def __post_init__(self) -> None:
         _check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         _check_sizes(self, "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")
         _check_positive(self, "rope_theta")
-        _check_flags(self, "qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings", "prefix_lm")
+        _check_flags(self, "tie_word_embeddings", "prefix_lm")
         _check_multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim % 2:
             raise CheckpointError(f"config.json: rotary positions need an even head_dim, not {self.head_dim}")
@@ -262,6 +311,17 @@ class DecoderConfig:
             raise CheckpointError(f"config.json: unknown layer type {unknown.pop()!r}")
         if "sliding_attention" in self.layer_types:
             _check_sizes(self, "sliding_window")
+        if ("cross_attention" in self.layer_types) != (self.cross_attention is not None):
+            raise CheckpointError("config.json: cross-attention layers and their settings go together")
+        if set(self.layer_types) == {"cross_attention"}:
+            raise CheckpointError("config.json: a decoder needs a layer that reads text")
+        if self.cross_attention is not None and self.tie_word_embeddings:
+            raise CheckpointError("config.json: the head cannot be tied to an embedding with spare rows")
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the token embedding."""
+        return self.vocab_size + (0 if self.cross_attention is None else self.cross_attention.spare_embeddings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +378,8 @@ class VLMConfig:
                 f"config.json: the projector reads {self.projector.input_size} numbers, the vision tower gives "
                 f"{self.vision.feature_size} in each of {factor**2} features"
             )
+        if (self.vision.tiled is None) != (self.decoder.cross_attention is None):
+            raise CheckpointError("config.json: a tower of tiles and cross-attention are supported together only")
 
     @property
     def has_newline(self) -> bool:

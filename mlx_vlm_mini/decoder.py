@@ -2,7 +2,8 @@
 
 Source: LLaMA (arXiv:2302.13971). Mistral (arXiv:2310.06825) adds grouped queries and a sliding window, Qwen2
 (arXiv:2407.10671) biases on queries, keys and values, Qwen3 (arXiv:2505.09388) norms of each head's queries and keys,
-Gemma 2 (arXiv:2408.00118) norms on both sides and caps. Modules are named as Hugging Face names them.
+Gemma 2 (arXiv:2408.00118) norms on both sides and caps, Llama 3.2 Vision (arXiv:2407.21783) layers that look at images.
+Modules are named as Hugging Face names them.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import mlx.nn as nn
 from .activation import ACTIVATIONS
 from .attention import Attention, Mask, Recorder
 from .config import DecoderConfig, LayerType
+from .cross_attention import CrossAttention, ImageCache, ShownImage, Sight, Span, look
 from .rope import depends_on_length, make_rope
 
 
@@ -85,9 +87,9 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.act = ACTIVATIONS[config.hidden_act]
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.biases.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.biases.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.biases.mlp_bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
@@ -102,8 +104,8 @@ class DecoderLayer(nn.Module):
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
-            qkv_bias=config.qkv_bias,
-            o_bias=config.o_bias,
+            qkv_bias=config.biases.qkv_bias,
+            o_bias=config.biases.o_bias,
             scale=(config.scales.query_pre_attn_scalar or config.head_dim) ** -0.5,
             softcap=config.scales.attn_logit_softcapping,
             qk_norm=(config.head_dim, config.norms.rms_norm_eps) if config.norms.qk_norm else None,
@@ -133,13 +135,56 @@ class SandwichLayer(DecoderLayer):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
+class CrossAttentionLayer(nn.Module):
+    """A layer that looks at images: what its attention and its MLP add is multiplied by tanh of a gate.
+
+    Tokens that see no image leave it as they entered. `zero_blind` false is what transformers computes, which spares
+    them the MLP alone: they attend to all images.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        assert config.cross_attention is not None
+        self.zero_blind = config.cross_attention.blind_rows == "zero"
+        self.input_layernorm = make_norm(config)
+        self.cross_attn = CrossAttention(config)
+        self.cross_attn_attn_gate = mx.zeros(1)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = MLP(config)
+        self.cross_attn_mlp_gate = mx.zeros(1)
+
+    def show(self, images: Sequence[ShownImage], cache: ImageCache) -> None:
+        """Put keys and values of images behind those of the images before them."""
+        features = mx.concatenate([image.features for image in images])[None]
+        cache.add([image.span for image in images], *self.cross_attn.keys_values(features))
+
+    def __call__(
+        self, x: mx.array, *, mask: Sight | None, rope: Any, cache: Any, attentions: Recorder | None
+    ) -> mx.array:
+        """`cache` is an ImageCache; images have no positions, and `rope` is not used."""
+        if mask is None:
+            if attentions is not None:
+                attentions.append(mx.zeros((x.shape[0], self.cross_attn.num_heads, x.shape[1], 0)))
+            return x
+        y = self.cross_attn(self.input_layernorm(x), sight=mask, cache=cache, attentions=attentions)
+        if self.zero_blind and mask.sees is not None:
+            y = y * mask.sees
+        x = x + mx.tanh(self.cross_attn_attn_gate) * y
+        y = self.mlp(self.post_attention_layernorm(x))
+        if mask.sees is not None:
+            y = y * mask.sees
+        return x + mx.tanh(self.cross_attn_mlp_gate) * y
+
+
 class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.num_embeddings, config.hidden_size)
         layer = SandwichLayer if config.norms.sandwich else DecoderLayer
-        self.layers = [layer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = [
+            CrossAttentionLayer(config) if kind == "cross_attention" else layer(config) for kind in config.layer_types
+        ]
         self.norm = make_norm(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -159,8 +204,29 @@ class Decoder(nn.Module):
         """
         return self.config.prefix_lm or depends_on_length(self.config, length)
 
-    def masks(self, length: int, offset: int = 0, prefix: int | None = None) -> dict[LayerType, Mask]:
-        """What `length` tokens after `offset` cached ones may look at, by kind of layer; `prefix` as in a call."""
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the keys of a prompt depend on images that come later (transformers' cross-attention)."""
+        cross = self.config.cross_attention
+        return cross is not None and cross.blind_rows == "attend"
+
+    def show(self, number: int, images: Sequence[ShownImage], cache: ImageCache | None) -> ImageCache:
+        """Show images to the cross-attention layer of this number; without a cache to it alone."""
+        cache = ImageCache() if cache is None else cache
+        if images:
+            self.layers[number].show(images, cache)
+        return cache
+
+    def masks(
+        self, length: int, offset: int = 0, prefix: int | None = None, spans: Sequence[Span] = (), whole: bool = False
+    ) -> dict[LayerType, Any]:
+        """What `length` tokens after `offset` cached ones may look at, by kind of layer: a `Mask`, of cross-attention
+        layers a `Sight` or None.
+
+        Args:
+            prefix: as in a call.
+            spans, whole: see `look`.
+        """
         if not self.config.prefix_lm:
             prefix = 0
         elif prefix is None:
@@ -168,6 +234,7 @@ class Decoder(nn.Module):
         return {
             "full_attention": causal_mask(length, offset, None, prefix),
             "sliding_attention": causal_mask(length, offset, self.config.sliding_window, prefix),
+            "cross_attention": look(spans, length, offset, blind_attend=self.looks_ahead, whole=whole),
         }
 
     def __call__(
@@ -176,25 +243,35 @@ class Decoder(nn.Module):
         cache: Sequence[Any] | None = None,
         attentions: Recorder | None = None,
         prefix: int | None = None,
+        images: Sequence[ShownImage] = (),
     ) -> mx.array:
         """Run the layers and the final norm; `logits` turns rows of the result into scores.
 
         Args:
             embeddings: float[B, L, C].
-            cache: one of mlx-lm's KV caches a layer; these L tokens are appended to it.
-            attentions: where given, each layer appends its weights float[B, H, L, S], see `Recorder`.
+            cache: one of mlx-lm's KV caches a layer, an `ImageCache` a cross-attention layer; these L tokens are
+                appended to it.
+            attentions: where given, each layer appends its weights float[B, H, L, S], see `Recorder`; S are the tokens,
+                in cross-attention layers the keys of all images.
             prefix: tokens of the sequence's beginning that see one another, where the config says `prefix_lm`. By
                 default those of the call that begins the sequence.
+            images: new ones, for cross-attention layers; also those whose tokens only later calls read.
 
         Returns:
             float[B, L, C].
         """
-        caches: Sequence[Any] = [None] * len(self.layers) if cache is None else cache
-        offset = 0 if caches[0] is None else caches[0].offset
-        masks = self.masks(embeddings.shape[1], offset, prefix)
-        if hasattr(caches[0], "max_size"):
-            rotating = rotating_mask(embeddings.shape[1], offset, caches[0].max_size, caches[0].keep)
-            masks = dict.fromkeys(masks, rotating)
+        caches: list[Any] = [None] * len(self.layers) if cache is None else list(cache)
+        spans: tuple[Span, ...] = ()
+        for number, kind in enumerate(self.config.layer_types):
+            if kind == "cross_attention":
+                caches[number] = self.show(number, images, caches[number])
+                spans = caches[number].spans
+        first = next(each for each in caches if not isinstance(each, ImageCache))  # all are as long
+        offset = 0 if first is None else first.offset
+        masks = self.masks(embeddings.shape[1], offset, prefix, spans, attentions is not None)
+        if hasattr(first, "max_size"):
+            rotating = rotating_mask(embeddings.shape[1], offset, first.max_size, first.keep)
+            masks |= {"full_attention": rotating, "sliding_attention": rotating}
         x = embeddings
         for layer, kind, layer_cache in zip(self.layers, self.config.layer_types, caches, strict=True):
             x = layer(x, mask=masks[kind], rope=self.rope, cache=layer_cache, attentions=attentions)

@@ -60,7 +60,9 @@ def describe(
         types.add(info.dtype)
     vision, decoder = config.vision, config.decoder
     pinpoints, side = config.image_grid_pinpoints, vision.image_size // vision.patch_size
-    if config.projector.shuffle is not None:
+    if vision.tiled is not None:
+        image_tokens = {"image_tokens": 1, "tile_keys": vision.num_features, "max_tiles": vision.tiled.max_tiles}
+    elif config.projector.shuffle is not None:
         image_tokens = _tokens_of_tiles(checkpoint, family, config)
     elif pinpoints is None:
         image_tokens = {"image_tokens": _tokens_of_image(checkpoint, family, config)}

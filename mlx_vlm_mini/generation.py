@@ -1,4 +1,4 @@
-"""Prefill and decode. Knows token ids only."""
+"""Prefill and decode. Knows token ids only, and hands on what cross-attention layers look at."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from .cross_attention import ImageCache, ShownImage
 from .decoder import Decoder
 
 Sampler = Callable[[mx.array], mx.array]
@@ -45,6 +46,7 @@ def prefill(
     embeddings: mx.array,
     cache: Sequence[Any],
     *,
+    images: Sequence[ShownImage] = (),
     step: int = PREFILL_STEP,
     progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
@@ -52,6 +54,7 @@ def prefill(
 
     Args:
         embeddings: float[1, L, C], the prompt's or the part of it that the cache lacks.
+        images: for cross-attention layers, those that the cache lacks.
         step: tokens a chunk. Not applied where the prompt's keys depend on all of it.
         progress: called with tokens done and tokens in all.
 
@@ -59,17 +62,18 @@ def prefill(
         float[1, vocab_size], the logits of the last token; not evaluated.
     """
     total = embeddings.shape[1]
-    if decoder.reads_whole(cache[0].offset + total):
+    held = next(entry.offset for entry in cache if not isinstance(entry, ImageCache))
+    if decoder.reads_whole(held + total):
         step = total
     done = 0
     while total - done > step:
-        decoder(embeddings[:, done : done + step], cache)
+        decoder(embeddings[:, done : done + step], cache, images=() if done else images)
         mx.eval([entry.state for entry in cache])
         done += step
         if progress is not None:
             progress(done, total)
         mx.clear_cache()
-    hidden = decoder(embeddings[:, done:], cache)
+    hidden = decoder(embeddings[:, done:], cache, images=() if done else images)
     return decoder.logits(hidden[:, -1:])[:, 0]
 
 

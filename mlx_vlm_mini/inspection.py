@@ -1,4 +1,4 @@
-"""The inspector: an answer's attention over its images, recorded by the explicit attention.
+"""The inspector: an answer's attention over its images, by self-attention or cross-attention, recorded explicitly.
 
 Only the answer's queries are computed explicitly, behind a prompt that was read as always; rollout needs those of the
 whole prompt, and keeps of a layer what flowed there from the images. Source of the rollout: Abnar and Zuidema, 2020
@@ -6,12 +6,15 @@ whole prompt, and keeps of a layer what flowed there from the images. Source of 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import mlx.core as mx
 import numpy as np
 
 from .attended import AnswerAttention, ImageAttention, Reduce, choose
+from .config import DecoderConfig
+from .cross_attention import ImageCache
 from .errors import CheckpointError, PromptError
 from .features import Features
 from .generation import prefill, wired_memory
@@ -47,13 +50,14 @@ def attend(
         answer: a text or token ids; by default what the model answers, greedily unless `options` say otherwise.
         reduce: "none" keeps every layer and head; "mean" averages them; "rollout" multiplies the layers' mean heads,
             each with half of what its own position held (arXiv:2005.00928).
-        layers, heads: those to look at; negative ones count from the end. None is all; rollout takes all.
+        layers, heads: those to look at; negative ones count from the end. None is all, in a model with cross-attention
+            its layers; rollout takes all.
         features: where pixels and features of pictures are kept and found.
         listen: is called with each chunk of the answer that the model gives.
         options: see `Options`: max_tokens, temperature, ..., progress.
 
     Raises:
-        PromptError: there is no image or no answer, or a layer or head that does not exist.
+        PromptError: there is no image or no answer, or a layer or head that does not exist or sees no image.
         ImageError: an image cannot be opened.
     """
     chosen, config = Options(**options), model.config.decoder
@@ -61,7 +65,9 @@ def attend(
         raise PromptError(f"reduce must be one of {', '.join(get_args(Reduce))}, not {reduce!r}")
     if reduce == "rollout" and (layers is not None or heads is not None):
         raise PromptError("rollout goes through all layers and heads: leave them out")
-    layers = choose("layer", layers, config.num_hidden_layers)
+    if reduce == "rollout" and config.cross_attention is not None:
+        raise PromptError("rollout follows self-attention, and this model looks at images by cross-attention")
+    layers = _choose_layers(config, layers)
     heads = choose("head", heads, config.num_attention_heads)
     kept = Features() if features is None else features
     messages = to_messages(prompt, images)
@@ -87,13 +93,21 @@ def attend(
             logits, weights = _roll_out(model, inputs, tokens, kept)
         else:
             if answer is not None:
-                embeddings = model.embed(inputs, encode=lambda image: kept.encode(image, model.encode))
-                mx.eval(prefill(model.decoder, embeddings, cache, step=chosen.prefill_step, progress=chosen.progress))
-            rows = _Rows(inputs, layers, heads, reduce)
+                encode = partial(kept.encode, encode=model.encode)
+                logits = prefill(
+                    model.decoder,
+                    model.embed(inputs, encode=encode),
+                    cache,
+                    images=model.show(inputs, encode=encode),
+                    step=chosen.prefill_step,
+                    progress=chosen.progress,
+                )
+                mx.eval(logits)
+            rows = _Rows(_columns(inputs, cache), layers, heads, reduce)
             logits, weights = _record(model, inputs, tokens, cache, kept, rows)
     logprobs = logits.astype(mx.float32) - mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
     found = mx.take_along_axis(logprobs, mx.array(tokens)[:, None], axis=-1)[:, 0]
-    cuts = np.cumsum([image.tokens for image in inputs.images])[:-1]
+    cuts = np.cumsum([len(places) for places in boxes])[:-1]
     return AnswerAttention(
         prompt=_last_text(messages),
         token_ids=tuple(tokens),
@@ -111,7 +125,8 @@ def attend(
 
 
 def find_boxes(model: VLM, processor: Processor, image: InputImage) -> np.ndarray:
-    """Where in its picture lies what each slot of an image shows: float64[tokens, 4], NaN where that is nowhere.
+    """Where in its picture lies what each slot of an image shows: float64[tokens, 4], NaN where that is nowhere. With
+    cross-attention of what each of its keys shows, tile after tile: float64[keys, 4].
 
     Raises:
         CheckpointError: the image's rows are not those that the processor's settings make.
@@ -126,7 +141,29 @@ def find_boxes(model: VLM, processor: Processor, image: InputImage) -> np.ndarra
     lead = vision.features_at(height) - (height // vision.patch_size) ** 2  # a class token before the patches
     places = [frame.patches(height, width, vision.patch_size) for frame in rows]
     nowhere = np.full((lead, 4), np.nan)
-    return join(np.concatenate([part for boxes in places for part in (nowhere, boxes)]), model.sources(image))
+    found = np.concatenate([part for boxes in places for part in (nowhere, boxes)])
+    return join(found, model.sources(image)) if model.config.decoder.cross_attention is None else found
+
+
+def _choose_layers(config: DecoderConfig, layers: Sequence[int] | None) -> list[int]:
+    """Layers to look at, of those that look at images."""
+    if config.cross_attention is None:
+        return choose("layer", layers, config.num_hidden_layers)
+    looking = [number for number, kind in enumerate(config.layer_types) if kind == "cross_attention"]
+    chosen = choose("layer", looking if layers is None else layers, config.num_hidden_layers)
+    blind = [number for number in chosen if number not in looking]
+    if blind:
+        raise PromptError(f"layer {blind[0]} reads text alone; images are seen by {', '.join(map(str, looking))}")
+    return chosen
+
+
+def _columns(inputs: Inputs, cache: Sequence[Any]) -> np.ndarray:
+    """Which keys show the images, image after image: the slots, or of cross-attention those of all used tiles."""
+    spans = next((entry.spans for entry in cache if isinstance(entry, ImageCache)), None)
+    if spans is None:
+        return np.flatnonzero(inputs.slots)
+    begins = np.cumsum([0, *(span.held for span in spans)])
+    return np.concatenate([begin + np.arange(span.seen) for begin, span in zip(begins, spans, strict=False)])
 
 
 def encode_answer(processor: Processor, messages: Sequence[Message], inputs: Inputs, answer: str) -> list[int]:
@@ -178,10 +215,10 @@ def _texts(processor: Processor, tokens: Sequence[int]) -> tuple[str, ...]:
 
 
 class _Rows:
-    """Records the weights of some queries on the images' slots, in chosen layers and heads."""
+    """Records the weights of some queries on the images' keys, in chosen layers and heads."""
 
-    def __init__(self, inputs: Inputs, layers: Sequence[int], heads: Sequence[int], reduce: Reduce) -> None:
-        self._columns, self._heads = mx.array(np.flatnonzero(inputs.slots)), mx.array(list(heads))
+    def __init__(self, columns: np.ndarray, layers: Sequence[int], heads: Sequence[int], reduce: Reduce) -> None:
+        self._columns, self._heads = mx.array(columns), mx.array(list(heads))
         self._layers, self._reduce = frozenset(layers), reduce
         self._found: list[np.ndarray] = []  # a layer each, [heads, queries, N]; heads are 1 where they are averaged
         self.begin(0)
@@ -233,15 +270,20 @@ def _record(
     """Logits before each token, float[T, vocab_size], and what `rows` keeps; `cache` holds the prompt or more."""
     first = len(inputs.slots) - 1
     for entry in cache:
-        entry.trim(entry.offset - first)
+        if isinstance(entry, ImageCache):
+            entry.cut(first)
+        else:
+            entry.trim(entry.offset - first)
     embeddings = _embed(model, inputs, tokens, features, first)
+    again = model.show(inputs, first, partial(features.encode, encode=model.encode))
     # Where angles depend on the length, each token's are those of the length that it was read at.
     step = 1 if depends_on_length(model.config.decoder, first + len(tokens)) else len(tokens)
     logits, weights = [], []
     for start in range(0, len(tokens), step):
         part = embeddings[:, start : start + step]
         rows.begin(part.shape[1])
-        logits.append(model.decoder.logits(model.decoder(part, cache, rows, first + 1))[0])
+        hidden = model.decoder(part, cache, rows, first + 1, () if start else again)
+        logits.append(model.decoder.logits(hidden)[0])
         mx.eval(logits[-1])
         weights.append(rows.take())
     return mx.concatenate(logits), np.concatenate(weights, axis=-2)

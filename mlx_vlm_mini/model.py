@@ -10,10 +10,13 @@ import numpy as np
 
 from .anyres import pack
 from .borrow import borrow
+from .canvas import Canvas, choose_canvas
 from .config import VLMConfig
+from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
-from .errors import PromptError
+from .errors import CheckpointError, PromptError
 from .projector import Projector, pixel_shuffle
+from .tiled_vision import TiledVisionTransformer
 from .vision import VisionTransformer
 
 
@@ -65,12 +68,15 @@ class VLM(nn.Module):
     pixel_values --vision--> features --projector--> image embeddings --+
     input_ids --decoder.embed--> embeddings <---------------------------+   at the slots
     embeddings --decoder--> hidden states --decoder.logits--> logits
+
+    With cross-attention (Llama 3.2 Vision) image embeddings enter no slot: layers of the decoder look at them (`show`).
     """
 
     def __init__(self, config: VLMConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionTransformer(config.vision)
+        tower = VisionTransformer if config.vision.tiled is None else TiledVisionTransformer
+        self.vision: Any = tower(config.vision)
         self.projector = Projector(config.projector)
         self.decoder = Decoder(config.decoder)
         if config.has_newline:
@@ -82,12 +88,15 @@ class VLM(nn.Module):
         return self.decoder.norm.weight.dtype
 
     def make_cache(self) -> list[Any]:
-        """An empty KV cache (mlx-lm's), one entry a decoder layer."""
-        cache = borrow("models.cache").KVCache
-        return [cache() for _ in self.decoder.layers]
+        """An empty KV cache, one entry a decoder layer: mlx-lm's, or an `ImageCache`."""
+        return self.cache_of(borrow("models.cache").KVCache)
+
+    def cache_of(self, make: Callable[[], Any]) -> list[Any]:
+        """The same with entries that `make` gives for the layers that read text."""
+        return [ImageCache() if kind == "cross_attention" else make() for kind in self.config.decoder.layer_types]
 
     def embed_images(self, pixel_values: mx.array) -> mx.array:
-        """Encode and project rows of pixels one by one, so that memory does not grow with their number.
+        """Encode and project rows of pixels, images or independent tiles, one by one, so that memory does not grow.
 
         Args:
             pixel_values: float[B, height, width, 3].
@@ -100,6 +109,27 @@ class VLM(nn.Module):
             embeddings.append(self.projector(self.vision(pixel_values[row : row + 1].astype(self.dtype))))
             mx.eval(embeddings[-1])
         return mx.concatenate(embeddings)
+
+    def embed_tiled(self, images: Sequence[InputImage]) -> mx.array:
+        """Encode and project images whose tiles see one another, all at once: float[images, max_tiles, P, C].
+
+        Raises:
+            CheckpointError: the image processor cuts tiles otherwise than config.json says.
+        """
+        vision = self.config.vision
+        assert vision.tiled is not None
+        canvas = Canvas(tile_size=vision.image_size, max_tiles=vision.tiled.max_tiles)
+        grids = [choose_canvas(image.size, canvas) for image in images]
+        for image, (rows, columns) in zip(images, grids, strict=True):
+            if image.rows != rows * columns:
+                raise CheckpointError(
+                    f"the image processor cuts an image of {image.size[1]}x{image.size[0]} pixels into {image.rows} "
+                    f"tiles, config.json into {rows * columns}: preprocessor_config.json does not fit it"
+                )
+        pixels = np.zeros((len(images), canvas.max_tiles, *images[0].pixel_values.shape[1:]), dtype=np.float32)
+        for place, image in zip(pixels, images, strict=True):
+            place[: image.rows] = image.pixel_values
+        return self.projector(self.vision(mx.array(pixels).astype(self.dtype), grids))
 
     def arrange(self, features: mx.array, image: InputImage) -> mx.array:
         """The embeddings of an image's rows, float[rows, P, C], as they stand in its slots: float[tokens, C].
@@ -140,20 +170,25 @@ class VLM(nn.Module):
         return features
 
     def encode(self, image: InputImage) -> mx.array:
-        """What stands in an image's slots: float[tokens, C], evaluated.
+        """What stands in an image's slots, float[tokens, C], or what cross-attention looks at; evaluated.
 
         Raises:
             PromptError: its features are not as many as its slots.
             CheckpointError: the image processor cuts tiles otherwise than config.json says.
         """
-        features = self.arrange(self.embed_images(mx.array(image.pixel_values)), image)
+        if self.config.vision.tiled is None:
+            features = self.arrange(self.embed_images(mx.array(image.pixel_values)), image)
+        else:  # keys of unused tiles matter only where tokens that see no image attend to all
+            features = self.embed_tiled([image])[0]
+            features = (features if self.decoder.looks_ahead else features[: image.rows]).flatten(0, 1)
         mx.eval(features)
         return features
 
     def embed(self, inputs: Inputs, start: int = 0, encode: Callable[[InputImage], mx.array] | None = None) -> mx.array:
         """Embeddings of the prompt from token `start` on, image features in their slots.
 
-        Images are encoded one at a time; those whose slots all lie before `start` are not.
+        Images are encoded one at a time; those whose slots all lie before `start` are not, and none where
+        cross-attention layers look at them (`show`).
 
         Args:
             encode: in place of `self.encode`, to be spared what was encoded before.
@@ -170,6 +205,8 @@ class VLM(nn.Module):
         given = sum(image.tokens for image in inputs.images)
         if count != given:
             raise PromptError(f"the prompt has {count} image tokens, the images give {given}")
+        if self.config.decoder.cross_attention is not None:
+            return embeddings
         positions = np.flatnonzero(inputs.slots[start:])
         arranged: list[mx.array] = []  # of the last image first
         missing = len(positions)
@@ -184,6 +221,21 @@ class VLM(nn.Module):
         embeddings[:, mx.array(positions)] = features.astype(embeddings.dtype)
         return embeddings
 
+    def show(
+        self, inputs: Inputs, start: int = 0, encode: Callable[[InputImage], mx.array] | None = None
+    ) -> list[ShownImage]:
+        """What cross-attention layers look at of the images whose tokens stand at `start` or behind; nothing where
+        there are no such layers. Arguments and errors as of `embed`."""
+        if self.config.decoder.cross_attention is None:
+            return []
+        shown = []
+        for position, image in zip(np.flatnonzero(inputs.slots).tolist(), inputs.images, strict=True):
+            if position >= start:
+                features = (encode or self.encode)(image)
+                seen = image.rows * self.config.vision.num_features
+                shown.append(ShownImage(Span(position, seen, len(features)), features))
+        return shown
+
     def __call__(self, inputs: Inputs, cache: Sequence[Any] | None = None) -> mx.array:
         """The scores of every token of the prompt: float[1, L, vocab_size]."""
-        return self.decoder.logits(self.decoder(self.embed(inputs), cache))
+        return self.decoder.logits(self.decoder(self.embed(inputs), cache, images=self.show(inputs)))

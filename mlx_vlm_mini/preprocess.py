@@ -4,7 +4,7 @@ Source of the arithmetic: image_processing_backends.py and image_transforms.py o
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .anyres import Tiling, cut_frames, read_pinpoints
+from .canvas import Canvas, canvas_frames
 from .errors import CheckpointError, ImageError
 from .places import Frame
 from .tiles import Tiles, tile_frames
@@ -33,7 +34,7 @@ class ImageSettings:
     rescale_factor: float | None
     image_mean: tuple[float, ...] | None
     image_std: tuple[float, ...] | None
-    tiling: Tiling | Tiles | None
+    tiling: Tiling | Tiles | Canvas | None
     """How an image is cut first, what stands above then being done to each piece; None: it stays whole."""
 
 
@@ -60,13 +61,20 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         **_CLIP_DEFAULTS, "size": {"height": 384, "width": 384}, "do_center_crop": False, "crop_size": None,
         "min_patches": 1, "max_patches": 12, "use_thumbnail": True,
     },
+    "Mllama": {
+        **_CLIP_DEFAULTS, "size": {"height": 224, "width": 224}, "do_center_crop": False, "crop_size": None,
+        "resample": 2, "do_pad": True, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5),
+        "max_image_tiles": 4,
+    },
     "InternVLChat": {  # no class of transformers: what the family's own code does, by the names of GotOcr2's settings
         **_CLIP_DEFAULTS, "size": {"height": 448, "width": 448}, "do_center_crop": False, "crop_size": None,
         "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
         "min_patches": 1, "max_patches": 12, "use_thumbnail": False,
     },
 }  # fmt: skip
-TILINGS: dict[str, type[Tiling | Tiles]] = {"LlavaNext": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles}
+TILINGS: dict[str, type[Tiling | Tiles | Canvas]] = {
+    "LlavaNext": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas,
+}  # fmt: skip
 """Image processors that cut an image, and how."""
 
 
@@ -100,15 +108,23 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
     if 0 in std:
         raise CheckpointError("preprocessor_config.json: image_std must not be 0")
     normalize, padded = values["do_normalize"], kind in ("Llava", "InternVLChat") and values["do_pad"]
+    if kind == "Mllama" and not (values["do_resize"] and values["do_pad"]):
+        raise CheckpointError("preprocessor_config.json: a canvas of tiles needs do_resize and do_pad")
+    cuts: dict[str, Callable[[Mapping[str, Any]], Tiling | Tiles | Canvas]] = {
+        "LlavaNext": _tiling,
+        "GotOcr2": _tiles,
+        "InternVLChat": _tiles,
+        "Mllama": _canvas,
+    }
     return ImageSettings(
-        size=_as_size(values["size"], square=False) if values["do_resize"] else None,
+        size=_as_size(values["size"], square=False) if values["do_resize"] and kind != "Mllama" else None,
         resample=values["resample"],
         crop_size=(crop["height"], crop["width"]) if crop is not None else None,
         pad_color=tuple(int(x * 255) for x in mean) if padded else None,
         rescale_factor=_as_number(values["rescale_factor"], "rescale_factor") if values["do_rescale"] else None,
         image_mean=mean if normalize else None,
         image_std=std if normalize else None,
-        tiling=_tiling(values) if kind == "LlavaNext" else _tiles(values) if kind in TILINGS else None,
+        tiling=cuts[kind](values) if kind in cuts else None,
     )
 
 
@@ -126,13 +142,24 @@ def _tiling(values: Mapping[str, Any]) -> Tiling:
     return Tiling(pinpoints=pinpoints, tile_size=tile_size, base_size=(base[0], base[1]))
 
 
-def _tiles(values: Mapping[str, Any]) -> Tiles:
-    """`crop_to_patches` is not read: transformers' InternVL turns it on, whatever a file says."""
+def _tile_size(values: Mapping[str, Any]) -> int:
     size = _as_size(values["size"], square=False)
     if set(size) != {"height", "width"} or size["height"] != size["width"]:
         raise CheckpointError(f"preprocessor_config.json: tiles need as size equal height and width, not {dict(size)}")
+    return size["height"]
+
+
+def _canvas(values: Mapping[str, Any]) -> Canvas:
+    canvas = Canvas(tile_size=_tile_size(values), max_tiles=values["max_image_tiles"])
+    if canvas.tile_size**2 * canvas.max_tiles > _MOST_PIXELS:
+        raise CheckpointError(f"preprocessor_config.json: tiles of {canvas.tile_size} pixels a side are too large")
+    return canvas
+
+
+def _tiles(values: Mapping[str, Any]) -> Tiles:
+    """`crop_to_patches` is not read: transformers' InternVL turns it on, whatever a file says."""
     return Tiles(
-        tile_size=size["height"],
+        tile_size=_tile_size(values),
         min_tiles=values["min_patches"],
         max_tiles=values["max_patches"],
         thumbnail=bool(values["use_thumbnail"]),
@@ -203,6 +230,8 @@ def frames(size: tuple[int, int], settings: ImageSettings) -> list[Frame]:
         pieces = cut_frames(size, settings.tiling)
     elif isinstance(settings.tiling, Tiles):
         pieces = tile_frames(size, settings.tiling)
+    elif isinstance(settings.tiling, Canvas):
+        pieces = canvas_frames(size, settings.tiling)
     return [_frame(frame, height, width, settings) for frame, (height, width) in pieces]
 
 

@@ -162,6 +162,9 @@ class ChatTemplate:
         rendered = self._try([{"role": "user", "content": [{"type": "text", "text": probe}]}])
         self._takes_parts = probe in rendered and "'text'" not in rendered  # a list printed as it is shows its keys
         self._takes_text = probe in self._try([{"role": "user", "content": probe}])
+        parts = [{"type": "text", "text": probe}]  # some templates take a system message's as a text all the same
+        rendered = self._try([{"role": "system", "content": parts}, {"role": "user", "content": parts}])
+        self._prints_system_parts = "'text'" in rendered
 
     def _try(self, messages: list[Message]) -> str:
         try:
@@ -177,10 +180,7 @@ class ChatTemplate:
         Raises:
             PromptError: the template refuses the messages, or has not as many places as they hold images.
         """
-        plain = [
-            {**message, "content": self._content(message["content"], written=message["role"] == "assistant")}
-            for message in messages
-        ]
+        plain = [{**message, "content": self._content(message["content"], message["role"])} for message in messages]
         pieces = self._render(plain, add_generation_prompt=add_generation_prompt).split(self.image_token)
         images = len(images_of(messages))
         if len(pieces) - 1 != images:
@@ -190,16 +190,18 @@ class ChatTemplate:
             )
         return [piece.replace(_WRITTEN, self.image_token) for piece in pieces]
 
-    def _content(self, content: Any, *, written: bool) -> Any:
+    def _content(self, content: Any, role: str) -> Any:
         """Content in a form that the template takes, without the images themselves."""
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if written:
+        if role == "assistant":
             parts = [
                 {**part, "text": part["text"].replace(self.image_token, _WRITTEN)} if part["type"] == "text" else part
                 for part in parts
             ]
         if isinstance(content, str) and self._takes_text:
             return parts[0]["text"]
+        if role == "system" and self._prints_system_parts and all(part["type"] == "text" for part in parts):
+            return "".join(part["text"] for part in parts)
         if self._takes_parts:
             return [part if part["type"] == "text" else {"type": "image"} for part in parts]
         return "".join(part["text"] if part["type"] == "text" else f"{self.image_token}\n" for part in parts)

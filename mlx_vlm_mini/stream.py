@@ -190,9 +190,12 @@ def stream_inputs(
     stop_filter, text_stream = _StopFilter((*options.stops, *processor.stops)), TextStream(processor.tokenizer)
     with wired_memory():
         embeddings = model.embed(inputs, cached, find)
+        images = model.show(inputs, cached, find)
         mx.eval(embeddings)
         stats.image_s = time.perf_counter() - begin
-        logits = prefill(model.decoder, embeddings, cache, step=options.prefill_step, progress=options.progress)
+        logits = prefill(
+            model.decoder, embeddings, cache, images=images, step=options.prefill_step, progress=options.progress
+        )
         tokens = decode(
             model.decoder,
             logits,

@@ -62,7 +62,7 @@ class Block(nn.Module):
             num_kv_heads=heads,
             head_dim=config.hidden_size // heads,
             qkv_bias=config.blocks.qkv_bias,
-            o_bias=True,
+            o_bias=config.blocks.o_bias,
             scale=(config.hidden_size // heads) ** -0.5,
             qk_norm=None if qk_norm_eps is None else (config.hidden_size, qk_norm_eps),
         )

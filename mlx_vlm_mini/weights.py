@@ -147,7 +147,9 @@ def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) ->
     Raises:
         CheckpointError: a tensor is missing, superfluous or of another shape.
     """
-    layers = max(config.vision.num_hidden_layers, config.decoder.num_hidden_layers)
+    tiled = config.vision.tiled
+    depths = config.vision.num_hidden_layers, config.decoder.num_hidden_layers
+    layers = max(*depths, 0 if tiled is None else tiled.num_global_layers)
     if layers > len(checkpoint.tensors):  # before a model of a billion layers is built
         raise CheckpointError(
             f"config.json asks for {layers} layers, {checkpoint.folder} has {len(checkpoint.tensors)} tensors in all"

@@ -1,5 +1,6 @@
 """Checkpoints that several tests use: the goldens, copies of them to break, and one wide enough to quantize."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -8,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside one another, so each computes on one core
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from checkpoints import PLAIN, make_wide
 from hub import run_program, serve
 from reference import GOLDEN

@@ -18,7 +18,9 @@ from reference import CASES, GOLDEN, SPECS, Reference, expected_outputs
 
 from mlx_vlm_mini import Chat, load
 from mlx_vlm_mini.anyres import count_tokens, pack
-from mlx_vlm_mini.families import llava, llava_next, paligemma
+from mlx_vlm_mini.canvas import Canvas, choose_canvas, fit_size, possible_grids
+from mlx_vlm_mini.cross_attention import Span, look
+from mlx_vlm_mini.families import llava, llava_next, mllama, paligemma
 from mlx_vlm_mini.image import open_image
 from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.mask_decoder import load_mask_decoder
@@ -120,6 +122,12 @@ VARIANTS = {
     "other layers slide": ("paligemma2-gemma2", {
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}, {}, {}),
     "gelu in Gemma means tanh": ("paligemma-gemma", {"hidden_act": "gelu"}, {}, {}),
+    "Meta's computation": ("mllama-transformers", {}, {"intermediate_layers_indices": [3, 1, 2]}, {"semantics": "meta"}),
+    "transformers' computation": ("mllama-meta", {}, {}, {"semantics": "transformers"}),
+    "other eps in tiles and gates": ("mllama-meta", {"rms_norm_eps": 0.1}, {"norm_eps": 0.1}, {}),
+    "other activations": (
+        "mllama-transformers", {"hidden_act": "gelu"}, {"hidden_act": "quick_gelu", "intermediate_layers_indices": [3, 3, 0]},
+        {}),
     "windows in the last layers": ("llava-siglip-qwen2", {
         "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}, {}, {}),
@@ -231,6 +239,79 @@ def test_tiles_equal_the_reference(settings):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         expected = np.moveaxis(reference(image)["pixel_values"][0], 1, -1)
         np.testing.assert_allclose(llava_next.pixels(image, ours), expected, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "largest"),
+    [
+        ({"size": {"height": 24, "width": 24}}, 150),
+        (
+            {"size": {"height": 31, "width": 31}, "resample": 3, "max_image_tiles": 6, "image_mean": [0.1, 0.2, 0.3]},
+            150,
+        ),
+        ({"size": {"height": 17, "width": 17}, "max_image_tiles": 1, "do_normalize": False}, 60),
+        ({"size": {"height": 560, "width": 560}, "image_std": [0.3, 0.2, 0.1]}, 1500),
+    ],
+)
+def test_canvases_equal_the_reference(settings, largest):
+    """Pixels, number and order of tiles, and the canvas; one that is 2000 times as long as wide among them."""
+    from reference import make_image_processor
+
+    reference = make_image_processor("Mllama", settings)
+    ours = image_settings(settings, "Mllama")
+    tiles = ours.tiling.max_tiles
+    rng = np.random.default_rng(2)
+    for height, width in [*rng.integers(1, largest, (40 if largest < 200 else 5, 2)).tolist(), (1, 2000), (300, 2)]:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        expected = reference(image, return_tensors="np")
+        used = expected["aspect_ratio_mask"][0, 0].astype(bool)
+        pixels = np.moveaxis(expected["pixel_values"][0, 0], 1, -1)
+        np.testing.assert_allclose(mllama.pixels(image, ours), pixels[used], atol=1e-5, rtol=1e-6)
+        assert (pixels[~used] == 0).all()
+        grid = choose_canvas((height, width), ours.tiling)
+        assert possible_grids(tiles).index(grid) + 1 == expected["aspect_ratio_ids"][0, 0]
+
+
+def test_canvases_of_many_sizes_equal_the_reference():
+    from transformers.models.mllama import image_processing_pil_mllama as reference
+
+    for tile_size, tiles in ((560, 4), (448, 4), (336, 9)):
+        for size in sizes_of_images(400):
+            canvas = reference.get_optimal_tiled_canvas(*size, tiles, tile_size)
+            grid = choose_canvas(size, Canvas(tile_size=tile_size, max_tiles=tiles))
+            assert tuple(count * tile_size for count in grid) == canvas
+            assert fit_size(size, grid, tile_size) == reference.get_image_size_fit_to_canvas(*size, *canvas, tile_size)
+
+
+@pytest.mark.parametrize("places", [[], [3], [0], [0, 1], [2, 5], [2, 3, 7], [0, 4, 5, 6], [1, 3, 4, 8, 9], [11]])
+def test_what_tokens_see_equals_the_reference(places):
+    """Of prompts of 12 tokens with image tokens at these places, each image having another number of tiles."""
+    from transformers.models.mllama.processing_mllama import (
+        convert_sparse_cross_attention_mask_to_dense,
+        get_cross_attention_token_mask,
+    )  # fmt: skip
+
+    ids = [99 if place in places else 5 for place in range(12)]
+    tiles = [1 + place % 4 for place in places]
+    spans = [Span(place, count, 4) for place, count in zip(places, tiles, strict=True)]
+    sight = look(spans, 12, 0, blind_attend=True, whole=True)
+    if not places:
+        assert sight is None
+        return
+    sparse = get_cross_attention_token_mask(ids, 99)
+    dense = convert_sparse_cross_attention_mask_to_dense([sparse], [tiles], 4, 12)[0].reshape(12, -1).astype(bool)
+    dense[~dense.any(axis=1)] = True
+    mask = np.ones_like(dense) if sight.mask is None else np.array(sight.mask)
+    np.testing.assert_array_equal(mask, dense)
+
+
+def test_defaults_of_llama_vision_equal_the_reference():
+    from transformers import MllamaConfig
+
+    whole = MllamaConfig().to_dict()
+    expected = mllama.config(whole)
+    plain = replace(expected.decoder, rope_scaling=None)  # where transformers writes {"rope_type": "default"}
+    assert mllama.config({}) == replace(expected, decoder=plain)
 
 
 def sizes_of_images(number):
@@ -346,7 +427,7 @@ def test_full_size_tensors_equal_the_reference(name):
         assert shapes.pop("lm_head.weight") == shapes["model.language_model.embed_tokens.weight"]
     planned = plan(published.without_data(hf, shapes))  # refuses what is missing, superfluous or of another shape
     assert {theirs.partition("vision_tower.")[2].removeprefix("vision_model.") for theirs in planned.unused} == (
-        set() if hf["model_type"] == "paligemma" else {"post_layernorm.weight", "post_layernorm.bias"}
+        {"post_layernorm.weight", "post_layernorm.bias"} if hf["model_type"].startswith("llava") else set()
     )
     ours = published.published(name)
     numbers = {rename(theirs, planned.family.WEIGHTS): shape for theirs, shape in shapes.items()}

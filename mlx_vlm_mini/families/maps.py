@@ -82,3 +82,40 @@ def internlm2(prefix: str) -> Weights:
         layer + "ffn_norm": "decoder.layers.{}.post_attention_layernorm",
         layer + "attention.rotary_emb.inv_freq": None,
     }
+
+
+def mllama_vision(prefix: str) -> Weights:
+    """Llama 3.2 Vision's tower."""
+    names = {
+        prefix + "class_embedding": "vision.class_token",
+        prefix + "patch_embedding": "vision.patch_embed",
+        prefix + "gated_positional_embedding.embedding": "vision.pos_embed",
+        prefix + "gated_positional_embedding.gate": "vision.tile_pos.gate",
+        prefix + "gated_positional_embedding.tile_embedding": "vision.tile_pos.embedding",
+        prefix + "layernorm_pre": "vision.norm_pre",
+        prefix + "layernorm_post": "vision.norm",
+    }
+    for where in ("pre", "post"):
+        theirs = f"{prefix}{where}_tile_positional_embedding."
+        names |= {theirs + "embedding": f"vision.{where}_tile.embedding", theirs + "gate": f"vision.{where}_tile.gate"}
+    for theirs, ours in (("transformer", "blocks"), ("global_transformer", "global_blocks")):
+        theirs, ours = f"{prefix}{theirs}.layers.{{}}.", f"vision.{ours}.{{}}."
+        names |= {
+            theirs + f"self_attn.{name}": ours + f"attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        }
+        names |= {
+            theirs + "input_layernorm": ours + "norm1",
+            theirs + "post_attention_layernorm": ours + "norm2",
+            theirs + "mlp.fc1": ours + "mlp.fc1",
+            theirs + "mlp.fc2": ours + "mlp.fc2",
+        }
+        if "global" in theirs:
+            names |= {theirs + "gate_attn": ours + "gate_attn", theirs + "gate_ffn": ours + "gate_mlp"}
+    return names
+
+
+def mllama_decoder(prefix: str) -> Weights:
+    """What Llama 3.2 Vision's cross-attention layers have and Llama's layers have not."""
+    modules = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    names = [*(f"cross_attn.{module}" for module in modules), "cross_attn_attn_gate", "cross_attn_mlp_gate"]
+    return {f"{prefix}layers.{{}}.{name}": "decoder.layers.{}." + name for name in names}

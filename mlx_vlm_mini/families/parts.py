@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 
 from mlx_vlm_mini.config import (
     Activation,
+    BiasConfig,
     BlockConfig,
     DecoderConfig,
     LayerType,
@@ -64,10 +65,14 @@ _GEMMA2 = {
     "num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
     "sliding_window": 4096, "layer_types": None, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
 }  # fmt: skip
+_MLLAMA = {
+    **_LLAMA, "vocab_size": 128256, "intermediate_size": 14336, "num_hidden_layers": 40, "num_key_value_heads": 8,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+}  # fmt: skip
 _GEMMA2_SCALES = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _DECODERS = {
     "llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "qwen3": _QWEN3, "phi3": _PHI3, "internlm2": _INTERNLM2,
-    "gemma": _GEMMA, "gemma2": _GEMMA2,
+    "gemma": _GEMMA, "gemma2": _GEMMA2, "mllama_text_model": _MLLAMA,
 }  # fmt: skip
 _BIAS_KEYS = {  # what says whether queries, keys, values and their output have biases
     "llama": "attention_bias", "qwen3": "attention_bias", "gemma": "attention_bias", "gemma2": "attention_bias",
@@ -179,9 +184,11 @@ def text_decoder(
         max_position_embeddings=values["max_position_embeddings"],
         rope_theta=theta,
         rope_scaling=rope or None,
-        qkv_bias=model_type == "qwen2" or biased,
-        o_bias=biased,
-        mlp_bias=model_type == "llama" and values["mlp_bias"],
+        biases=BiasConfig(
+            qkv_bias=model_type == "qwen2" or biased,
+            o_bias=biased,
+            mlp_bias=model_type == "llama" and values["mlp_bias"],
+        ),
         layer_types=layer_types,
         sliding_window=values["sliding_window"] if sliding else None,
         tie_word_embeddings=tie_word_embeddings or values["tie_word_embeddings"],

@@ -40,7 +40,8 @@ def test_layer_by_layer_equals_the_whole_model(name):
     observed = observe(planned, samples, mx.float32)
     model, _ = load(GOLDEN / name)
     for sample, logprobs in list(zip(samples, observed.logprobs, strict=True))[::3]:
-        hidden = model.decoder(model.embed(sample.inputs), prefix=sample.start)
+        images = model.show(sample.inputs)
+        hidden = model.decoder(model.embed(sample.inputs), prefix=sample.start, images=images)
         logits = model.decoder.logits(hidden)[0, sample.start - 1 :]
         whole = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         np.testing.assert_allclose(logprobs, np.array(whole), atol=1e-5)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from pieces import FOLDER as PIECES
 from PIL import Image
-from reference import CASES, GOLDEN, STEPS
+from reference import CASES, GOLDEN, STEPS, USUAL
 
 PREFIX = "model.vision_tower.vision_tower."
 
@@ -46,7 +46,7 @@ class OriginalSpec:
     pair: bool = False
     lone_projector: bool = False
     added_tokens: tuple[str, ...] = ()
-    cases: tuple[str, ...] = tuple(CASES)
+    cases: tuple[str, ...] = USUAL
 
 
 _COMMON: dict[str, Any] = {

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mllama_reference import TEMPLATE as MLLAMA
+from mllama_reference import compute_as_meta, is_meta, tiles_of
 from PIL import Image
 
 GOLDEN = Path(__file__).parent
@@ -79,6 +81,16 @@ CASES: dict[str, list[dict[str, Any]]] = {
         user(text_part("And this one? "), image_part("photo.jpg")),
     ],
 }  # fmt: skip
+USUAL = tuple(CASES)  # of every family that can take them
+CASES |= {  # for tiles: a third shape, and images that stand beside one another
+    "strip": [user(image_part("strip.png"), text_part("Which of them is larger?"))],
+    "side_by_side": [
+        user(
+            text_part("See "), image_part("shapes.png"), image_part("photo.jpg"), text_part("yes, "), image_part("strip.png"),
+            text_part("three: two squares"),
+        )
+    ],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ class Spec:
     config: Callable[[dict[str, Any]], None] = lambda config: None
     seed: int = 0
     family: str = "llava"
-    cases: tuple[str, ...] = tuple(CASES)
+    cases: tuple[str, ...] = USUAL
 
 
 def hub_names(name: str) -> str:
@@ -120,6 +132,13 @@ def memory_names(name: str) -> str:
 def older_memory_names(name: str) -> str:
     """Layout L2, transformers 4.52 in memory: as L2b, with `vision_model.` inside the tower."""
     return memory_names(name).replace("model.vision_tower.", "model.vision_tower.vision_model.", 1)
+
+
+def mllama_memory_names(name: str) -> str:
+    """Llama 3.2 Vision as transformers 5 has it in memory."""
+    if name.startswith("language_model.lm_head"):
+        return name.removeprefix("language_model.")
+    return "model." + name.replace("language_model.model.", "language_model.", 1)
 
 
 def old_rope_keys(config: dict[str, Any]) -> None:
@@ -152,6 +171,19 @@ def sparse(config: dict[str, Any]) -> None:
     config["image_token_id"] = config.pop("image_token_index")
 
 
+def sparse_mllama(config: dict[str, Any]) -> None:
+    """A config that leaves out what its classes default to, with the text as transformers 4 wrote it."""
+    old_rope_keys(config)
+    for key in ("hidden_act", "rms_norm_eps", "tie_word_embeddings"):
+        config["text_config"].pop(key)
+    for key in ("hidden_act", "norm_eps", "max_num_tiles", "supported_aspect_ratios"):
+        config["vision_config"].pop(key)
+
+
+def transformers_semantics(config: dict[str, Any]) -> None:
+    config["semantics"] = "transformers"
+
+
 def sparse_paligemma(config: dict[str, Any]) -> None:
     """A config as google/paligemma-3b's, with PaliGemma 1's stale top-level hidden size."""
     old_rope_keys(config)
@@ -172,6 +204,7 @@ def sparse_paligemma(config: dict[str, Any]) -> None:
     config["hidden_size"] = 2048
 
 
+CLIP_STATISTICS = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
 GOTOCR = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
 SPECS = {
     "llava-clip-llama": Spec(
@@ -331,11 +364,36 @@ SPECS = {
             template="phi3-chat", ps_version="v2", force_image_size=16, dynamic_image_size=True, min_dynamic_patch=2,
             max_dynamic_patch=4),
         image_processor=("", {}), tokenizer="llama", chat_template="", template_file="", seed=15, family="internvl_chat"),
+    "mllama-meta": Spec(  # photo.jpg: 2 x 2 tiles; shapes.png: 1 x 2; strip.png: 1 x 3
+        vision=("mllama_vision_model", dict(
+            hidden_size=24, intermediate_size=36, num_hidden_layers=3, num_global_layers=2, attention_heads=3, image_size=56,
+            patch_size=14, intermediate_layers_indices=[1, 2], vision_output_dim=72)),
+        text=("mllama_text_model", dict(
+            hidden_size=64, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            cross_attention_layers=[1, 3], max_position_embeddings=1024, pad_token_id=0,
+            rope_parameters={"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0, "original_max_position_embeddings": 32})),
+        llava={},
+        image_processor=("Mllama", dict(size={"height": 56, "width": 56}, **CLIP_STATISTICS)),
+        tokenizer="llama3", chat_template=MLLAMA, template_file="chat_template.json",
+        config=sparse_mllama, seed=20, family="mllama", cases=tuple(CASES)),
+    "mllama-transformers": Spec(  # photo.jpg: 2 x 1 tiles; shapes.png: one; strip.png: 1 x 2
+        vision=("mllama_vision_model", dict(
+            hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_global_layers=1, attention_heads=2, image_size=84,
+            patch_size=21, intermediate_layers_indices=[0, 2, 3], vision_output_dim=96)),
+        text=("mllama_text_model", dict(
+            hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+            cross_attention_layers=[1], max_position_embeddings=1024, pad_token_id=0, rms_norm_eps=1e-4)),
+        llava={},
+        image_processor=("Mllama", dict(size={"height": 84, "width": 84}, **CLIP_STATISTICS)),
+        tokenizer="llama3", chat_template=MLLAMA, template_file="chat_template.jinja",
+        rename=mllama_memory_names, config=transformers_semantics, shards=2, seed=25, family="mllama",
+        cases=tuple(CASES)),
 }  # fmt: skip
 
 
 def make_pictures(folder: Path) -> None:
-    """Two small pictures: a JPEG like a photo, higher than wide, and a PNG of shapes with transparency."""
+    """Small pictures: a JPEG like a photo, higher than wide, a PNG of shapes with transparency, and one like a banner."""
     rng = np.random.default_rng(7)
     y, x = np.mgrid[0:96, 0:70] / 96
     sky = np.stack([80 + 90 * y, 120 + 80 * y + 30 * x, 220 - 100 * y], axis=-1)
@@ -348,6 +406,9 @@ def make_pictures(folder: Path) -> None:
     shapes[(rows - 25) ** 2 + (columns - 20) ** 2 < 15**2] = (220, 20, 30, 255)
     shapes[12:38, 48:74] = (20, 60, 210, 140)
     Image.fromarray(shapes).save(folder / "shapes.png")
+    rows, columns = np.mgrid[0:40, 0:160]
+    strip = np.stack([columns + 40, 255 - 5 * rows, (rows * columns) % 256], axis=-1).astype(np.uint8)
+    Image.fromarray(strip).save(folder / "strip.png")
 
 
 def make_tokenizer(kind: str) -> Any:
@@ -399,6 +460,23 @@ def make_tokenizer(kind: str) -> Any:
         gemma.add_tokens(EXTRA_TOKENS)
         gemma.add_special_tokens({"additional_special_tokens": [AddedToken("<image>", special=True, normalized=False)]})
         return gemma
+    if kind == "llama3":
+        words = Tokenizer(models.BPE())
+        words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        words.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=360, initial_alphabet=alphabet))
+        headers = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id", "python_tag")
+        words.add_special_tokens([f"<|{name}|>" for name in headers])
+        bos = words.token_to_id("<|begin_of_text|>")
+        words.post_processor = processors.Sequence([
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)]),
+        ])  # fmt: skip
+        words.add_special_tokens([*[f"<|reserved_{number}|>" for number in range(4)], "<|image|>"])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=words, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|reserved_0|>"
+        )
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
@@ -413,6 +491,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     classes = {
@@ -421,6 +500,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
         "Llava": LlavaImageProcessorPil,
         "LlavaNext": LlavaNextImageProcessorPil,
         "GotOcr2": GotOcr2ImageProcessorPil,
+        "Mllama": MllamaImageProcessorPil,
     }
     return classes[kind](**options)
 
@@ -465,7 +545,7 @@ def fill(model: Any, seed: int, *, gemma: bool = False) -> Any:
 def save(spec: Spec, folder: Path) -> None:
     """Write a checkpoint folder in the layout that the spec asks for."""
     from safetensors.torch import load_file
-    from transformers import LlavaNextProcessor, LlavaProcessor, PaliGemmaProcessor
+    from transformers import LlavaNextProcessor, LlavaProcessor, MllamaProcessor, PaliGemmaProcessor
 
     if spec.family == "internvl_chat":
         return save_chat(spec, folder)
@@ -475,8 +555,10 @@ def save(spec: Spec, folder: Path) -> None:
         from internvl_reference import name_image_tokens
 
         tokenizer = name_image_tokens(tokenizer)
-    image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>" if spec.family == "internvl" else "<image>")
-    model = make_model(spec, len(tokenizer) + 5, image_token_id)
+    image_token = {"internvl": "<IMG_CONTEXT>", "mllama": "<|image|>"}.get(spec.family, "<image>")
+    image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+    # Of Llama 3.2 Vision the image token is the first that has an embedding and no score.
+    model = make_model(spec, image_token_id if spec.family == "mllama" else len(tokenizer) + 5, image_token_id)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -491,6 +573,9 @@ def save(spec: Spec, folder: Path) -> None:
     clip = spec.vision[0] == "clip_vision_model"
     if spec.family == "paligemma":
         processor: Any = PaliGemmaProcessor(make_image_processor(kind, options), tokenizer)
+    elif spec.family == "mllama":
+        images = make_image_processor(kind, options)
+        processor = MllamaProcessor(images, tokenizer, chat_template=spec.chat_template)
     elif spec.family == "internvl":
         from internvl_reference import ImagesOnly
 
@@ -634,6 +719,8 @@ class Reference:
             self.processor = ImagesOnly.from_pretrained(folder, backend="pil")
         else:
             self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        if is_meta(folder):
+            compute_as_meta(self.model)
         self.chat_template = chat_template
 
     def count_tiles(self, size: Any) -> int:
@@ -665,22 +752,30 @@ class Reference:
         else:  # a processor that lays out one text behind its images itself
             text = "".join(part["text"] for part in plain[-1]["content"] if part["type"] == "text")
             inputs = self.processor(text="<image>" * len(opened) + text, images=opened, return_tensors="pt")
-        names = ("input_ids", "pixel_values", "image_sizes", "attention_mask", "token_type_ids")
+        names = (
+            "input_ids", "pixel_values", "image_sizes", "attention_mask", "token_type_ids",
+            "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask",
+        )  # fmt: skip
         inputs = {key: inputs[key] for key in names if key in inputs}
         ids = inputs["input_ids"]
         rows, tokens = [], []
         with torch.no_grad():
             out = self.model(**inputs, use_cache=True)
-            prompt = torch.log_softmax(out.logits[0, :-1], dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+            read = ids[0, 1:].clamp(max=out.logits.shape[-1] - 1)  # an image token may have no score
+            prompt = torch.log_softmax(out.logits[0, :-1], dim=-1).gather(1, read[:, None])[:, 0]
             for _ in range(steps):
                 rows.append(torch.log_softmax(out.logits[0, -1], dim=-1).numpy())
                 tokens.append(int(rows[-1].argmax()))
                 if len(rows) == steps:
                     break
+                more = {}
+                if "cross_attention_mask" in inputs:  # as `generate` does: what the prompt's last token sees
+                    more["cross_attention_mask"] = inputs["cross_attention_mask"][:, -1:]
                 out = self.model(
                     input_ids=torch.tensor([[tokens[-1]]]),
                     past_key_values=out.past_key_values,
                     use_cache=True,
+                    **more,
                 )
         answer = {
             "prompt_ids": ids[0].numpy().astype(np.int32),
@@ -690,7 +785,9 @@ class Reference:
         }
         if opened:
             pixels = inputs["pixel_values"].numpy()
-            if pixels.ndim == 5:  # tiles, padded to the number of the image with most
+            if pixels.ndim == 6:  # tiles that see one another
+                pixels = tiles_of(inputs).numpy()[..., ::4, ::4]  # a part, for the goldens' size
+            elif pixels.ndim == 5:  # tiles, padded to the number of the image with most
                 pixels = np.concatenate(
                     [image[: self.count_tiles(size)] for image, size in zip(pixels, inputs["image_sizes"], strict=True)]
                 )

@@ -15,7 +15,10 @@ from mlx_vlm_mini import load
 from mlx_vlm_mini.activation import ACTIVATIONS
 from mlx_vlm_mini.config import (
     Activation,
+    BiasConfig,
+    BlindRows,
     BlockConfig,
+    CrossAttentionConfig,
     DecoderConfig,
     LayerType,
     NormConfig,
@@ -23,6 +26,7 @@ from mlx_vlm_mini.config import (
     ProjectorConfig,
     ScaleConfig,
     ShuffleConfig,
+    TiledConfig,
     VisionConfig,
     VisionNorm,
     VLMConfig,
@@ -67,7 +71,7 @@ def test_an_empty_config_is_llava_of_seven_billion():
         ({"text_config": {"model_type": "mistral", "sliding_window": None}}, {"decoder.sliding_window": None}),
         (
             {"text_config": {"model_type": "qwen2"}},
-            {"decoder.vocab_size": 151936, "decoder.qkv_bias": True, "decoder.o_bias": False, "decoder.sliding_window": None},
+            {"decoder.vocab_size": 151936, "decoder.biases.qkv_bias": True, "decoder.biases.o_bias": False, "decoder.sliding_window": None},
         ),
         (
             {"text_config": {"model_type": "qwen2", "num_hidden_layers": 3, "use_sliding_window": True, "max_window_layers": 1}},
@@ -79,7 +83,7 @@ def test_an_empty_config_is_llava_of_seven_billion():
             {"text_config": {"rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}}},
             {"decoder.rope_theta": 1e6, "decoder.rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         ),
-        ({"text_config": {"attention_bias": True, "mlp_bias": True}}, {"decoder.o_bias": True, "decoder.mlp_bias": True}),
+        ({"text_config": {"attention_bias": True, "mlp_bias": True}}, {"decoder.biases.o_bias": True, "decoder.biases.mlp_bias": True}),
         ({"image_token_id": 7}, {"image_token_id": 7}),
         ({"image_token_index": 9}, {"image_token_id": 9}),
         ({"image_token_index": 9, "image_token_id": 7}, {"image_token_id": 7}),
@@ -181,7 +185,8 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
 @pytest.mark.parametrize(
     "config",
     [
-        BlockConfig, VisionConfig, ShuffleConfig, ProjectorConfig, NormConfig, ScaleConfig, DecoderConfig, Prescribed, VLMConfig,
+        BlockConfig, TiledConfig, VisionConfig, ShuffleConfig, ProjectorConfig, NormConfig, ScaleConfig, BiasConfig,
+        CrossAttentionConfig, DecoderConfig, Prescribed, VLMConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_a_reader_and_towers_stay_small(config):
@@ -195,7 +200,7 @@ def test_every_field_has_a_reader_and_towers_stay_small(config):
 
 def test_every_literal_has_a_user():
     families = "".join(file.read_text() for file in (PACKAGE / "families").glob("*.py"))
-    known = {*get_args(Activation), *get_args(LayerType), *get_args(VisionNorm)}
+    known = {*get_args(Activation), *get_args(BlindRows), *get_args(LayerType), *get_args(VisionNorm)}
     values = known - {"relu"}  # of models composed and trained here
     assert [value for value in sorted(values) if f'"{value}"' not in families] == []
     assert set(ACTIVATIONS) == set(get_args(Activation)) and set(NORMS) == set(get_args(VisionNorm))

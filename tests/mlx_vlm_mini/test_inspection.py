@@ -73,7 +73,7 @@ def test_each_token_is_explained_by_the_query_that_predicts_it(loaded, monkeypat
     found = attend(model, processor, PROMPT, answer=tokens, reduce="none")
     weights, logits, inputs = explicit(model, processor, tokens)
     first, slots = len(inputs.slots) - 1, np.flatnonzero(inputs.slots)
-    rows = _Rows(inputs, [0], [0], "mean")
+    rows = _Rows(slots, [0], [0], "mean")
     cache = model.make_cache()
     prefill(model.decoder, model.embed(inputs), cache)
     recorded, _ = _record(model, inputs, tokens, cache, Features(), rows)

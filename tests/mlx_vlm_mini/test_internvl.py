@@ -97,7 +97,7 @@ def test_an_empty_native_config_is_internvl3s():
     assert (vision.image_size, vision.patch_size, vision.layer_norm_eps, vision.hidden_act) == (448, 14, 1e-6, "gelu")
     assert (vision.blocks.norm_type, vision.blocks.qkv_bias, vision.blocks.qk_norm_eps) == ("layer_norm", False, None)
     assert config.projector.input_size == 4096 and config.projector.norm_eps == 1e-5
-    assert (config.image_token_id, config.decoder.qkv_bias, config.decoder.hidden_size) == (151667, True, 4096)
+    assert (config.image_token_id, config.decoder.biases.qkv_bias, config.decoder.hidden_size) == (151667, True, 4096)
 
 
 def test_an_empty_config_of_the_authors_is_a_six_billion_tower():
@@ -111,7 +111,11 @@ def test_an_empty_config_of_the_authors_is_a_six_billion_tower():
     assert config.prescribed.image_processor == {
         "size": {"height": 224, "width": 224}, "do_pad": False, "min_patches": 1, "max_patches": 1, "use_thumbnail": False,
     }  # fmt: skip
-    assert (config.decoder.hidden_size, config.decoder.num_hidden_layers, config.decoder.qkv_bias) == (4096, 32, False)
+    assert (config.decoder.hidden_size, config.decoder.num_hidden_layers, config.decoder.biases.qkv_bias) == (
+        4096,
+        32,
+        False,
+    )
 
 
 def test_defaults_of_decoders():
@@ -120,13 +124,23 @@ def test_defaults_of_decoders():
         return internvl_chat.config({"template": "Hermes-2", "llm_config": text}).decoder
 
     internlm = decoder("InternLM2ForCausalLM")
-    assert (internlm.vocab_size, internlm.qkv_bias, internlm.o_bias, internlm.mlp_bias) == (103168, True, True, False)
-    assert not decoder("InternLM2ForCausalLM", bias=False).qkv_bias
+    assert (internlm.vocab_size, internlm.biases.qkv_bias, internlm.biases.o_bias, internlm.biases.mlp_bias) == (
+        103168,
+        True,
+        True,
+        False,
+    )
+    assert not decoder("InternLM2ForCausalLM", bias=False).biases.qkv_bias
     phi = decoder("Phi3ForCausalLM")
-    assert (phi.hidden_size, phi.norms.rms_norm_eps, phi.qkv_bias, phi.sliding_window) == (3072, 1e-5, False, None)
+    assert (phi.hidden_size, phi.norms.rms_norm_eps, phi.biases.qkv_bias, phi.sliding_window) == (
+        3072,
+        1e-5,
+        False,
+        None,
+    )
     assert decoder("Phi3ForCausalLM", sliding_window=2047).layer_types == ("sliding_attention",) * 32
     qwen = decoder("Qwen3ForCausalLM", hidden_size=1024, num_attention_heads=16, num_key_value_heads=8)
-    assert (qwen.head_dim, qwen.norms.qk_norm, qwen.qkv_bias) == (128, True, False)
+    assert (qwen.head_dim, qwen.norms.qk_norm, qwen.biases.qkv_bias) == (128, True, False)
 
 
 CHAT = {"template": "Hermes-2", "llm_config": {"architectures": ["Qwen2ForCausalLM"]}}

@@ -77,11 +77,12 @@ WIDE: dict[str, dict[str, Any]] = {  # changes to a golden's config.json
 }  # fmt: skip
 
 
-def make_wide(name: str, folder: Path) -> Path:
-    """A golden's wider sister: random bfloat16 tensors in torch's layout, by the golden's names."""
+def make_wide(name: str, folder: Path, changes: dict[str, Any] | None = None) -> Path:
+    """A golden's wider sister: random bfloat16 tensors in torch's layout, by the golden's names; `changes` to its
+    config.json are by default those of `WIDE`."""
     shutil.copytree(GOLDEN / name, folder)
     config = json.loads((folder / "config.json").read_text())
-    for key, change in WIDE[name].items():
+    for key, change in (changes or WIDE[name]).items():
         config[key] = {**config[key], **change} if isinstance(change, dict) else change
     (folder / "config.json").write_text(json.dumps(config))
     planned = plan(open_checkpoint(GOLDEN / name))

@@ -25,7 +25,7 @@ def check_answer(model: Any, processor: Any, messages: list[dict[str, Any]], exp
     inputs = processor(with_paths(messages))
     np.testing.assert_array_equal(np.array(inputs.input_ids[0]), expected["prompt_ids"])
     cache = model.make_cache()
-    logits = prefill(model.decoder, model.embed(inputs), cache, step=step)
+    logits = prefill(model.decoder, model.embed(inputs), cache, images=model.show(inputs), step=step)
     for token, logprobs in zip(expected["token_ids"].tolist(), expected["logprobs"], strict=True):
         own = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
         np.testing.assert_allclose(own, logprobs, atol=TOLERANCE)

@@ -4,7 +4,8 @@ data; and docs/models.md, which `python tests/support/published.py` rewrites.
 Sources: llava-hf/llava-1.5-7b-hf from a log of transformers that prints it; paligemma-3b-pt-448 from a copy in transformers'
 convert_colpali_weights_to_hf.py; LLaVA-NeXT's token ids and vocabularies (the decoder's, two or three tokens more, rounded up
 to a multiple of 64) from convert_llava_next_weights_to_hf.py; PaliGemma 2 from convert_paligemma2_weights_to_hf.py; sizes of
-Vicuna-13B, Mistral-7B, Yi-34B and Llama-3-8B from copies of their configs. None was downloaded from the Hub itself.
+Vicuna-13B, Mistral-7B, Yi-34B and Llama-3-8B from copies of their configs; Llama 3.2 Vision from sku_list.py of
+meta-llama/llama-models and convert_mllama_weights_to_hf.py of transformers. None was downloaded from the Hub itself.
 """
 
 from math import prod
@@ -90,6 +91,41 @@ def _gemma2(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, head:
     }  # fmt: skip
 
 
+LLAMA32_11B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 40,
+}
+LLAMA32_90B: dict[str, Any] = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 100,
+}
+
+
+def _mllama(text: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """A cross-attention layer before every fourth layer that reads text."""
+    return {
+        "model_type": "mllama", "image_token_index": 128256,
+        "text_config": {
+            "model_type": "mllama_text_model", "cross_attention_layers": list(range(3, text["num_hidden_layers"], 5)),
+            "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+            "rope_scaling": {
+                "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            "tie_word_embeddings": False, "vocab_size": 128256, **text,
+        },
+        "vision_config": {
+            "model_type": "mllama_vision_model", "attention_heads": 16, "hidden_size": 1280, "image_size": image_size,
+            "intermediate_layers_indices": [3, 7, 15, 23, 30], "intermediate_size": 5120, "max_num_tiles": 4,
+            "num_global_layers": 8, "num_hidden_layers": 32, "patch_size": 14, "vision_output_dim": 7680,
+        },
+    }  # fmt: skip
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": _llava("llava", VICUNA_7B, pad_token_id=32001),
     "llava-hf/llava-1.5-13b-hf": _llava("llava", VICUNA_13B, pad_token_id=32001),
@@ -104,6 +140,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         for name, sizes in GEMMA2.items()
         for side in (224, 448, 896)
     },
+    "meta-llama/Llama-3.2-11B-Vision": _mllama(LLAMA32_11B, 448),
+    "meta-llama/Llama-3.2-11B-Vision-Instruct": _mllama(LLAMA32_11B, 560),
+    "meta-llama/Llama-3.2-90B-Vision-Instruct": _mllama(LLAMA32_90B, 560),
 }  # fmt: skip
 
 
@@ -134,6 +173,8 @@ def published(name: str) -> Checkpoint:
 def image_tokens(config: VLMConfig) -> str:
     """Of an image, or of one that fills the most tiles."""
     vision = config.vision
+    if vision.tiled is not None:
+        return f"1, up to {vision.num_features * vision.tiled.max_tiles:,} keys"
     if config.image_grid_pinpoints is None:
         return f"{vision.num_features:,}"
     side = vision.image_size // vision.patch_size
@@ -150,7 +191,8 @@ def table() -> str:
         "after `convert -q 8` and `-q 4`, which quantize the decoder and leave the rest in bfloat16. Written by `python",
         "tests/support/published.py` from the shapes that config.json asks for; `mix` models have those of `pt` ones. The",
         "authors' own repositories (`liuhaotian/*`) hold the same towers, the vision one often elsewhere, and a vocabulary",
-        "without spare rows. InternVL's sizes are in the README, by tests/test_reference_internvl.py.\n",
+        "without spare rows. An image of Llama 3.2 Vision takes one token; its keys, which the decoder's cross-attention",
+        "layers look at, are counted instead. InternVL's sizes are in the README, by tests/test_reference_internvl.py.\n",
         "| model | vision | projector | decoder | image tokens | bfloat16 | 8 bits | 4 bits |",
         "|---|---|---|---|---|---|---|---|",
     ]
