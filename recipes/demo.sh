@@ -4,7 +4,10 @@
 #
 # What was learned on the way: descriptions alone, of one object first, teach a fresh tower most for their length; colours
 # and places come after 10,000 pictures, sizes after 20,000, shapes and digits last. Steps matter more than pictures
-# (batches of 16, not 64), and a rate above 7e-4 undoes what was learned.
+# (batches of 16, not 64), and a rate above 7e-4 undoes what was learned. After "one3" a lone object was described with
+# 99.5 % of its colours right, 95 % of sizes, 64 % of shapes, 71 % of digits. Going on to four objects then ("many", 2.5e-4)
+# taught places and colours of each, and cost shapes (28 %) and digits (47 %) after 1,250 steps: so first more of one
+# object until its shapes are known, and pictures of one object among the others later.
 set -eu
 work=${1:?usage: recipes/demo.sh FOLDER}
 here=$(dirname "$0")/demo
@@ -41,3 +44,5 @@ scenes look1b --count 32000 --seed 16 --most 1 --pairs 0 --digits 0.25 --words 0
 stage one2 "$work/run-one/model" look1b 2000 2.5e-4
 scenes look1c --count 40000 --seed 17 --most 1 --pairs 0 --digits 0.3 --words 0
 stage one3 "$work/run-one2/model" look1c 2500 3e-4
+scenes look4 --count 30000 --seed 14 --most 4 --pairs 0 --digits 0.12 --words 0
+stage many "$work/run-one3/model" look4 1875 2.5e-4
