@@ -44,5 +44,5 @@ scenes look1b --count 32000 --seed 16 --most 1 --pairs 0 --digits 0.25 --words 0
 stage one2 "$work/run-one/model" look1b 2000 2.5e-4
 scenes look1c --count 40000 --seed 17 --most 1 --pairs 0 --digits 0.3 --words 0
 stage one3 "$work/run-one2/model" look1c 2500 3e-4
-scenes look4 --count 30000 --seed 14 --most 4 --pairs 0 --digits 0.12 --words 0
-stage many "$work/run-one3/model" look4 1875 2.5e-4
+scenes look1d --count 40000 --seed 18 --most 1 --pairs 0 --digits 0.3 --words 0
+stage one4 "$work/run-one3/model" look1d 5000 2.5e-4
