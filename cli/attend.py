@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import click
 
@@ -192,7 +193,7 @@ def is_ours(file: Path) -> bool:
                 return f'<meta name="generator" content="{MADE_BY}">'.encode() in page.read(2000)
         with np.load(file) as arrays:
             return "made_by" in arrays and str(arrays["made_by"]) == MADE_BY
-    except Exception:  # whatever cannot be read is none of ours
+    except (OSError, ValueError, SyntaxError, EOFError, BadZipFile):  # what cannot be read is none of ours
         return False
 
 

@@ -11,11 +11,14 @@ from click.testing import CliRunner
 from clip_reference import FOLDER, IMAGES, TEXTS
 from parity import TOLERANCE
 from reference import GOLDEN
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from mlx_vlm_mini import load, load_scorer
 from mlx_vlm_mini.checkpoint import read_json
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.errors import CheckpointError, ImageError, PromptError
+from mlx_vlm_mini.tokenizer import Tokenizer
 
 CONFIG = read_json(FOLDER / "config.json")
 TEXT, VISION = CONFIG["text_config"], CONFIG["vision_config"]
@@ -129,3 +132,10 @@ def test_settings_of_images_are_needed(tmp_path):
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no preprocessor_config\.json"):
         load_scorer(folder)
+
+
+def test_a_vocabulary_with_gaps_is_one_line():
+    backend = Backend(models.WordPiece({"a": 0}, unk_token="[UNK]"))
+    assert Tokenizer(backend, {}).encode("a") == [0]
+    with pytest.raises(CheckpointError, match=r"the tokenizer cannot read 'b': .*Missing \[UNK\]"):
+        Tokenizer(backend, {}).encode("b")

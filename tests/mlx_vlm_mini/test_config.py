@@ -190,9 +190,9 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
     ],
 )  # fmt: skip
 def test_every_field_has_a_reader_and_towers_stay_small(config):
-    code = "".join(
-        file.read_text() for file in PACKAGE.glob("*.py") if file.name not in ("config.py", "describe.py")
-    ) + "".join(re.findall(r"@property.*?(?=\n    @|\n\n\n|\Z)", (PACKAGE / "config.py").read_text(), re.DOTALL))
+    configs = "".join(file.read_text() for file in (PACKAGE / "config").glob("*.py"))
+    code = "".join(file.read_text() for file in PACKAGE.glob("*.py") if file.name != "describe.py")
+    code += "".join(re.findall(r"@property.*?(?=\n    @|\n\n\n|\Z)", configs, re.DOTALL))
     names = [field.name for field in fields(config)]
     assert [name for name in names if not re.search(rf"\.{name}\b", code)] == []
     assert len(names) <= 20

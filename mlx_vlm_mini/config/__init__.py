@@ -1,0 +1,88 @@
+"""The configuration of the three parts. Field names are Hugging Face's where it has one.
+
+Shape letters, used in every comment of this package:
+
+    B batch    L tokens    P patches    H heads    D head size    C hidden size
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlx_vlm_mini.errors import CheckpointError
+
+from .checks import Activation
+from .decoder import BiasConfig, BlindRows, CrossAttentionConfig, DecoderConfig, LayerType, NormConfig, ScaleConfig
+from .projector import ProjectorConfig, ShuffleConfig
+from .vision import MOST_TILES, BlockConfig, TiledConfig, VisionConfig, VisionNorm
+
+__all__ = [
+    "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "CrossAttentionConfig", "DecoderConfig",
+    "LayerType", "NormConfig", "Prescribed", "ProjectorConfig", "ScaleConfig", "ShuffleConfig", "TileMerge",
+    "TiledConfig", "VLMConfig", "VisionConfig", "VisionNorm",
+]  # fmt: skip
+
+TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prescribed:
+    """What config.json itself says, of a family whose other files do not say it: its own code did."""
+
+    image_token: str
+    chat_template: str
+    """Jinja; whatever template the folder has, it is not the one that the model was trained with."""
+    end_token: str
+    """Ends an answer."""
+    image_processor: Mapping[str, Any]
+    """In the form of preprocessor_config.json."""
+    cut_at_images: bool = False
+    """`image_token` is in no vocabulary: the text is cut there, and each piece becomes tokens by itself."""
+    stop: str | None = None
+    """Text that ends an answer, too."""
+    extra_tokens: tuple[str, ...] = ()
+    """Of the prompt; where the tokenizer lacks them, they take the next free ids in this order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLMConfig:
+    """The three parts, and the token that holds an image's place in the prompt."""
+
+    family: str
+    vision: VisionConfig
+    projector: ProjectorConfig
+    decoder: DecoderConfig
+    image_token_id: int | None
+    """None where `prescribed` names the token instead."""
+    image_grid_pinpoints: tuple[tuple[int, int], ...] | None
+    """Heights and widths in pixels that an image's tiles may fill (`anyres`); None: all features are shown."""
+    tile_merge: TileMerge | None = None
+    """How the tiles' features follow the squashed image's: `unpad` as rows of one grid without the bars, a newline
+    behind each; `unpad_floor` the same with what is shown rounded down, as the original LLaVA does; `grid` as rows of
+    the whole grid; `flat` tile by tile."""
+    prescribed: Prescribed | None = None
+
+    def __post_init__(self) -> None:
+        patches = (self.vision.image_size // self.vision.patch_size) ** 2
+        if self.image_grid_pinpoints is not None and self.vision.num_features != patches:
+            raise CheckpointError(
+                f"config.json: tiles need a feature for each of their {patches} patches, and vision_config with "
+                f"vision_feature_select_strategy gives {self.vision.num_features}"
+            )
+        named = self.image_token_id is None and self.prescribed is not None
+        if not named and (not isinstance(self.image_token_id, int) or self.image_token_id < 0):
+            raise CheckpointError(f"config.json: the image token must be a token id, not {self.image_token_id!r}")
+        shuffle = self.projector.shuffle
+        factor = 1 if shuffle is None else shuffle.factor
+        if self.projector.input_size != self.vision.feature_size * factor**2:
+            raise CheckpointError(
+                f"config.json: the projector reads {self.projector.input_size} numbers, the vision tower gives "
+                f"{self.vision.feature_size} in each of {factor**2} features"
+            )
+        if (self.vision.tiled is None) != (self.decoder.cross_attention is None):
+            raise CheckpointError("config.json: a tower of tiles and cross-attention are supported together only")
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether the checkpoint has an embedding that ends a row of an image's tiles."""
+        return self.tile_merge in ("unpad", "unpad_floor")

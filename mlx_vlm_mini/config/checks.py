@@ -1,0 +1,36 @@
+"""What every config demands of its numbers."""
+
+from typing import Literal
+
+from mlx_vlm_mini.errors import CheckpointError
+
+Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"]
+
+_LARGEST = 10**8  # of any size in a config: far above every model, and products of two still fit 64 bits
+
+
+def check_sizes(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+            raise CheckpointError(f"config.json: {name} must be a whole number from 1 to {_LARGEST}, not {value!r}")
+
+
+def check_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise CheckpointError(f"config.json: {name} must be a positive number, not {value!r}")
+
+
+def check_flags(config: object, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise CheckpointError(f"config.json: {name} must be true or false, not {getattr(config, name)!r}")
+
+
+def check_multiple(config: object, name: str, divisor: str) -> None:
+    if getattr(config, name) % getattr(config, divisor):
+        raise CheckpointError(
+            f"config.json: {name} {getattr(config, name)} is not a multiple of {divisor} {getattr(config, divisor)}"
+        )

@@ -1,0 +1,134 @@
+"""Config of the decoder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from mlx_vlm_mini.errors import CheckpointError
+
+from .checks import Activation, check_flags, check_multiple, check_positive, check_sizes
+
+LayerType = Literal["full_attention", "sliding_attention", "cross_attention"]
+BlindRows = Literal["zero", "attend"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """The decoder's RMS norms."""
+
+    rms_norm_eps: float
+    rms_norm_offset: float = 0.0
+    """Added to the stored weight: Gemma's are around 0 and multiply by 1 + weight."""
+    sandwich: bool = False
+    """Norms behind attention and MLP too, before the residual (Gemma 2)."""
+    qk_norm: bool = False
+    """Norms of each head's queries and keys (Qwen3)."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "rms_norm_eps")
+        check_flags(self, "sandwich", "qk_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleConfig:
+    """Fixed factors and caps that keep a decoder's numbers in range; a cap c turns x into c tanh(x / c)."""
+
+    embed_scale: float = 1.0
+    """Of the tokens' embeddings, not of image features."""
+    query_pre_attn_scalar: float | None = None
+    """Attention scores are divided by its root; None: by that of `head_dim`."""
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    fits_float16: bool = True
+    """Whether no activation exceeds 65504, float16's largest number: Gemma's do."""
+
+    def __post_init__(self) -> None:
+        check_flags(self, "fits_float16")
+        optional = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+        check_positive(self, "embed_scale", *(name for name in optional if getattr(self, name) is not None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasConfig:
+    """Which of the decoder's linear layers have biases."""
+
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_flags(self, "qkv_bias", "o_bias", "mlp_bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossAttentionConfig:
+    """Layers of type `cross_attention`, which look at images and not at text (Llama 3.2 Vision)."""
+
+    spare_embeddings: int
+    """Rows of the token embedding behind the vocabulary's: of tokens that are read and never said, an image's say."""
+    blind_rows: BlindRows = "zero"
+    """Tokens before the first image: the layers leave them as they are; or, as transformers computes it, they look at
+    all images and are spared the MLP alone."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "spare_embeddings")
+        if self.blind_rows not in get_args(BlindRows):
+            raise CheckpointError(f"config.json: unknown blind_rows {self.blind_rows!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A pre-norm decoder with grouped-query attention, rotary positions and a gated MLP."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    hidden_act: Activation
+    norms: NormConfig
+    scales: ScaleConfig
+    max_position_embeddings: int
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None
+    """In Hugging Face's form: `rope_type` and what that type needs; None for plain rotary positions."""
+    biases: BiasConfig
+    layer_types: tuple[LayerType, ...]
+    sliding_window: int | None
+    """Keys that a `sliding_attention` layer sees, the query's own among them."""
+    tie_word_embeddings: bool
+    prefix_lm: bool
+    """The prompt's tokens see one another, later ones too; what follows it is causal."""
+    cross_attention: CrossAttentionConfig | None = None
+    """Image embeddings do not enter the sequence: layers of a type of their own read them. None: there are none."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        check_sizes(self, "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")
+        check_positive(self, "rope_theta")
+        check_flags(self, "tie_word_embeddings", "prefix_lm")
+        check_multiple(self, "num_attention_heads", "num_key_value_heads")
+        if self.head_dim % 2:
+            raise CheckpointError(f"config.json: rotary positions need an even head_dim, not {self.head_dim}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise CheckpointError(
+                f"config.json: layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers"
+            )
+        unknown = set(self.layer_types) - set(get_args(LayerType))
+        if unknown:
+            raise CheckpointError(f"config.json: unknown layer type {unknown.pop()!r}")
+        if "sliding_attention" in self.layer_types:
+            check_sizes(self, "sliding_window")
+        if ("cross_attention" in self.layer_types) != (self.cross_attention is not None):
+            raise CheckpointError("config.json: cross-attention layers and their settings go together")
+        if set(self.layer_types) == {"cross_attention"}:
+            raise CheckpointError("config.json: a decoder needs a layer that reads text")
+        if self.cross_attention is not None and self.tie_word_embeddings:
+            raise CheckpointError("config.json: the head cannot be tied to an embedding with spare rows")
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the token embedding."""
+        return self.vocab_size + (0 if self.cross_attention is None else self.cross_attention.spare_embeddings)

@@ -1,0 +1,127 @@
+"""Config of the vision tower."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mlx_vlm_mini.errors import CheckpointError
+
+from .checks import Activation, check_flags, check_multiple, check_positive, check_sizes
+
+VisionNorm = Literal["layer_norm", "rms_norm"]
+
+MOST_TILES = 100  # of an image in one tower, far above every model's 4; the grids that are compared grow with it
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What differs in the blocks of vision towers; the defaults are CLIP's and SigLIP's."""
+
+    norm_type: VisionNorm = "layer_norm"
+    qkv_bias: bool = True
+    o_bias: bool = True
+    qk_norm_eps: float | None = None
+    """Of an RMS norm over the queries of all heads, and one over the keys (InternViT-6B); None: there are none."""
+    layer_scale: bool = False
+    """Learned factors of what attention and MLP add to the stream (arXiv:2103.17239)."""
+
+    def __post_init__(self) -> None:
+        check_flags(self, "qkv_bias", "o_bias", "layer_scale")
+        if self.norm_type not in get_args(VisionNorm):
+            raise CheckpointError(f"config.json: unknown norm_type {self.norm_type!r} of the vision tower")
+        if self.qk_norm_eps is not None:
+            check_positive(self, "qk_norm_eps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledConfig:
+    """An image as several tiles that see one another (Llama 3.2 Vision); see `tiled_vision.py`."""
+
+    max_tiles: int
+    num_global_layers: int
+    """Gated blocks behind the norm of the last block."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "max_tiles", "num_global_layers")
+        if self.max_tiles > MOST_TILES:
+            raise CheckpointError(f"config.json: an image has at most {MOST_TILES} tiles, not {self.max_tiles}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """A pre-norm vision transformer on a square image.
+
+    `feature_layers` are the hidden states that the projector reads: 0 is what enters the first block, n what leaves
+    block n. Several are concatenated along C. Blocks after the last one named are not built.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int
+    patch_size: int
+    hidden_act: Activation
+    layer_norm_eps: float
+    blocks: BlockConfig
+    class_token: bool
+    """A learned token in front of the patches (CLIP)."""
+    patch_bias: bool
+    """A bias in the patch projection (SigLIP)."""
+    pre_norm: bool
+    """A norm between the embeddings and the first block (CLIP)."""
+    post_norm: bool
+    """A norm behind the last block, of what the projector reads from it."""
+    feature_layers: tuple[int, ...]
+    drop_first_feature: bool
+    """LLaVA's feature strategy `default`: the first row, CLIP's class token, is left out."""
+    resample_positions: bool
+    """Images of another size get the position embeddings resampled (InternViT); otherwise they are refused."""
+    tiled: TiledConfig | None = None
+    """The image is tiles, `image_size` pixels along a side each; None: it is one square."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        check_sizes(self, "image_size", "patch_size")
+        check_positive(self, "layer_norm_eps")
+        check_multiple(self, "hidden_size", "num_attention_heads")
+        if self.patch_size > self.image_size:
+            raise CheckpointError(f"config.json: patch_size {self.patch_size} exceeds image_size {self.image_size}")
+        check_flags(self, "class_token", "patch_bias", "pre_norm", "post_norm", "drop_first_feature")
+        check_flags(self, "resample_positions")
+        if not self.feature_layers:
+            raise CheckpointError("config.json: the list of vision feature layers is empty")
+        for layer in self.feature_layers:
+            if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer <= self.num_hidden_layers:
+                raise CheckpointError(
+                    f"config.json: vision feature layer {layer} does not exist; the tower has "
+                    f"{self.num_hidden_layers} layers"
+                )
+
+        if self.tiled is not None and not (self.pre_norm and self.post_norm and self.depth == self.num_hidden_layers):
+            raise CheckpointError("config.json: a tower of tiles needs all of its blocks, and both norms")
+        if self.post_norm and self.depth < self.num_hidden_layers:
+            raise CheckpointError("config.json: the norm behind the last vision block needs that block to be read")
+
+    @property
+    def depth(self) -> int:
+        """Blocks that are built."""
+        return max(self.feature_layers)
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position embedding: the patches, and the class token where there is one."""
+        return (self.image_size // self.patch_size) ** 2 + self.class_token
+
+    @property
+    def num_features(self) -> int:
+        """Feature rows that one image, or one tile of it, gives."""
+        return self.features_at(self.image_size)
+
+    def features_at(self, side: int) -> int:
+        """The same for images of `side` pixels along a side."""
+        return (side // self.patch_size) ** 2 + self.class_token - self.drop_first_feature
+
+    @property
+    def feature_size(self) -> int:
+        """Width of a feature row."""
+        return self.hidden_size * len(self.feature_layers)
