@@ -2,8 +2,8 @@
 
 The public names are `load`, `generate`, `stream_generate` and `Chat`; for answers that name places `find_detections`
 and `draw_detections`; for what the model looked at `attend`, `draw_attention` and `attention_page`; for CLIP
-and QLLaMA `load_scorer`, for ViLT `load_answerer`. They are imported when first used, so that `import mlx_vlm_mini` costs nothing.
-No module may have one of these names: importing it would put it in the place of the function.
+and QLLaMA `load_scorer`, for ViLT `load_answerer`. They are imported when first used, so that `import mlx_vlm_mini`
+costs nothing. No module may have one of these names: importing it would put it in the place of the function.
 """
 
 import sys

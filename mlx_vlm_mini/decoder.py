@@ -144,9 +144,8 @@ class QueryLayer(DecoderLayer):
         super().__init__(config)
         self.cross_attn = QueryAttention(config)
 
-    def __call__(
-        self, x: mx.array, *, mask: QuerySight, rope: Any, cache: Any, attentions: Recorder | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, *, mask: Any, rope: Any, cache: Any, attentions: Recorder | None) -> mx.array:
+        """`mask` is a QuerySight."""
         x = x + self.self_attn(self.input_layernorm(x), mask=mask.mask, rope=rope, cache=cache, attentions=attentions)
         if mask.features is not None:
             x = self.cross_attn(x, mask.features, mask.looks)
@@ -200,7 +199,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.num_embeddings, config.hidden_size)
         layer = SandwichLayer if config.norms.sandwich else DecoderLayer
-        kinds = {"cross_attention": CrossAttentionLayer, "query_attention": QueryLayer}
+        kinds: dict[LayerType, Any] = {"cross_attention": CrossAttentionLayer, "query_attention": QueryLayer}
         self.layers = [kinds.get(kind, layer)(config) for kind in config.layer_types]
         self.norm = make_norm(config)
         if not config.tie_word_embeddings:

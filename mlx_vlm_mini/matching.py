@@ -46,7 +46,9 @@ class QueryScorer:
     def tokenize(self, text: str) -> list[int]:
         """The text between the special tokens, with its prefix where it becomes a vector; cut to 80 tokens."""
         tokenizer = self.processor.tokenizer
-        first, last = (tokenizer.token_to_id(tokenizer.special_tokens.get(f"{end}_token", "")) for end in ("bos", "eos"))
+        first, last = (
+            tokenizer.token_to_id(tokenizer.special_tokens.get(f"{end}_token", "")) for end in ("bos", "eos")
+        )
         if first is None or last is None:
             raise CheckpointError("the tokenizer names no bos_token and eos_token, between which texts are compared")
         ids = tokenizer.encode(text if self.mode == "match" else PREFIX + text, add_special_tokens=False)
@@ -118,7 +120,7 @@ def _unit(x: mx.array) -> mx.array:
 def load_scorer(
     name: str | Path, *, revision: str | None = None, mode: ScoreMode | None = None
 ) -> Scorer | QueryScorer:
-    """Load what says how well texts fit images: CLIP, to compute in float32, or QLLaMA, in the type that `load` chooses.
+    """Load what says how well texts fit images: CLIP in float32, QLLaMA in the type that `load` chooses.
 
     Args:
         name: a checkpoint folder, or a name on the Hugging Face Hub such as "openai/clip-vit-base-patch32".

@@ -9,9 +9,9 @@ import mlx.nn as nn
 import numpy as np
 
 from .anyres import pack
+from .attention import Recorder
 from .borrow import borrow
 from .canvas import Canvas, choose_canvas
-from .attention import Recorder
 from .config import VLMConfig
 from .contrast import Contrast
 from .cross_attention import ImageCache, ShownImage, Span

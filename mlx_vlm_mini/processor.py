@@ -189,9 +189,9 @@ class Processor:
         messages = to_messages(prompt, images)
         parts = images_of(messages)
         if self.config.decoder.queries is not None and len(parts) != 1:
-            more = "begin a new conversation for another" if parts else "give one"
+            advice = "give each a conversation of its own" if parts else "give one"
             raise PromptError(
-                f"family '{self.config.family}' answers about exactly one image, and the messages hold {len(parts)}: {more}"
+                f"family '{self.config.family}' answers about exactly one image, here are {len(parts)}: {advice}"
             )
         prepared = [self.prepare(part["image"]) for part in parts]
         text, slots = self.expand(messages, prepared, add_generation_prompt=add_generation_prompt)

@@ -1,8 +1,8 @@
-"""Query tokens look at an image: in some of the decoder's layers, between attention and MLP, and nowhere else does text.
+"""Query tokens look at an image, in some of the decoder's layers between attention and MLP.
 
-Source: arXiv:2312.14238, section 3.2; modeling_qllama.py of github.com/OpenGVLab/InternVL. The queries see one another and
-the image and no text, so that what they become depends on the image alone; their keys and values stay in the KV cache as
-those of any token, and later tokens need the image no more.
+Source: arXiv:2312.14238, section 3.2; modeling_qllama.py of github.com/OpenGVLab/InternVL. The queries see one another
+and the image and no text, so that what they become depends on the image alone. Their keys and values stay in the KV
+cache as those of any token, and later tokens need the image no more.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,11 @@ class QueryAttention(nn.Module):
         size, seen, dim, eps = (
             config.hidden_size, config.queries.vision_hidden_size, config.head_dim, config.norms.rms_norm_eps
         )  # fmt: skip
-        self.num_queries, self.num_heads, self.scale = config.queries.num_query_tokens, config.num_attention_heads, dim**-0.5
+        self.num_queries, self.num_heads, self.scale = (
+            config.queries.num_query_tokens,
+            config.num_attention_heads,
+            dim**-0.5,
+        )
         self.norm1, self.norm2 = nn.RMSNorm(size, eps=eps), nn.RMSNorm(seen, eps=eps)
         self.q_proj = nn.Linear(size, self.num_heads * dim, bias=False)
         self.k_proj = nn.Linear(seen, self.num_heads * dim, bias=False)

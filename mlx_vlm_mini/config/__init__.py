@@ -19,7 +19,8 @@ from .vision import MOST_TILES, BlockConfig, TiledConfig, VisionConfig, VisionNo
 
 __all__ = [
     "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig", "CrossAttentionConfig",
-    "DecoderConfig", "LayerType", "NormConfig", "Prescribed", "ProjectorConfig", "QueryConfig", "ScaleConfig", "ShuffleConfig", "TileMerge",
+    "DecoderConfig", "LayerType", "NormConfig", "Prescribed", "ProjectorConfig", "QueryConfig", "ScaleConfig",
+    "ShuffleConfig", "TileMerge",
     "TiledConfig", "VLMConfig", "VisionConfig", "VisionNorm",
 ]  # fmt: skip
 
@@ -89,7 +90,7 @@ class VLMConfig:
             for size in (self.vision.feature_size, self.decoder.hidden_size):
                 if size % self.contrast.pool_heads:
                     raise CheckpointError(
-                        f"config.json: {size} numbers cannot be pooled by attn_pool_num_heads {self.contrast.pool_heads}"
+                        f"config.json: {size} numbers are no multiple of attn_pool_num_heads {self.contrast.pool_heads}"
                     )
 
     @property

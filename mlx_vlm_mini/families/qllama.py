@@ -125,9 +125,7 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
                 "image_std": IMAGENET_STD,
             },
         ),
-        contrast=ContrastConfig(
-            embed_dim=hf.get("clip_embed_dim", 768), pool_heads=hf.get("attn_pool_num_heads", 16)
-        ),
+        contrast=ContrastConfig(embed_dim=hf.get("clip_embed_dim", 768), pool_heads=hf.get("attn_pool_num_heads", 16)),
     )
 
 
