@@ -167,6 +167,9 @@ class Model(nn.Module):
         self.logit_scale = nn.Parameter(torch.zeros([]))
         self.clip_projector, self.clip_projector2 = Pool(width, heads, out), Pool(size, heads, out)
         self.itm_head = nn.Linear(size, 2)
+        for name, module in self.vision_model.named_modules():  # transformers' class gives these 1e-6 always
+            if name.endswith(("q_norm", "k_norm")) and hasattr(module, "variance_epsilon"):
+                module.variance_epsilon = vision["layer_norm_eps"]
         self.eval()
 
     def names(self) -> dict[str, torch.Tensor]:
