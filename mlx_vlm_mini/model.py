@@ -18,7 +18,7 @@ from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
 from .errors import CheckpointError, PromptError
 from .projector import Projector, pixel_shuffle
-from .query_attention import QuerySight
+from .query_attention import Looks, QuerySight
 from .tiled_vision import TiledVisionTransformer
 from .vision import VisionTransformer
 
@@ -278,9 +278,9 @@ class VLM(nn.Module):
         """
         if self.config.decoder.queries is None:
             return None
-        looks: list[mx.array] = []
-        mx.eval(self.query((encode or self.encode)(image), looks=looks), looks)
-        return np.array(mx.stack([each[0].astype(mx.float32).mean(axis=0) for each in looks]).mean(axis=0))
+        looks = Looks(len(self.query_tokens))
+        self.query((encode or self.encode)(image), looks=looks)
+        return np.array(looks.mean())
 
     def __call__(self, inputs: Inputs, cache: Sequence[Any] | None = None) -> mx.array:
         """The scores of every token of the prompt: float[1, L, vocab_size]."""

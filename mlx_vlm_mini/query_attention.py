@@ -29,6 +29,27 @@ class QuerySight:
     looks: Recorder | None = None
 
 
+class Looks:
+    """Records what queries look at: the sum over layers of the mean over heads, nothing else being kept."""
+
+    def __init__(self, num_queries: int) -> None:
+        self._num_queries, self._layers, self._done = num_queries, 0, 0
+        self._rows: list[mx.array] = []
+        self._sum: mx.array | float = 0.0
+
+    def append(self, weights: mx.array, /) -> None:
+        self._rows.append(weights[0].astype(mx.float32).mean(axis=0))
+        self._done += weights.shape[2]
+        if self._done == self._num_queries:
+            self._sum = self._sum + mx.concatenate(self._rows)
+            mx.eval(self._sum)
+            self._layers, self._rows, self._done = self._layers + 1, [], 0
+
+    def mean(self) -> mx.array:
+        """float32[Q, P], rows that sum to 1."""
+        return self._sum / mx.array(self._layers)
+
+
 class QueryAttention(nn.Module):
     """Cross-attention of the queries: both sides normed, no positions, no mask, no gate."""
 

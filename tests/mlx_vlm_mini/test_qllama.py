@@ -14,7 +14,7 @@ from published import without_data
 from qllama_cases import CAPTION, CONFIG, IMAGES, TEXTS
 from reference import GOLDEN
 
-from mlx_vlm_mini import Chat, attend, generate, load, load_scorer
+from mlx_vlm_mini import Chat, attend, attention, generate, load, load_scorer
 from mlx_vlm_mini.cache import make_cache
 from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.cli.main import main
@@ -30,6 +30,7 @@ FOLDER = GOLDEN / "qllama"
 PICTURES = [GOLDEN / name for name in IMAGES]
 QUERIES = CONFIG["num_query_token"]
 TOLERANCE = 1e-4
+README = GOLDEN.parent.parent / "README.md"
 LARGE = {  # OpenGVLab/InternVL-14B-224px, as families.md has it
     "model_type": "internvl", "architectures": ["InternVLModel"], "num_query_token": 96, "cross_attention_frequency": 2,
     "clip_embed_dim": 768, "attn_pool_num_heads": 16, "use_backbone_lora": 0, "use_qllama_lora": 0,
@@ -148,6 +149,12 @@ def test_every_tensor_of_the_published_size_has_its_place():
     assert set(planned.ours.values()) == set(shapes) and planned.unused == ()
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     assert 13.5e9 < count < 14.5e9  # as its name says
+    counts = {"vision_model": 0, "qllama": 0, "": 0}
+    for name, shape in shapes.items():
+        part = name.partition(".")[0]
+        counts[part if part in counts else ""] += int(np.prod(shape))
+    stated = " | ".join(f"{each / 1e9:.2f}" for each in (counts["vision_model"], counts["qllama"], count))
+    assert f"| InternVL-14B-224px | {stated} | {2 * count / 1e9:.1f} GB |" in README.read_text()
     for ours, theirs in planned.ours.items():
         if not theirs.endswith("qkv.weight"):
             assert rename(theirs, qllama.WEIGHTS) == (ours,) and hub_name(ours, qllama.WEIGHTS) == theirs
@@ -357,6 +364,13 @@ def test_queries_are_followed_back_to_patches(tiny, expected):
     rolled = attend(model, processor, CAPTION, images=[PHOTO], answer=tokens, reduce="rollout")
     np.testing.assert_allclose(rolled.images[0].weights, flow[first:, :QUERIES] @ mixing, atol=1e-6)
     np.testing.assert_allclose(rolled.logprobs, found.logprobs, atol=1e-5)
+
+
+def test_weights_that_come_in_blocks_are_the_same(tiny, expected, monkeypatch):
+    model, processor = tiny
+    monkeypatch.setattr(attention, "BLOCK", 4 * 17 * 2)  # two of six queries at a time
+    mixing = model.mixing(processor(CAPTION, [PHOTO]).images[0])
+    np.testing.assert_allclose(mixing, expected["mixing"], atol=1e-6)
 
 
 def test_its_own_answer_and_the_command(tiny, tmp_path):
