@@ -78,8 +78,8 @@ def attend(
     inputs, cache = processor(messages), model.make_cache()
     boxes = [find_boxes(model, processor, image) for image in inputs.images]
     encode = partial(kept.encode, encode=model.encode)
-    mixings = [model.mixing(image, encode) for image in inputs.images]
     with wired_memory():
+        mixings = [model.mixing(image, encode) for image in inputs.images]
         if answer is None:
             tokens = []
             for chunk in stream_inputs(model, processor, inputs, cache, options=chosen, features=kept):
@@ -148,7 +148,7 @@ def find_boxes(model: VLM, processor: Processor, image: InputImage) -> np.ndarra
     places = [frame.patches(height, width, vision.patch_size) for frame in rows]
     nowhere = np.full((lead, 4), np.nan)
     found = np.concatenate([part for boxes in places for part in (nowhere, boxes)])
-    whole = model.config.decoder.cross_attention is not None or model.config.decoder.queries is not None
+    whole = model.config.decoder.cross_attention is not None or model.mixes
     return found if whole else join(found, model.sources(image))
 
 

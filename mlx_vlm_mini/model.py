@@ -270,13 +270,18 @@ class VLM(nn.Module):
             x = layer(x, mask=mask, rope=self.decoder.rope, cache=None, attentions=None)
         return self.decoder.norm(x[:, : len(self.query_tokens)])
 
+    @property
+    def mixes(self) -> bool:
+        """Whether an image's slots show mixtures of all its features (`mixing`)."""
+        return self.config.decoder.queries is not None
+
     def mixing(self, image: InputImage, encode: Callable[[InputImage], mx.array] | None = None) -> np.ndarray | None:
         """How an image's slots are mixed of the vision tower's features: float32[tokens, P], rows that sum to 1; None
         where slots show features of their own (`sources`).
 
         Of query tokens it is the mean over heads and layers of what they look at.
         """
-        if self.config.decoder.queries is None:
+        if not self.mixes:
             return None
         looks = Looks(len(self.query_tokens))
         self.query((encode or self.encode)(image), looks=looks)
