@@ -204,7 +204,8 @@ class Walk:
         for x, sample, shown in zip(hidden, self.samples, self.shown, strict=True):
             masks = decoder.masks(sample.length, prefix=sample.start, spans=[image.span for image in shown])
             cache = decoder.show(number, shown, None) if kind == "cross_attention" else None
-            outputs.append(layer(x, mask=masks[kind], rope=decoder.rope, cache=cache, attentions=None))
+            rope = decoder.rope_after(sample.start)
+            outputs.append(layer(x, mask=masks[kind], rope=rope, cache=cache, attentions=None))
             mx.eval(outputs[-1])
         return outputs
 

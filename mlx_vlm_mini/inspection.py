@@ -1,4 +1,5 @@
-"""The inspector: an answer's attention over its images, by self-attention or cross-attention, recorded explicitly.
+"""The inspector: an answer's attention over its images, by self-attention or cross-attention, recorded explicitly;
+where a resampler stands between patches and tokens, through its own attention back to the patches.
 
 Only the answer's queries are computed explicitly, behind a prompt that was read as always; rollout needs those of the
 whole prompt, and keeps of a layer what flowed there from the images. Source of the rollout: Abnar and Zuidema, 2020
@@ -107,7 +108,9 @@ def attend(
             logits, weights = _record(model, inputs, tokens, cache, kept, rows)
     logprobs = logits.astype(mx.float32) - mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
     found = mx.take_along_axis(logprobs, mx.array(tokens)[:, None], axis=-1)[:, 0]
-    cuts = np.cumsum([len(places) for places in boxes])[:-1]
+    mixtures = [model.mixture(image) for image in inputs.images]
+    looks = config.cross_attention is not None
+    cuts = np.cumsum([len(b) if looks else image.tokens for b, image in zip(boxes, inputs.images, strict=True)])[:-1]
     return AnswerAttention(
         prompt=_last_text(messages),
         token_ids=tuple(tokens),
@@ -118,15 +121,20 @@ def attend(
         layers=tuple(layers),
         heads=tuple(heads),
         images=tuple(
-            ImageAttention(weights=own, boxes=places, size=image.size, origin=image.origin)
-            for own, places, image in zip(np.split(weights, cuts, axis=-1), boxes, prepared, strict=True)
+            ImageAttention(
+                weights=own if mixture is None else own @ mixture, boxes=places, size=image.size, origin=image.origin
+            )
+            for own, mixture, places, image in zip(
+                np.split(weights, cuts, axis=-1), mixtures, boxes, prepared, strict=True
+            )
         ),
     )
 
 
 def find_boxes(model: VLM, processor: Processor, image: InputImage) -> np.ndarray:
     """Where in its picture lies what each slot of an image shows: float64[tokens, 4], NaN where that is nowhere. With
-    cross-attention of what each of its keys shows, tile after tile: float64[keys, 4].
+    cross-attention of what each of its keys shows, tile after tile: float64[keys, 4]; with a resampler of what each of
+    the features shows that it mixes: float64[P, 4].
 
     Raises:
         CheckpointError: the image's rows are not those that the processor's settings make.
@@ -142,7 +150,9 @@ def find_boxes(model: VLM, processor: Processor, image: InputImage) -> np.ndarra
     places = [frame.patches(height, width, vision.patch_size) for frame in rows]
     nowhere = np.full((lead, 4), np.nan)
     found = np.concatenate([part for boxes in places for part in (nowhere, boxes)])
-    return join(found, model.sources(image)) if model.config.decoder.cross_attention is None else found
+    if model.config.decoder.cross_attention is not None or model.config.projector.resampler is not None:
+        return found
+    return join(found, model.sources(image))
 
 
 def _choose_layers(config: DecoderConfig, layers: Sequence[int] | None) -> list[int]:

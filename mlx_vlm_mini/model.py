@@ -16,6 +16,7 @@ from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
 from .errors import CheckpointError, PromptError
 from .projector import Projector, pixel_shuffle
+from .resampler import Resampler
 from .tiled_vision import TiledVisionTransformer
 from .vision import VisionTransformer
 
@@ -77,7 +78,8 @@ class VLM(nn.Module):
         self.config = config
         tower = VisionTransformer if config.vision.tiled is None else TiledVisionTransformer
         self.vision: Any = tower(config.vision)
-        self.projector = Projector(config.projector)
+        projector = Projector if config.projector.resampler is None else Resampler
+        self.projector: Any = projector(config.projector)
         self.decoder = Decoder(config.decoder)
         if config.has_newline:
             self.image_newline = mx.zeros(config.decoder.hidden_size)
@@ -153,6 +155,14 @@ class VLM(nn.Module):
             numbers = pixel_shuffle(numbers, self.config.projector.shuffle)
         newline = mx.full(numbers.shape[-1:], -1) if self.config.has_newline else None
         return np.array(self._arrange(numbers, newline, image))
+
+    def mixture(self, image: InputImage) -> np.ndarray | None:
+        """How much each of an image's slots takes from each of the vision tower's features, where a resampler mixes
+        them: float32[tokens, P], rows of sum 1, mean over its heads. None elsewhere, see `sources`."""
+        if self.config.projector.resampler is None:
+            return None
+        features = self.vision(mx.array(image.pixel_values).astype(self.dtype))
+        return np.array(self.projector.weights(features).flatten(0, 1))
 
     def _arrange(self, features: mx.array, newline: mx.array | None, image: InputImage) -> mx.array:
         pinpoints, merge = self.config.image_grid_pinpoints, self.config.tile_merge
