@@ -209,6 +209,17 @@ class Decoder(nn.Module):
         """Rotary positions of a sequence that begins with a prompt of so many tokens."""
         return self.rope.begun(prompt) if isinstance(self.rope, PromptRoPE) else self.rope
 
+    def keeps_keys(self, begun: int | None, held: int, length: int) -> bool:
+        """Whether cached keys are those that a prompt of `length` tokens would give again.
+
+        Args:
+            begun: tokens of the prompt that the cached sequence began with; None where that is not known.
+            held: tokens in the cache.
+        """
+        if begun is not None and isinstance(self.rope, PromptRoPE):
+            return self.rope.step(begun) == self.rope.step(length)
+        return not self.reads_whole(max(held, length))
+
     @property
     def looks_ahead(self) -> bool:
         """Whether the keys of a prompt depend on images that come later (transformers' cross-attention)."""

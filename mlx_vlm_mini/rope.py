@@ -123,6 +123,11 @@ def depends_on_length(config: DecoderConfig, length: int) -> bool:
     return limit is not None and length > limit
 
 
+def turns_while_answering(config: DecoderConfig, length: int) -> bool:
+    """Whether each token of an answer that ends at this length may be turned otherwise than those before it were."""
+    return rope_type(config.rope_scaling) != "prompt_ntk" and depends_on_length(config, length)
+
+
 def longest_context(config: DecoderConfig) -> int:
     """Tokens that a decoder is made for: those of config.json, more where its scaling is `dynamic`."""
     stretch = (config.rope_scaling or {}).get("factor", 1) if rope_type(config.rope_scaling) == "dynamic" else 1
