@@ -4,6 +4,9 @@ Each line is a token in base64 and its rank, which is its id. Of all neighbours 
 rank are joined first. Every way to form a token is listed as a merge of its rank; ways that ranks never lead to do no
 harm, since whatever could be joined to form one was joined otherwise before its turn.
 
+Ids are tiktoken's but where a text has combining marks, in an order that is not NFC's, that are younger than the
+`tokenizers` library's tables of Unicode.
+
 Source: github.com/openai/tiktoken; tokenization_qwen.py of Qwen/Qwen-VL-Chat on the Hub, which is not run.
 """
 
