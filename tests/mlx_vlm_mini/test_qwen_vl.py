@@ -11,18 +11,22 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import PHOTO, SHAPES, check_fields, edit_json
+from click.testing import CliRunner
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from published import QWEN_VL, published
 from qwen_vl_oracle import CONTROLS, TAGS, shapes_of, sincos, train_ranks, write_ranks
 from reference import CORPUS, GOLDEN
 from tokenizers import decoders
 
-from mlx_vlm_mini import Chat, attend, load
+from mlx_vlm_mini import Chat, attend, draw_detections, find_detections, load
 from mlx_vlm_mini.attention import logn_factors
 from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.config import ProjectorConfig, ResamplerConfig
 from mlx_vlm_mini.convert import convert
+from mlx_vlm_mini.draw import COLOURS
 from mlx_vlm_mini.errors import CheckpointError, PromptError, VLMError
 from mlx_vlm_mini.families import qwen_vl
 from mlx_vlm_mini.inspection import find_boxes
@@ -30,6 +34,7 @@ from mlx_vlm_mini.loading import plan, read_config
 from mlx_vlm_mini.ranks import read_tiktoken
 from mlx_vlm_mini.resampler import Resampler
 from mlx_vlm_mini.rope import PromptRoPE
+from mlx_vlm_mini.stream import Options
 from mlx_vlm_mini.tokenizer import TextStream, load_tokenizer
 
 QWEN = GOLDEN / "qwen-vl-chat"
@@ -424,3 +429,68 @@ def test_a_folder_without_generation_config_takes_conversations(copy_of):
     (folder / GENERATION).unlink()
     _, config = read_config(open_checkpoint(folder))
     assert config.prescribed is not None and "<|im_start|>" in config.prescribed.chat_template
+
+
+# Places
+
+
+def places_in(text: str, height: int = 500, width: int = 2000):
+    return [(each.label, each.box, each.corners) for each in find_detections(text, height=height, width=width)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<ref>a dog</ref><box>(100,200),(301,999)</box>", [("a dog", (200, 100, 602, 499), ())]),
+        ("There is <ref> the  cat\n</ref><box>(0,0),(1000,1000)</box>.", [("the cat", (0, 0, 2000, 500), ())]),
+        ("<ref>cups</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>",
+         [("cups", (2, 1, 6, 2), ()), ("cups", (10, 3, 14, 4), ())]),
+        ("<ref>cup</ref><box>(1,2),(3,4)</box> and <box>(5,6),(7,8)</box>",
+         [("cup", (2, 1, 6, 2), ()), ("", (10, 3, 14, 4), ())]),
+        ("<box>(500,500),(100,100)</box>", [("", (1000, 250, 200, 50), ())]),
+        ("<ref>sign</ref><quad>(100,100),(300,200),(250,400),(90,350)</quad>",
+         [("sign", (180, 50, 600, 200), ((200, 50), (600, 100), (500, 200), (180, 175)))]),
+        ("<box>(1,2),(3,1001)</box><box>(1,2)</box><box>1,2,3,4</box><quad>(1,2),(3,4)</quad><box>(1,2),(3,4)", []),
+        ("<ref>only a name</ref>", []),
+        ("<box> (10, 20) , (30, 40) </box>", [("", (20, 10, 60, 20), ())]),
+    ],
+)  # fmt: skip
+def test_places_that_an_answer_names(text, expected):
+    assert places_in(text) == expected
+
+
+@given(st.text(alphabet="<>/refboxquad(),0123456789 ", max_size=80))
+def test_whatever_an_answer_says_is_read(text):
+    for each in find_detections(text, height=30, width=40):
+        left, top, right, bottom = each.box
+        assert 0 <= min(left, right) <= max(left, right) <= 40 and 0 <= min(top, bottom) <= max(top, bottom) <= 30
+
+
+def test_places_are_drawn():
+    white = Image.new("RGB", (200, 100), "white")
+    text = "<ref>a</ref><box>(100,200),(400,800)</box><quad>(600,200),(900,400),(800,900),(550,700)</quad>"
+    found = find_detections(text, height=100, width=200)
+    drawn = np.array(draw_detections(white, found)).astype(int)
+    for place, colour in (((50, 20), COLOURS[0]), ((50, 79), COLOURS[0]), ((30, 150), COLOURS[1])):
+        near = drawn[place[0] - 2 : place[0] + 3, place[1] - 2 : place[1] + 3].reshape(-1, 3)
+        assert (np.abs(near - colour).sum(axis=1) == 0).any(), place
+    assert (drawn[50, 50] == 255).all() and (drawn[50, 145] == 255).all()  # inside they are left alone
+    assert (drawn[85, 185] == 255).all()  # in the box around the corners, outside of them
+
+
+def test_an_answers_places_through_the_command(tmp_path, monkeypatch):
+    """`generate --draw` with a model that is made to say where a dog is."""
+    said = "<ref>dog</ref><box>(100,200),(400,800)</box>"
+    _, processor = load(QWEN)
+    end = processor.tokenizer.token_to_id("<|im_end|>")
+    tokens = iter([*processor.tokenizer.encode(said), end, end])  # one is computed ahead
+    monkeypatch.setattr(Options, "make_sampler", lambda self, size: lambda logprobs: mx.array([next(tokens)]))
+    arguments = ["generate", QWEN, "-i", PHOTO, "-p", "Where is the dog?", "--draw", tmp_path / "out.png", "--json"]
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    width, height = Image.open(PHOTO).size
+    answer = json.loads(done.stdout)
+    box = [int(0.1 * width), int(0.2 * height), int(0.4 * width), int(0.8 * height)]
+    assert answer["text"] == said and answer["finish_reason"] == "stop"
+    assert [(each["label"], each["box"]) for each in answer["detections"]] == [("dog", box)]
+    assert Image.open(tmp_path / "out.png").size == (width, height)
