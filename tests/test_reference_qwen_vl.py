@@ -14,6 +14,8 @@ from qwen_vl_oracle import SPECS, TAGS, WORDS, Oracle, expected_outputs, save
 from reference import CASES, CORPUS, GOLDEN
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.reference
@@ -111,3 +113,18 @@ def test_a_wrong_oracle_is_noticed(tmp_path):
         wrong = Oracle(GOLDEN / "qwen-vl-chat")
         wrong.config[key] = False
         assert np.abs(wrong.answer(case, GOLDEN, 1)["logprobs"] - right).max() > 0.01, key
+
+
+def test_the_towers_fused_rows_are_cut_packed(tmp_path):
+    """Each head's queries, keys and values lie together, quantized as they are."""
+    visual = {**VISUAL, "width": 64, "mlp_ratio": 2.0}
+    config = {**CHAT.config, "visual": visual, "intermediate_size": 128}
+    save(replace(CHAT, config=config, seed=78), tmp_path / "model")
+    report = convert(tmp_path / "model", tmp_path / "out", bits=8, group_size=32, part_bits={"vision": 8})
+    packed = open_checkpoint(tmp_path / "out").tensors
+    assert "transformer.visual.transformer.resblocks.1.attn.in_proj.scales" in packed and not report.preview.skipped
+    (whole, processor), (model, _) = load(tmp_path / "model"), load(tmp_path / "out")
+    (image,) = processor(["What is ", GOLDEN / "photo.jpg", "?"]).images
+    one, other = (np.array(each.encode(image)) for each in (whole, model))
+    cosine = (one * other).sum(-1) / np.linalg.norm(one, axis=-1) / np.linalg.norm(other, axis=-1)
+    assert 0.999 < cosine.min() < 1 - 1e-9

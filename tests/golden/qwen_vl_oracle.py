@@ -12,7 +12,6 @@ nothing here would show it.
 import io
 import json
 import math
-import shutil
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llava_original import regenerate
 from PIL import Image
 from reference import CASES, CORPUS, GOLDEN, STEPS, USUAL
 
@@ -414,17 +414,5 @@ def expected_outputs(name: str, golden: Path = GOLDEN) -> dict[str, np.ndarray]:
     }
 
 
-def regenerate(names: Sequence[str]) -> None:
-    for name in names or SPECS:
-        folder = GOLDEN / name
-        shutil.rmtree(folder, ignore_errors=True)
-        save(SPECS[name], folder)
-        expected = expected_outputs(name)
-        np.savez_compressed(folder / "expected.npz", **expected)
-        print(name, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) // 1024, "KiB")
-        for case in SPECS[name].cases:
-            print("  ", case, len(expected[f"{case}/prompt_ids"]), "tokens ->", *expected[f"{case}/token_ids"])
-
-
 if __name__ == "__main__":
-    regenerate(sys.argv[1:])
+    regenerate(sys.argv[1:], SPECS, save, expected_outputs)
