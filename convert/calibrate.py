@@ -202,7 +202,9 @@ class Walk:
         layer, kind = decoder.layers[number], decoder.config.layer_types[number]
         outputs = []
         for x, sample, shown in zip(hidden, self.samples, self.shown, strict=True):
-            masks = decoder.masks(sample.length, prefix=sample.start, spans=[image.span for image in shown])
+            features = shown[0].features[None] if shown and decoder.config.queries is not None else None
+            spans = [image.span for image in shown]
+            masks = decoder.masks(sample.length, prefix=sample.start, spans=spans, features=features)
             cache = decoder.show(number, shown, None) if kind == "cross_attention" else None
             rope = decoder.rope_after(sample.start)
             outputs.append(layer(x, mask=masks[kind], rope=rope, cache=cache, attentions=None))

@@ -10,7 +10,18 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
-from . import internvl, internvl_chat, llava, llava_next, llava_normed, llava_original, mllama, paligemma, qwen_vl
+from . import (
+    internvl,
+    internvl_chat,
+    llava,
+    llava_next,
+    llava_normed,
+    llava_original,
+    mllama,
+    paligemma,
+    qllama,
+    qwen_vl,
+)
 from .maps import Weights
 
 
@@ -58,6 +69,8 @@ def find_family(hf: Mapping[str, Any]) -> Family:
     model_type = hf.get("model_type")
     if llava_original.is_original(hf):
         return llava_normed if llava_original.has_norm(hf) else llava_original
+    if qllama.is_qllama(hf):
+        return qllama
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         if model_type in ("clip", "vilt"):
             raise CheckpointError(f"config.json says model_type '{model_type}', for which there is mlx-vlm-mini score")

@@ -18,12 +18,14 @@ from mlx_vlm_mini.config import (
     BiasConfig,
     BlindRows,
     BlockConfig,
+    ContrastConfig,
     CrossAttentionConfig,
     DecoderConfig,
     LayerType,
     NormConfig,
     Prescribed,
     ProjectorConfig,
+    QueryConfig,
     ScaleConfig,
     ShuffleConfig,
     TiledConfig,
@@ -186,7 +188,7 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
     "config",
     [
         BlockConfig, TiledConfig, VisionConfig, ShuffleConfig, ProjectorConfig, NormConfig, ScaleConfig, BiasConfig,
-        CrossAttentionConfig, DecoderConfig, Prescribed, VLMConfig,
+        ContrastConfig, CrossAttentionConfig, DecoderConfig, Prescribed, QueryConfig, VLMConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_a_reader_and_towers_stay_small(config):
