@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .scenes import (
+    CLOSE,
     COLORS,
     NUMBERS,
     SHAPES,
@@ -215,6 +216,7 @@ def write_scenes(
     pairs: float = 0.2,
     digits: float = 0.0,
     close: float = 0.0,
+    radii: tuple[float, float] = CLOSE,
     words: int = 60,
     test: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -229,6 +231,7 @@ def write_scenes(
         pairs: share of lines that show two pictures and compare them.
         digits: share of lines that show a handwritten digit; they need scikit-learn.
         close: share of lines that show a lone thing which fills much of its picture.
+        radii: of these things, from the smallest to the largest, in shorter sides of the picture.
         words: of a dialogue, about; 0 leaves one question alone, of a scene the description.
         test: one question a line, with its kind, as `eval` wants it, the kinds of one picture equally often, and digits
             that training never sees. Else many questions in one dialogue, as training wants it: what is scarce there
@@ -239,7 +242,7 @@ def write_scenes(
     with (folder / "scenes.jsonl").open("w", encoding="utf-8") as lines:
         for number in range(first, first + count):
             rng = np.random.default_rng([seed, number])
-            line = _line(rng, folder, f"images/{number:06}", most, pairs, digits, close, None if test else words)
+            line = _line(rng, folder, f"images/{number:06}", most, pairs, digits, close, radii, None if test else words)
             lines.write(json.dumps(line) + "\n")
             if progress is not None:
                 progress(number + 1 - first, count)
@@ -253,6 +256,7 @@ def _line(
     pairs: float,
     digits: float,
     close: float,
+    radii: tuple[float, float],
     words: int | None,
 ) -> dict[str, Any]:
     asker, sort = Asker(rng), rng.random()
@@ -260,7 +264,7 @@ def _line(
         digit = random_digit(rng, held_out=words is None)
         pictures, asked = [draw_digit(digit, rng)], asker.digit(digit)
     elif sort > 1 - close:
-        scene = random_close_up(rng)
+        scene = random_close_up(rng, radii=radii)
         pictures, asked = [draw(scene, rng)], asker.about_close_up(scene)
     else:
         scenes = [random_scene(rng, most=most) for _ in range(1 + (sort < digits + pairs))]

@@ -10,7 +10,18 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
-from . import internvl, internvl_chat, llava, llava_next, llava_normed, llava_original, mllama, paligemma, qllama
+from . import (
+    internvl,
+    internvl_chat,
+    llava,
+    llava_next,
+    llava_normed,
+    llava_original,
+    mllama,
+    paligemma,
+    qllama,
+    qwen_vl,
+)
 from .maps import Weights
 
 
@@ -45,6 +56,7 @@ FAMILIES: dict[str, Family] = {
     "llava_next": llava_next,
     "mllama": mllama,
     "paligemma": paligemma,
+    "qwen": qwen_vl,
 }
 
 
