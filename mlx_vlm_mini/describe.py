@@ -10,6 +10,7 @@ from .checkpoint import Checkpoint
 from .config import VLMConfig
 from .families import Family
 from .loading import find_image_settings, load_processor, plan, read_config
+from .splits import LONGEST, Splits, choose_split
 from .tiles import Tiles, count_tiles
 from .weights import rename
 
@@ -117,6 +118,12 @@ def _tokens_of_image(checkpoint: Checkpoint, family: Family, config: VLMConfig) 
 def _tokens_of_tiles(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> dict[str, int]:
     """Tokens of a tile and of the longest image, where the image settings say how one is cut."""
     settings = find_image_settings(checkpoint.folder, family, config)
+    if settings is not None and isinstance(settings.tiling, Splits):
+        square = (settings.tiling.longest_edge or LONGEST,) * 2
+        tokens, (rows, columns) = (
+            family.image_text(config, settings, "\0", square).count("\0"), choose_split(square, settings.tiling)
+        )  # fmt: skip
+        return {"tile_tokens": tokens // (rows * columns + (rows * columns > 1)), "max_image_tokens": tokens}
     if settings is None or not isinstance(settings.tiling, Tiles):
         return {}
     tower = (1, settings.tiling.max_tiles)  # an image of this shape gets as many tiles as there may be

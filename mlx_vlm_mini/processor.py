@@ -15,6 +15,7 @@ from .image import ImageSource, Picture, open_image, read_image
 from .model import InputImage, Inputs
 from .preprocess import ImageSettings
 from .prompt import ChatTemplate, Message, Prompt, images_of, to_messages
+from .splits import Splits
 from .tiles import Tiles
 from .tokenizer import Tokenizer
 
@@ -87,6 +88,13 @@ class Processor:
             CheckpointError: the family does not cut images so, or the limits make no sense.
         """
         tiles = None if self.image_settings is None else self.image_settings.tiling
+        if self.image_settings is not None and isinstance(tiles, Splits):
+            if fewest is not None:
+                raise CheckpointError(
+                    f"family '{self.config.family}' has no least number of tiles: leave --min-tiles (min_tiles) out"
+                )
+            self.image_settings = replace(self.image_settings, tiling=replace(tiles, max_tiles=most))
+            return
         if self.image_settings is None or not isinstance(tiles, Tiles):
             raise CheckpointError(f"family '{self.config.family}' has no limits of tiles: leave them out")
         tiles = replace(

@@ -10,7 +10,7 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
-from . import internvl, internvl_chat, llava, llava_next, llava_normed, llava_original, mllama, paligemma
+from . import idefics3, internvl, internvl_chat, llava, llava_next, llava_normed, llava_original, mllama, paligemma
 from .maps import Weights
 
 
@@ -37,6 +37,7 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
+    "idefics3": idefics3,
     "internvl": internvl,
     "internvl_chat": internvl_chat,
     "llava": llava,
@@ -45,6 +46,7 @@ FAMILIES: dict[str, Family] = {
     "llava_next": llava_next,
     "mllama": mllama,
     "paligemma": paligemma,
+    "smolvlm": idefics3,
 }
 
 

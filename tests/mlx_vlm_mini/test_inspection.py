@@ -19,7 +19,7 @@ from mlx_vlm_mini.inspection import _record, _Rows, encode_answer
 from mlx_vlm_mini.prompt import to_messages
 
 FAMILIES = (
-    "llava-clip-llama", "llava-clip-mistral", "llava-next-clip-mistral", "internvl-qwen2", "internvl-chat-phi3",
+    "llava-clip-llama", "llava-clip-mistral", "llava-next-clip-mistral", "internvl-qwen2", "internvl-chat-phi3", "idefics3-words",
     "llava-original-v0", "paligemma2-gemma2",
 )  # fmt: skip
 ROPES = [
