@@ -13,6 +13,7 @@ from mlx.utils import tree_map, tree_unflatten
 
 from mlx_vlm_mini.cross_attention import ShownImage
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.image_blocks import ImageBlock
 from mlx_vlm_mini.loading import Plan
 from mlx_vlm_mini.model import Inputs
 from mlx_vlm_mini.processor import Processor
@@ -146,6 +147,7 @@ class Walk:
         self.dtype = dtype
         self.hidden: list[mx.array] = []
         self.shown: list[list[ShownImage]] = []
+        self.blocks: list[list[ImageBlock]] = []
         self._say = say or (lambda _: None)
 
     def load_front(self) -> None:
@@ -157,10 +159,12 @@ class Walk:
     def enter(self) -> list[mx.array]:
         """What the first layer reads of each sample; what cross-attention layers look at becomes `shown`."""
         model, embedded = self.plan.model, []
-        self.shown = []
+        self.shown, self.blocks = [], []
         for sample in self.samples:
             embedded.append(model.embed(sample.inputs))
-            self.shown.append(model.show(sample.inputs))
+            images = model.show(sample.inputs)
+            self.shown.append([image for image in images if isinstance(image, ShownImage)])
+            self.blocks.append([image for image in images if isinstance(image, ImageBlock)])
             mx.eval(embedded[-1])
         return embedded
 
@@ -201,10 +205,11 @@ class Walk:
         decoder = self.plan.model.decoder
         layer, kind = decoder.layers[number], decoder.config.layer_types[number]
         outputs = []
-        for x, sample, shown in zip(hidden, self.samples, self.shown, strict=True):
-            masks = decoder.masks(sample.length, prefix=sample.start, spans=[image.span for image in shown])
+        for x, sample, shown, blocks in zip(hidden, self.samples, self.shown, self.blocks, strict=True):
+            spans = [image.span for image in shown]
+            masks = decoder.masks(sample.length, prefix=sample.start, spans=spans, blocks=blocks)
             cache = decoder.show(number, shown, None) if kind == "cross_attention" else None
-            outputs.append(layer(x, mask=masks[kind], rope=decoder.rope, cache=cache, attentions=None))
+            outputs.append(layer(x, mask=masks[kind], rope=decoder.rope_of(kind), cache=cache, attentions=None))
             mx.eval(outputs[-1])
         return outputs
 

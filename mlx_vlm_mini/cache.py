@@ -52,7 +52,7 @@ def make_cache(model: VLM, *, kv_bits: int | None = None, rotate: int | None = N
     if rotate is not None:
         if rotate <= 2 * KEEP:
             raise PromptError(f"rotate must be more than {2 * KEEP} tokens, not {rotate}")
-        if config.prefix_lm or "sliding_attention" in config.layer_types:
+        if config.two_way != "nothing" or "sliding_attention" in config.layer_types:
             own = "reads a prompt both ways" if config.prefix_lm else "has layers with a window of their own"
             raise PromptError(f"family '{model.config.family}' {own}, which no rotating cache fits: leave rotate out")
         return model.cache_of(lambda: caches.RotatingKVCache(max_size=rotate, keep=KEEP))

@@ -16,6 +16,7 @@ from .activation import ACTIVATIONS
 from .attention import Attention, Mask, Recorder
 from .config import DecoderConfig, LayerType
 from .cross_attention import CrossAttention, ImageCache, ShownImage, Sight, Span, look
+from .image_blocks import ImageBlock, block_mask
 from .rope import depends_on_length, make_rope
 
 
@@ -74,11 +75,12 @@ class OffsetRMSNorm(nn.Module):
         return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
 
 
-def make_norm(config: DecoderConfig) -> nn.Module:
-    norms = config.norms
+def make_norm(config: DecoderConfig, width: int | None = None) -> nn.Module:
+    """A norm of vectors of the hidden size, or of another width."""
+    norms, width = config.norms, width or config.hidden_size
     if norms.rms_norm_offset:
-        return OffsetRMSNorm(config.hidden_size, eps=norms.rms_norm_eps, offset=norms.rms_norm_offset)
-    return nn.RMSNorm(config.hidden_size, eps=norms.rms_norm_eps)
+        return OffsetRMSNorm(width, eps=norms.rms_norm_eps, offset=norms.rms_norm_offset)
+    return nn.RMSNorm(width, eps=norms.rms_norm_eps)
 
 
 class MLP(nn.Module):
@@ -108,8 +110,10 @@ class DecoderLayer(nn.Module):
             o_bias=config.biases.o_bias,
             scale=(config.scales.query_pre_attn_scalar or config.head_dim) ** -0.5,
             softcap=config.scales.attn_logit_softcapping,
-            qk_norm=(config.head_dim, config.norms.rms_norm_eps) if config.norms.qk_norm else None,
         )
+        if config.norms.qk_norm:
+            self.self_attn.q_norm = make_norm(config, config.head_dim)
+            self.self_attn.k_norm = make_norm(config, config.head_dim)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
@@ -189,6 +193,8 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = make_rope(config)
+        if config.sliding_rope_theta is not None:
+            self.sliding_rope = make_rope(config, config.sliding_rope_theta)
 
     def embed(self, input_ids: mx.array) -> mx.array:
         """int[B, L] -> float[B, L, C]: the tokens' embeddings, scaled where the config says so."""
@@ -196,6 +202,10 @@ class Decoder(nn.Module):
         embeddings = self.embed_tokens(input_ids).astype(self.norm.weight.dtype)
         scale = self.config.scales.embed_scale
         return embeddings if scale == 1 else embeddings * mx.array(scale, dtype=embeddings.dtype)
+
+    def rope_of(self, kind: LayerType) -> Any:
+        """Rotary positions of a kind of layers."""
+        return self.sliding_rope if kind == "sliding_attention" and "sliding_rope" in self else self.rope
 
     def reads_whole(self, length: int) -> bool:
         """Whether the keys of a prompt of this length depend on all of it.
@@ -218,7 +228,13 @@ class Decoder(nn.Module):
         return cache
 
     def masks(
-        self, length: int, offset: int = 0, prefix: int | None = None, spans: Sequence[Span] = (), whole: bool = False
+        self,
+        length: int,
+        offset: int = 0,
+        prefix: int | None = None,
+        spans: Sequence[Span] = (),
+        whole: bool = False,
+        blocks: Sequence[ImageBlock] = (),
     ) -> dict[LayerType, Any]:
         """What `length` tokens after `offset` cached ones may look at, by kind of layer: a `Mask`, of cross-attention
         layers a `Sight` or None.
@@ -226,7 +242,13 @@ class Decoder(nn.Module):
         Args:
             prefix: as in a call.
             spans, whole: see `look`.
+            blocks: images whose tokens see one another; none of them begins in these tokens and ends behind them.
         """
+        if any(block.end > offset and block.start < offset + length for block in blocks):
+            return {
+                "full_attention": block_mask(length, offset, None, blocks),
+                "sliding_attention": block_mask(length, offset, self.config.sliding_window, blocks),
+            }
         if not self.config.prefix_lm:
             prefix = 0
         elif prefix is None:
@@ -243,7 +265,7 @@ class Decoder(nn.Module):
         cache: Sequence[Any] | None = None,
         attentions: Recorder | None = None,
         prefix: int | None = None,
-        images: Sequence[ShownImage] = (),
+        images: Sequence[ShownImage | ImageBlock] = (),
     ) -> mx.array:
         """Run the layers and the final norm; `logits` turns rows of the result into scores.
 
@@ -255,26 +277,29 @@ class Decoder(nn.Module):
                 in cross-attention layers the keys of all images.
             prefix: tokens of the sequence's beginning that see one another, where the config says `prefix_lm`. By
                 default those of the call that begins the sequence.
-            images: new ones, for cross-attention layers; also those whose tokens only later calls read.
+            images: new ones, for cross-attention layers; also those whose tokens only later calls read. Or images
+                whose tokens see one another, none of which is read in two calls.
 
         Returns:
             float[B, L, C].
         """
         caches: list[Any] = [None] * len(self.layers) if cache is None else list(cache)
         spans: tuple[Span, ...] = ()
+        shown = [image for image in images if isinstance(image, ShownImage)]
+        blocks = [image for image in images if isinstance(image, ImageBlock)]
         for number, kind in enumerate(self.config.layer_types):
             if kind == "cross_attention":
-                caches[number] = self.show(number, images, caches[number])
+                caches[number] = self.show(number, shown, caches[number])
                 spans = caches[number].spans
         first = next(each for each in caches if not isinstance(each, ImageCache))  # all are as long
         offset = 0 if first is None else first.offset
-        masks = self.masks(embeddings.shape[1], offset, prefix, spans, attentions is not None)
+        masks = self.masks(embeddings.shape[1], offset, prefix, spans, attentions is not None, blocks)
         if hasattr(first, "max_size"):
             rotating = rotating_mask(embeddings.shape[1], offset, first.max_size, first.keep)
             masks |= {"full_attention": rotating, "sliding_attention": rotating}
         x = embeddings
         for layer, kind, layer_cache in zip(self.layers, self.config.layer_types, caches, strict=True):
-            x = layer(x, mask=masks[kind], rope=self.rope, cache=layer_cache, attentions=attentions)
+            x = layer(x, mask=masks[kind], rope=self.rope_of(kind), cache=layer_cache, attentions=attentions)
         return self.norm(x)
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -65,6 +65,8 @@ def describe(
         image_tokens = {"image_tokens": 1, "tile_keys": vision.num_features, "max_tiles": vision.tiled.max_tiles}
     elif config.projector.shuffle is not None:
         image_tokens = _tokens_of_tiles(checkpoint, family, config)
+    elif config.projector.pool is not None:
+        image_tokens = {"image_tokens": config.tokens_of_row}
     elif pinpoints is None:
         image_tokens = {"image_tokens": _tokens_of_image(checkpoint, family, config)}
     else:  # most where an image fills its tiles

@@ -15,6 +15,8 @@ from .config import VLMConfig
 from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
 from .errors import CheckpointError, PromptError
+from .image_blocks import ImageBlock, find_blocks
+from .pooling import PooledProjector
 from .projector import Projector, pixel_shuffle
 from .tiled_vision import TiledVisionTransformer
 from .vision import VisionTransformer
@@ -77,7 +79,8 @@ class VLM(nn.Module):
         self.config = config
         tower = VisionTransformer if config.vision.tiled is None else TiledVisionTransformer
         self.vision: Any = tower(config.vision)
-        self.projector = Projector(config.projector)
+        projector = Projector if config.projector.pool is None else PooledProjector
+        self.projector: Any = projector(config.projector)
         self.decoder = Decoder(config.decoder)
         if config.has_newline:
             self.image_newline = mx.zeros(config.decoder.hidden_size)
@@ -149,8 +152,8 @@ class VLM(nn.Module):
         """
         count = self.config.vision.features_at(image.pixel_values.shape[1])
         numbers = mx.arange(image.rows * count).reshape(image.rows, count, 1)
-        if self.config.projector.shuffle is not None:
-            numbers = pixel_shuffle(numbers, self.config.projector.shuffle)
+        if self.config.projector.joined is not None:
+            numbers = pixel_shuffle(numbers, self.config.projector.joined)
         newline = mx.full(numbers.shape[-1:], -1) if self.config.has_newline else None
         return np.array(self._arrange(numbers, newline, image))
 
@@ -223,12 +226,14 @@ class VLM(nn.Module):
 
     def show(
         self, inputs: Inputs, start: int = 0, encode: Callable[[InputImage], mx.array] | None = None
-    ) -> list[ShownImage]:
-        """What cross-attention layers look at of the images whose tokens stand at `start` or behind; nothing where
-        there are no such layers. Arguments and errors as of `embed`."""
+    ) -> list[ShownImage | ImageBlock]:
+        """What cross-attention layers look at of the images whose tokens stand at `start` or behind, or where those
+        tokens are that see one another; else nothing. Arguments and errors as of `embed`."""
+        if self.config.decoder.two_way == "images":
+            return [*find_blocks(inputs.slots, start)]
         if self.config.decoder.cross_attention is None:
             return []
-        shown = []
+        shown: list[ShownImage | ImageBlock] = []
         for position, image in zip(np.flatnonzero(inputs.slots).tolist(), inputs.images, strict=True):
             if position >= start:
                 features = (encode or self.encode)(image)

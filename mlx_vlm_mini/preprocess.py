@@ -14,12 +14,13 @@ from PIL import Image
 
 from .anyres import Tiling, cut_frames, read_pinpoints
 from .canvas import Canvas, canvas_frames
+from .crops import Crops, crop_frames
 from .errors import CheckpointError, ImageError
 from .places import Frame
 from .splits import Splits, split_frames
 from .tiles import Tiles, tile_frames
 
-Cuts = Tiling | Tiles | Canvas | Splits
+Cuts = Tiling | Tiles | Canvas | Splits | Crops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5),
         "max_image_size": {"longest_edge": 364}, "do_image_splitting": True,
     },
+    "Gemma3": {
+        **_CLIP_DEFAULTS, "size": {"height": 224, "width": 224}, "do_center_crop": False, "crop_size": None,
+        "resample": 2, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), "do_pan_and_scan": False,
+        "pan_and_scan_min_crop_size": 256, "pan_and_scan_max_num_crops": 4,
+        "pan_and_scan_min_ratio_to_activate": 1.2,
+    },
     "InternVLChat": {  # no class of transformers: what the family's own code does, by the names of GotOcr2's settings
         **_CLIP_DEFAULTS, "size": {"height": 448, "width": 448}, "do_center_crop": False, "crop_size": None,
         "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
@@ -83,7 +90,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _DEFAULTS["SmolVLM"] = _DEFAULTS["Idefics3"]
 TILINGS: dict[str, type[Cuts]] = {
     "LlavaNext": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas, "Idefics3": Splits,
-    "SmolVLM": Splits,
+    "SmolVLM": Splits, "Gemma3": Crops,
 }  # fmt: skip
 """Image processors that cut an image, and how."""
 
@@ -128,6 +135,7 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         "Mllama": _canvas,
         "Idefics3": _splits,
         "SmolVLM": _splits,
+        "Gemma3": _crops,
     }
     return ImageSettings(
         size=_as_size(values["size"], square=False) if values["do_resize"] and resized else None,
@@ -190,6 +198,14 @@ def _splits(values: Mapping[str, Any]) -> Splits:
         raise CheckpointError(f"preprocessor_config.json: tiles of {tile} pixels a side are too large")
     split = bool(values["do_image_splitting"])
     return Splits(tile_size=tile, longest_edge=longest if values["do_resize"] else None, split=split)
+
+
+def _crops(values: Mapping[str, Any]) -> Crops:
+    return Crops(
+        min_size=values["pan_and_scan_min_crop_size"],
+        min_ratio=_as_number(values["pan_and_scan_min_ratio_to_activate"], "pan_and_scan_min_ratio_to_activate"),
+        max_crops=values["pan_and_scan_max_num_crops"] if values["do_pan_and_scan"] else 1,
+    )
 
 
 def _as_size(size: Any, *, square: bool) -> Mapping[str, int]:
@@ -260,6 +276,8 @@ def frames(size: tuple[int, int], settings: ImageSettings) -> list[Frame]:
         pieces = canvas_frames(size, settings.tiling)
     elif isinstance(settings.tiling, Splits):
         pieces = split_frames(size, settings.tiling)
+    elif isinstance(settings.tiling, Crops):
+        pieces = crop_frames(size, settings.tiling)
     return [_frame(frame, height, width, settings) for frame, (height, width) in pieces]
 
 

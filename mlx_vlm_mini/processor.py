@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from .config import VLMConfig
+from .crops import Crops
 from .errors import CheckpointError, PromptError
 from .families import Family
 from .image import ImageSource, Picture, open_image, read_image
@@ -79,7 +80,7 @@ class Processor:
             wanted = named or config.image_token_id
             raise CheckpointError(f"config.json gives images the token {wanted}, which the tokenizer does not have")
         self.image_token, self.image_token_id = token, token_id
-        self.chat_template = ChatTemplate(chat_template, tokenizer.special_tokens, token)
+        self.chat_template = ChatTemplate(chat_template, tokenizer.special_tokens, config.image_place or token)
 
     def limit_tiles(self, fewest: int | None = None, most: int | None = None) -> None:
         """Cut images into other numbers of tiles than the checkpoint says; None leaves a limit as it is.
@@ -88,12 +89,15 @@ class Processor:
             CheckpointError: the family does not cut images so, or the limits make no sense.
         """
         tiles = None if self.image_settings is None else self.image_settings.tiling
-        if self.image_settings is not None and isinstance(tiles, Splits):
+        if self.image_settings is not None and isinstance(tiles, Splits | Crops):
             if fewest is not None:
                 raise CheckpointError(
                     f"family '{self.config.family}' has no least number of tiles: leave --min-tiles (min_tiles) out"
                 )
-            self.image_settings = replace(self.image_settings, tiling=replace(tiles, max_tiles=most))
+            limited: Splits | Crops = tiles
+            if most is not None:
+                limited = replace(tiles, max_crops=most) if isinstance(tiles, Crops) else replace(tiles, max_tiles=most)
+            self.image_settings = replace(self.image_settings, tiling=limited)
             return
         if self.image_settings is None or not isinstance(tiles, Tiles):
             raise CheckpointError(f"family '{self.config.family}' has no limits of tiles: leave them out")

@@ -160,8 +160,8 @@ class Trainer:
             raise CheckpointError(f"family '{model.config.family}' joins image features, which cannot be trained yet")
         if model.config.decoder.cross_attention is not None:
             raise CheckpointError(f"family '{model.config.family}' has cross-attention, which cannot be trained yet")
-        if model.config.decoder.prefix_lm:
-            raise CheckpointError(f"family '{model.config.family}' is a prefix-LM, which cannot be trained yet")
+        if model.config.decoder.two_way != "nothing":
+            raise CheckpointError(f"family '{model.config.family}' sees later tokens, too, which cannot be trained yet")
         self.model, self.processor, self.settings = model, processor, settings
         self.examples, self.valid = examples, valid
         self.folder = folder

@@ -12,14 +12,23 @@ from typing import Any, Literal
 from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation
-from .decoder import BiasConfig, BlindRows, CrossAttentionConfig, DecoderConfig, LayerType, NormConfig, ScaleConfig
-from .projector import ProjectorConfig, ShuffleConfig
+from .decoder import (
+    BiasConfig,
+    BlindRows,
+    CrossAttentionConfig,
+    DecoderConfig,
+    LayerType,
+    NormConfig,
+    ScaleConfig,
+    TwoWay,
+)
+from .projector import PoolConfig, ProjectorConfig, ShuffleConfig
 from .vision import MOST_TILES, BlockConfig, TiledConfig, VisionConfig, VisionNorm
 
 __all__ = [
     "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "CrossAttentionConfig", "DecoderConfig",
-    "LayerType", "NormConfig", "Prescribed", "ProjectorConfig", "ScaleConfig", "ShuffleConfig", "TileMerge",
-    "TiledConfig", "VLMConfig", "VisionConfig", "VisionNorm",
+    "LayerType", "NormConfig", "PoolConfig", "Prescribed", "ProjectorConfig", "ScaleConfig", "ShuffleConfig",
+    "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "VisionNorm",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
@@ -61,6 +70,8 @@ class VLMConfig:
     behind each; `unpad_floor` the same with what is shown rounded down, as the original LLaVA does; `grid` as rows of
     the whole grid; `flat` tile by tile."""
     prescribed: Prescribed | None = None
+    image_place: str | None = None
+    """What the chat template writes where an image stands; None: the image token."""
 
     def __post_init__(self) -> None:
         patches = (self.vision.image_size // self.vision.patch_size) ** 2
@@ -81,6 +92,12 @@ class VLMConfig:
             )
         if (self.vision.tiled is None) != (self.decoder.cross_attention is None):
             raise CheckpointError("config.json: a tower of tiles and cross-attention are supported together only")
+
+    @property
+    def tokens_of_row(self) -> int:
+        """Embeddings of a row of pixels, of the tower's own size."""
+        joined = self.projector.joined
+        return self.vision.num_features // (1 if joined is None else joined.factor**2)
 
     @property
     def has_newline(self) -> bool:

@@ -10,6 +10,7 @@ from .checks import Activation, check_flags, check_multiple, check_positive, che
 
 LayerType = Literal["full_attention", "sliding_attention", "cross_attention"]
 BlindRows = Literal["zero", "attend"]
+TwoWay = Literal["nothing", "prompt", "images"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +100,22 @@ class DecoderConfig:
     sliding_window: int | None
     """Keys that a `sliding_attention` layer sees, the query's own among them."""
     tie_word_embeddings: bool
-    prefix_lm: bool
-    """The prompt's tokens see one another, later ones too; what follows it is causal."""
+    two_way: TwoWay
+    """What sees later tokens of its kind, too, all else being causal: the tokens of the prompt (PaliGemma), or of an
+    image those of the same one (Gemma 3)."""
     cross_attention: CrossAttentionConfig | None = None
     """Image embeddings do not enter the sequence: layers of a type of their own read them. None: there are none."""
+    sliding_rope_theta: float | None = None
+    """Base of the `sliding_attention` layers' own, unscaled rotary positions (Gemma 3); None: all have the same."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         check_sizes(self, "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")
         check_positive(self, "rope_theta")
-        check_flags(self, "tie_word_embeddings", "prefix_lm")
+        check_flags(self, "tie_word_embeddings")
+        check_positive(self, *(["sliding_rope_theta"] if self.sliding_rope_theta is not None else []))
+        if self.two_way not in get_args(TwoWay):
+            raise CheckpointError(f"config.json: unknown two_way {self.two_way!r}")
         check_multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim % 2:
             raise CheckpointError(f"config.json: rotary positions need an even head_dim, not {self.head_dim}")
@@ -127,6 +134,11 @@ class DecoderConfig:
             raise CheckpointError("config.json: a decoder needs a layer that reads text")
         if self.cross_attention is not None and self.tie_word_embeddings:
             raise CheckpointError("config.json: the head cannot be tied to an embedding with spare rows")
+
+    @property
+    def prefix_lm(self) -> bool:
+        """Whether the whole prompt sees itself."""
+        return self.two_way == "prompt"
 
     @property
     def num_embeddings(self) -> int:

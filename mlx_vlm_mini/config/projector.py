@@ -20,6 +20,18 @@ class ShuffleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """Means of squares of `factor` x `factor` neighbouring features (Gemma 3), an RMS norm, a matrix; `pooling.py`."""
+
+    factor: int
+    norm_offset: float
+    """As the decoder's `rms_norm_offset`."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "factor")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
     """Image features to decoder embeddings: `num_layers` linear layers with an activation between them.
 
@@ -34,6 +46,8 @@ class ProjectorConfig:
     bias: bool
     shuffle: ShuffleConfig | None = None
     norm_eps: float | None = None
+    pool: PoolConfig | None = None
+    """In place of all that; one layer."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "input_size", "hidden_size", *(["num_layers"] if self.num_layers != 0 else []))
@@ -43,3 +57,8 @@ class ProjectorConfig:
                 f"config.json: features of {self.input_size} numbers are no embeddings of {self.hidden_size}: "
                 "a projector is needed"
             )
+
+    @property
+    def joined(self) -> ShuffleConfig | None:
+        """Which features become one embedding, shuffled or averaged; None: each is one."""
+        return self.shuffle if self.pool is None else ShuffleConfig(factor=self.pool.factor, transposed=False)

@@ -10,7 +10,18 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
-from . import idefics3, internvl, internvl_chat, llava, llava_next, llava_normed, llava_original, mllama, paligemma
+from . import (
+    gemma3,
+    idefics3,
+    internvl,
+    internvl_chat,
+    llava,
+    llava_next,
+    llava_normed,
+    llava_original,
+    mllama,
+    paligemma,
+)
 from .maps import Weights
 
 
@@ -37,6 +48,7 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
+    "gemma3": gemma3,
     "idefics3": idefics3,
     "internvl": internvl,
     "internvl_chat": internvl_chat,

@@ -92,8 +92,8 @@ def pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
 
 
 def image_text(config: VLMConfig, settings: ImageSettings, image_token: str, size: tuple[int, int]) -> str:
-    assert isinstance(settings.tiling, Splits) and config.projector.shuffle is not None
-    tile = image_token * (config.vision.num_features // config.projector.shuffle.factor**2)
+    assert isinstance(settings.tiling, Splits)
+    tile = image_token * config.tokens_of_row
     rows, columns = choose_split(size, settings.tiling)
     whole = f"{_AROUND}<global-img>{tile}{_AROUND}"
     if rows * columns == 1:

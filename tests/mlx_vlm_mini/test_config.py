@@ -22,11 +22,13 @@ from mlx_vlm_mini.config import (
     DecoderConfig,
     LayerType,
     NormConfig,
+    PoolConfig,
     Prescribed,
     ProjectorConfig,
     ScaleConfig,
     ShuffleConfig,
     TiledConfig,
+    TwoWay,
     VisionConfig,
     VisionNorm,
     VLMConfig,
@@ -185,7 +187,7 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
 @pytest.mark.parametrize(
     "config",
     [
-        BlockConfig, TiledConfig, VisionConfig, ShuffleConfig, ProjectorConfig, NormConfig, ScaleConfig, BiasConfig,
+        BlockConfig, TiledConfig, VisionConfig, ShuffleConfig, PoolConfig, ProjectorConfig, NormConfig, ScaleConfig, BiasConfig,
         CrossAttentionConfig, DecoderConfig, Prescribed, VLMConfig,
     ],
 )  # fmt: skip
@@ -200,7 +202,13 @@ def test_every_field_has_a_reader_and_towers_stay_small(config):
 
 def test_every_literal_has_a_user():
     families = "".join(file.read_text() for file in (PACKAGE / "families").glob("*.py"))
-    known = {*get_args(Activation), *get_args(BlindRows), *get_args(LayerType), *get_args(VisionNorm)}
+    known = {
+        *get_args(Activation),
+        *get_args(BlindRows),
+        *get_args(LayerType),
+        *get_args(TwoWay),
+        *get_args(VisionNorm),
+    }
     values = known - {"relu"}  # of models composed and trained here
     assert [value for value in sorted(values) if f'"{value}"' not in families] == []
     assert set(ACTIVATIONS) == set(get_args(Activation)) and set(NORMS) == set(get_args(VisionNorm))

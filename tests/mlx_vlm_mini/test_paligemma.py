@@ -130,7 +130,7 @@ CHANGES = {
     "final_logit_softcapping": lambda decoder: {"scales": replace(decoder.scales, final_logit_softcapping=None)},
     "rms_norm_offset": lambda decoder: {"norms": replace(decoder.norms, rms_norm_offset=0.9)},
     "sliding_window": lambda decoder: {"sliding_window": 100},
-    "prefix_lm": lambda decoder: {"prefix_lm": False},
+    "two_way": lambda decoder: {"two_way": "nothing"},
 }
 
 

@@ -28,6 +28,7 @@ LAYOUTS = {  # golden, changes to its config, changes to its image settings
     "grid": ("llava-original-v1.6-mistral", {"tile_merge": "grid"}, {}),
     "flat": ("llava-original-v1.6-mistral", {"tile_merge": "flat"}, {}),
     "tiles, shuffled, thumbnail": ("internvl-qwen2", {}, {}),
+    "averaged crops": ("gemma3-crops", {}, {}),
     "split, the whole behind": ("idefics3-words", {}, {}),
     "split at its own size": (
         "idefics3-markers",

@@ -6,7 +6,7 @@ convert_colpali_weights_to_hf.py; LLaVA-NeXT's token ids and vocabularies (the d
 to a multiple of 64) from convert_llava_next_weights_to_hf.py; PaliGemma 2 from convert_paligemma2_weights_to_hf.py; sizes of
 Vicuna-13B, Mistral-7B, Yi-34B and Llama-3-8B from copies of their configs; Llama 3.2 Vision from sku_list.py of
 meta-llama/llama-models and convert_mllama_weights_to_hf.py of transformers; SmolVLM-256M and SmolVLM2-500M from copies of their
-configs in public repositories' tests, SmolVLM 2.2B and Idefics3-8B from memory. None was downloaded from the Hub itself.
+configs in public repositories' tests, as Gemma 3 4B and 27B, SmolVLM 2.2B, Idefics3-8B and Gemma 3 12B from memory. None was downloaded from the Hub itself.
 """
 
 from math import prod
@@ -159,6 +159,30 @@ def _smolvlm(name: str, model_type: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+GEMMA3: dict[str, dict[str, Any]] = {
+    "4b": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34},
+    "12b": {
+        "hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+    },
+    "27b": {
+        "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32,
+        "num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168,
+    },
+}  # fmt: skip
+
+
+def _gemma3(text: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model_type": "gemma3", "boi_token_index": 255999, "eoi_token_index": 256000, "image_token_index": 262144,
+        "mm_tokens_per_image": 256,
+        "text_config": {
+            "model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024, **text,
+        },
+        "vision_config": {**SIGLIP_SO400M, "image_size": 896},
+    }  # fmt: skip
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": _llava("llava", VICUNA_7B, pad_token_id=32001),
     "llava-hf/llava-1.5-13b-hf": _llava("llava", VICUNA_13B, pad_token_id=32001),
@@ -187,6 +211,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         for name, sizes in GEMMA2.items()
         for side in (224, 448, 896)
     },
+    **{f"google/gemma-3-{name}-it": _gemma3(text) for name, text in GEMMA3.items()},
     "meta-llama/Llama-3.2-11B-Vision": _mllama(LLAMA32_11B, 448),
     "meta-llama/Llama-3.2-11B-Vision-Instruct": _mllama(LLAMA32_11B, 560),
     "meta-llama/Llama-3.2-90B-Vision-Instruct": _mllama(LLAMA32_90B, 560),
@@ -225,7 +250,7 @@ def image_tokens(config: VLMConfig) -> str:
     if config.projector.shuffle is not None:  # of a square of 4 x 4 tiles, as their image processors say, and the whole
         return f"up to {17 * vision.num_features // config.projector.shuffle.factor**2:,}"
     if config.image_grid_pinpoints is None:
-        return f"{vision.num_features:,}"
+        return f"{config.tokens_of_row:,}"
     side = vision.image_size // vision.patch_size
     counts = [
         count_tokens(size, [size], tile_size=vision.image_size, side=side) for size in config.image_grid_pinpoints
