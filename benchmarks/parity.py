@@ -40,6 +40,8 @@ from reference import (
     hub_names,
     old_rope_keys,
     save,
+    sparse_gemma3,
+    sparse_idefics3,
 )
 
 TOLERANCE = 1e-4
@@ -101,6 +103,8 @@ PUBLISHED = {
         text={"hidden_size": 56, "query_pre_attn_scalar": 10, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
               "final_logit_softcapping": 30.0},
     ),
+    "SmolVLM": published("idefics3-markers", config=sparse_idefics3),
+    "gemma-3": published("gemma3-hub", config=sparse_gemma3),
 }  # fmt: skip
 
 

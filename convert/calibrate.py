@@ -47,13 +47,20 @@ class Sample:
 
 
 def make_sample(processor: Processor, messages: Sequence[Message], answer: str = "") -> Sample:
-    """A sample of messages that end with a question, and of what is to be said then."""
+    """A sample of messages that end with a question, and of what is to be said then; without pictures where the model
+    takes none."""
+    if processor.config.text_alone:
+        messages = [{**message, "content": _texts(message["content"])} for message in messages]
     inputs = processor(messages)
     start = inputs.input_ids.shape[1]
     ids = processor.tokenizer.encode(answer, add_special_tokens=False) if answer else []
     whole = mx.concatenate([inputs.input_ids, mx.array([ids], dtype=mx.int32).reshape(1, -1)], axis=1)
     slots = np.concatenate([inputs.slots, np.zeros(len(ids), dtype=bool)])
     return Sample(replace(inputs, input_ids=whole, slots=slots), start)
+
+
+def _texts(content: Any) -> Any:
+    return content if isinstance(content, str) else [part for part in content if part["type"] == "text"]
 
 
 def scene_samples(processor: Processor, count: int, *, seed: int) -> list[Sample]:

@@ -85,6 +85,8 @@ def describe(
             "vocab_size": decoder.vocab_size, "context": decoder.max_position_embeddings,
         },
     }  # fmt: skip
+    if config.text_alone:
+        shapes = {"decoder": shapes["decoder"]}
     described: dict[str, Any] = {
         "model": str(name),
         "family": config.family,
@@ -94,7 +96,7 @@ def describe(
         "types": "+".join(sorted(types)),
         "quantization": _quantization(checkpoint.quantization),
     }
-    for part in PARTS:
+    for part in shapes:
         count, size = weights[part], sizes[part]
         described[part] = {**shapes[part], **_amounts(count, size)}
     described |= _amounts(sum(weights.values()), sum(sizes.values()))
@@ -102,7 +104,7 @@ def describe(
     if check:
         planned = plan(checkpoint)
         processor = load_processor(checkpoint, planned.family, planned.config)
-        described["image_token"] = processor.image_token
+        described["image_token"] = None if config.text_alone else processor.image_token
         described["tokenizer_size"] = processor.tokenizer.backend.get_vocab_size()
         described["image_settings"] = processor.image_settings is not None
         described["check"] = "every tensor has its place, name and shape"

@@ -81,6 +81,8 @@ class VLM(nn.Module):
         self.vision: Any = tower(config.vision)
         projector = Projector if config.projector.pool is None else PooledProjector
         self.projector: Any = projector(config.projector)
+        if config.text_alone:
+            self.vision, self.projector = nn.Module(), nn.Module()
         self.decoder = Decoder(config.decoder)
         if config.has_newline:
             self.image_newline = mx.zeros(config.decoder.hidden_size)

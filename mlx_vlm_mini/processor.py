@@ -40,6 +40,9 @@ class PreparedImage:
     origin: Picture
 
 
+_NO_IMAGE = "\ue002"  # in place of the image token of a model that reads text alone
+
+
 def without_data(picture: Picture) -> Picture:
     """What is kept of a picture: where it lies; the data alone where it lies nowhere."""
     return picture if picture.path is None else replace(picture, data=None)
@@ -76,6 +79,8 @@ class Processor:
         named = None if prescribed is None else prescribed.image_token
         token_id = config.image_token_id if named is None else 0 if self._cuts else tokenizer.token_to_id(named)
         token = named if self._cuts or token_id is None else tokenizer.id_to_token(token_id)
+        if config.text_alone:
+            token_id, token = -1, _NO_IMAGE
         if token_id is None or token is None:
             wanted = named or config.image_token_id
             raise CheckpointError(f"config.json gives images the token {wanted}, which the tokenizer does not have")
@@ -114,9 +119,12 @@ class Processor:
         Raises:
             ImageError: it cannot be opened.
             CheckpointError: the checkpoint does not say how it takes images.
+            PromptError: the model takes none.
         """
         if isinstance(source, PreparedImage):
             return source
+        if self.config.text_alone:
+            raise PromptError(f"family '{self.config.family}' reads text alone: leave the image out")
         if self.image_settings is None:
             raise CheckpointError(
                 "the checkpoint has neither preprocessor_config.json nor an image_processor in processor_config.json, "

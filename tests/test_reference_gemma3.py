@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from checkpoints import edit_json
-from parity import check_answer
+from gemma3_text import FOLDER, expected_outputs
+from parity import check_answer, check_golden
 from PIL import Image
 from reference import CASES, GOLDEN, SPECS, Reference, make_image_processor
 
@@ -33,11 +34,10 @@ def test_crops_equal_the_reference(smallest, most, ratio):
     processor = make_image_processor("Gemma3", {})
     for height, width in sizes.tolist():
         rows, columns = np.mgrid[0:height, 0:width]
-        options = dict(
-            pan_and_scan_min_crop_size=smallest,
-            pan_and_scan_max_num_crops=most,
-            pan_and_scan_min_ratio_to_activate=ratio,
-        )
+        options = {
+            "pan_and_scan_min_crop_size": smallest, "pan_and_scan_max_num_crops": most,
+            "pan_and_scan_min_ratio_to_activate": ratio,
+        }  # fmt: skip
         found = processor.pan_and_scan(np.stack([columns, rows, rows]), **options)
         expected = [(p[0].min(), p[1].min(), p[0].max() + 1, p[1].max() + 1) for p in found]
         assert crop_boxes((height, width), crops) == expected, (height, width)
@@ -111,3 +111,7 @@ def test_a_system_message_and_a_second_turn_equal_the_reference():
     own = expected["logprobs"][np.arange(4), expected["token_ids"]]
     np.testing.assert_allclose([chunk.logprob for chunk in chunks], own, atol=1e-4)
     assert chunks[-1].stats.cached_tokens > 20
+
+
+def test_text_alone_is_what_the_reference_gives_today():
+    check_golden(FOLDER, expected_outputs())

@@ -154,6 +154,8 @@ class Trainer:
         *,
         valid: Sequence[Example] = (),
     ) -> None:
+        if model.config.text_alone:
+            raise CheckpointError(f"family '{model.config.family}' reads no images, and is not trained here")
         if model.config.image_grid_pinpoints is not None:
             raise CheckpointError(f"family '{model.config.family}' cuts images into tiles, which cannot be trained yet")
         if model.config.projector.shuffle is not None:

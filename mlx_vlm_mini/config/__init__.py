@@ -62,7 +62,7 @@ class VLMConfig:
     projector: ProjectorConfig
     decoder: DecoderConfig
     image_token_id: int | None
-    """None where `prescribed` names the token instead."""
+    """None where `prescribed` names the token instead, and where there are no images."""
     image_grid_pinpoints: tuple[tuple[int, int], ...] | None
     """Heights and widths in pixels that an image's tiles may fill (`anyres`); None: all features are shown."""
     tile_merge: TileMerge | None = None
@@ -72,6 +72,8 @@ class VLMConfig:
     prescribed: Prescribed | None = None
     image_place: str | None = None
     """What the chat template writes where an image stands; None: the image token."""
+    text_alone: bool = False
+    """There is no tower and no projector, and `vision` and `projector` mean nothing."""
 
     def __post_init__(self) -> None:
         patches = (self.vision.image_size // self.vision.patch_size) ** 2
@@ -80,7 +82,7 @@ class VLMConfig:
                 f"config.json: tiles need a feature for each of their {patches} patches, and vision_config with "
                 f"vision_feature_select_strategy gives {self.vision.num_features}"
             )
-        named = self.image_token_id is None and self.prescribed is not None
+        named = self.image_token_id is None and (self.prescribed is not None or self.text_alone)
         if not named and (not isinstance(self.image_token_id, int) or self.image_token_id < 0):
             raise CheckpointError(f"config.json: the image token must be a token id, not {self.image_token_id!r}")
         shuffle = self.projector.shuffle

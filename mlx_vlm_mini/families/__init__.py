@@ -12,6 +12,7 @@ from mlx_vlm_mini.preprocess import ImageSettings
 
 from . import (
     gemma3,
+    gemma3_text,
     idefics3,
     internvl,
     internvl_chat,
@@ -49,6 +50,7 @@ class Family(Protocol):
 
 FAMILIES: dict[str, Family] = {
     "gemma3": gemma3,
+    "gemma3_text": gemma3_text,
     "idefics3": idefics3,
     "internvl": internvl,
     "internvl_chat": internvl_chat,
