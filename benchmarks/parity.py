@@ -104,7 +104,11 @@ PUBLISHED = {
               "final_logit_softcapping": 30.0},
     ),
     "SmolVLM": published("idefics3-markers", config=sparse_idefics3),
-    "gemma-3": published("gemma3-hub", config=sparse_gemma3),
+    "gemma-3": published(  # 32 x 32 patches, 256 tokens
+        "gemma3-hub", config=sparse_gemma3, llava={"mm_tokens_per_image": 256},
+        vision=("siglip_vision_model", {**SPECS["gemma3-hub"].vision[1], "image_size": 128}),
+        image_processor=("Gemma3", {"size": {"height": 128, "width": 128}}),
+    ),
 }  # fmt: skip
 
 

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import PHOTO, SHAPES, check_fields, edit_json, make_wide
+from checkpoints import PHOTO, SHAPES, check_fields, edit_json, in_layout, make_wide, write_names
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,6 @@ from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, generate, load
 from mlx_vlm_mini.cache import make_cache
-from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.config import PoolConfig, ScaleConfig
 from mlx_vlm_mini.convert import convert
@@ -31,7 +31,6 @@ from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.preprocess import image_settings
 from mlx_vlm_mini.prompt import ChatTemplate
-from mlx_vlm_mini.weights import hub_name, rename
 
 HUB, CROPS = GOLDEN / "gemma3-hub", GOLDEN / "gemma3-crops"
 PAN = Crops(min_size=256, min_ratio=1.2, max_crops=4)
@@ -112,15 +111,7 @@ def test_published_models(size, weights):
 )
 def test_every_layout_is_read(text, vision, projector, copy_of):
     folder = copy_of("gemma3-hub")
-    tensors = {}
-    for ours, theirs in plan(open_checkpoint(folder)).ours.items():
-        part, _, rest = hub_name(ours, gemma3.WEIGHTS).partition(".")
-        prefix = {"language_model": text, "vision_tower": vision, "multi_modal_projector": projector}[part]
-        name = prefix + rest.removeprefix("model.").removeprefix("vision_model.")
-        assert rename(name, gemma3.WEIGHTS) == (ours,)
-        tensors[name] = open_checkpoint(folder).read(theirs)
-    (folder / "model.safetensors").unlink()
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+    write_names(folder, gemma3, partial(in_layout, text=text, vision=vision, projector=projector))
     expected, processor = load(HUB)
     inputs = processor(["What?", PHOTO])
     assert (load(folder)[0](inputs) == expected(inputs)).all()

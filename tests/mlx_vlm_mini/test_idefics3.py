@@ -2,10 +2,9 @@
 
 import json
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import PHOTO, SHAPES, check_fields, edit_json
+from checkpoints import PHOTO, SHAPES, check_fields, edit_json, write_names
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,6 @@ from published import CONFIGS
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.describe import describe
 from mlx_vlm_mini.errors import CheckpointError, ImageError, PromptError
@@ -23,7 +21,6 @@ from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.preprocess import image_settings
 from mlx_vlm_mini.prompt import ChatTemplate
 from mlx_vlm_mini.splits import Splits, choose_split, cut_splits, split_frames, steps
-from mlx_vlm_mini.weights import hub_name, rename
 
 MARKERS, WORDS, WHOLE = GOLDEN / "idefics3-markers", GOLDEN / "idefics3-words", GOLDEN / "smolvlm-whole"
 SMOL = Splits(tile_size=512, longest_edge=2048, split=True)
@@ -67,31 +64,20 @@ def test_published_models(name, tokens, weights):
     assert sum(map(checkpoint.num_weights, plan(checkpoint).ours.values())) == pytest.approx(weights, rel=0.01)
 
 
-LAYOUTS = {  # prefixes of text, head, vision, connector
-    "Hub, transformers": ("model.text_model.", "lm_head.", "model.vision_model.", "model.connector."),
-    "mlx-community": ("language_model.", "language_model.lm_head.", "vision_model.", "connector."),
-}
+OTHERS = {"model.text_model.": "language_model.", "lm_head.": "language_model.lm_head.", "model.": ""}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_read(layout, copy_of):
+@pytest.mark.parametrize("mlx", [False, True], ids=["Hub, transformers", "mlx-community"])
+def test_every_layout_is_read(mlx, copy_of):
     """mlx-community's with MLX's convolutions, which the metadata tells."""
-    folder, (text, head, vision, connector) = copy_of("idefics3-markers"), LAYOUTS[layout]
+
+    def name(hub: str) -> str:
+        begin = next(begin for begin in OTHERS if hub.startswith(begin))
+        return OTHERS[begin] + hub.removeprefix(begin) if mlx else hub
+
+    folder = copy_of("idefics3-markers")
+    write_names(folder, idefics3, name, mlx=mlx)
     expected, processor = load(MARKERS)
-    tensors = {}
-    for ours, theirs in plan(open_checkpoint(folder)).ours.items():
-        name = hub_name(ours, idefics3.WEIGHTS)
-        for begin, other in zip(LAYOUTS["Hub, transformers"], (text, head, vision, connector), strict=True):
-            if name.startswith(begin):
-                name = other + name.removeprefix(begin)
-                break
-        assert rename(name, idefics3.WEIGHTS) == (ours,)
-        array = open_checkpoint(folder).read(theirs)
-        mlx = layout == "mlx-community" and array.ndim == 4
-        tensors[name] = mx.contiguous(array.transpose(0, 2, 3, 1)) if mlx else array
-    (folder / "model.safetensors").unlink()
-    form = "mlx" if layout == "mlx-community" else "pt"
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": form})
     inputs = processor(["What?", PHOTO])
     assert (load(folder)[0](inputs) == expected(inputs)).all()
 
