@@ -213,8 +213,9 @@ class Walk:
         layer, kind = decoder.layers[number], decoder.config.layer_types[number]
         outputs = []
         for x, sample, shown, blocks in zip(hidden, self.samples, self.shown, self.blocks, strict=True):
+            features = shown[0].features[None] if shown and decoder.config.queries is not None else None
             spans = [image.span for image in shown]
-            masks = decoder.masks(sample.length, prefix=sample.start, spans=spans, blocks=blocks)
+            masks = decoder.masks(sample.length, prefix=sample.start, spans=spans, features=features, blocks=blocks)
             cache = decoder.show(number, shown, None) if kind == "cross_attention" else None
             outputs.append(layer(x, mask=masks[kind], rope=decoder.rope_of(kind), cache=cache, attentions=None))
             mx.eval(outputs[-1])

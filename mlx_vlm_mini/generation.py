@@ -64,8 +64,7 @@ def prefill(
     """
     total = embeddings.shape[1]
     held = next(entry.offset for entry in cache if not isinstance(entry, ImageCache))
-    if decoder.reads_whole(held + total):
-        step = total
+    step = total if decoder.reads_whole(held + total) else max(step, decoder.least_chunk)
     done = 0
     blocks = [image for image in images if isinstance(image, ImageBlock)]
     while (end := cut_between(held + done, step, held + total, blocks) - held) < total:

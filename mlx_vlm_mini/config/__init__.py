@@ -21,14 +21,17 @@ from .decoder import (
     NormConfig,
     ScaleConfig,
     TwoWay,
+    WindowConfig,
 )
 from .projector import PoolConfig, ProjectorConfig, ShuffleConfig
+from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, TiledConfig, VisionConfig, VisionNorm
 
 __all__ = [
-    "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "CrossAttentionConfig", "DecoderConfig",
-    "LayerType", "NormConfig", "PoolConfig", "Prescribed", "ProjectorConfig", "ScaleConfig", "ShuffleConfig",
-    "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "VisionNorm",
+    "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig", "CrossAttentionConfig",
+    "DecoderConfig", "LayerType", "NormConfig", "PoolConfig", "Prescribed", "ProjectorConfig", "QueryConfig",
+    "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "VisionNorm",
+    "WindowConfig",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
@@ -45,6 +48,8 @@ class Prescribed:
     """Ends an answer."""
     image_processor: Mapping[str, Any]
     """In the form of preprocessor_config.json."""
+    files_first: bool = False
+    """What the folder's own files say of images counts before `image_processor`."""
     cut_at_images: bool = False
     """`image_token` is in no vocabulary: the text is cut there, and each piece becomes tokens by itself."""
     stop: str | None = None
@@ -74,6 +79,7 @@ class VLMConfig:
     """What the chat template writes where an image stands; None: the image token."""
     text_alone: bool = False
     """There is no tower and no projector, and `vision` and `projector` mean nothing."""
+    contrast: ContrastConfig | None = None
 
     def __post_init__(self) -> None:
         patches = (self.vision.image_size // self.vision.patch_size) ** 2
@@ -94,6 +100,12 @@ class VLMConfig:
             )
         if (self.vision.tiled is None) != (self.decoder.cross_attention is None):
             raise CheckpointError("config.json: a tower of tiles and cross-attention are supported together only")
+        if self.contrast is not None:
+            for size in (self.vision.feature_size, self.decoder.hidden_size):
+                if size % self.contrast.pool_heads:
+                    raise CheckpointError(
+                        f"config.json: {size} numbers are no multiple of attn_pool_num_heads {self.contrast.pool_heads}"
+                    )
 
     @property
     def tokens_of_row(self) -> int:

@@ -74,10 +74,11 @@ def text_config(text: Mapping[str, Any]) -> DecoderConfig:
         "layer_types": [kinds[(i + 1) % pattern] for i in range(layers)] if types is None else types,
     }  # fmt: skip
     decoder = text_decoder(values, proven=("gemma3_text",))
+    window, theta = decoder.window, near.get("rope_theta", text.get("rope_local_base_freq", 1e4))
     return replace(
         decoder,
         scales=replace(decoder.scales, attn_logit_softcapping=None),
-        sliding_rope_theta=near.get("rope_theta", text.get("rope_local_base_freq", 1e4)),
+        window=None if window is None else replace(window, sliding_rope_theta=theta),
         two_way="images",
     )
 

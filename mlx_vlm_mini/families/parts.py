@@ -19,6 +19,7 @@ from mlx_vlm_mini.config import (
     TwoWay,
     VisionConfig,
     VLMConfig,
+    WindowConfig,
 )
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.rope import rope_type
@@ -197,7 +198,7 @@ def text_decoder(
             mlp_bias=model_type == "llama" and values["mlp_bias"],
         ),
         layer_types=layer_types,
-        sliding_window=values["sliding_window"] if sliding else None,
+        window=WindowConfig(sliding_window=values["sliding_window"]) if sliding else None,
         tie_word_embeddings=tie_word_embeddings or values["tie_word_embeddings"],
         two_way=two_way,
     )

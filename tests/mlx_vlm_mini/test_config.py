@@ -18,6 +18,7 @@ from mlx_vlm_mini.config import (
     BiasConfig,
     BlindRows,
     BlockConfig,
+    ContrastConfig,
     CrossAttentionConfig,
     DecoderConfig,
     LayerType,
@@ -25,6 +26,7 @@ from mlx_vlm_mini.config import (
     PoolConfig,
     Prescribed,
     ProjectorConfig,
+    QueryConfig,
     ScaleConfig,
     ShuffleConfig,
     TiledConfig,
@@ -32,6 +34,7 @@ from mlx_vlm_mini.config import (
     VisionConfig,
     VisionNorm,
     VLMConfig,
+    WindowConfig,
 )
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families import FAMILIES, llava
@@ -188,7 +191,7 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
     "config",
     [
         BlockConfig, TiledConfig, VisionConfig, ShuffleConfig, PoolConfig, ProjectorConfig, NormConfig, ScaleConfig, BiasConfig,
-        CrossAttentionConfig, DecoderConfig, Prescribed, VLMConfig,
+        ContrastConfig, CrossAttentionConfig, WindowConfig, DecoderConfig, Prescribed, QueryConfig, VLMConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_a_reader_and_towers_stay_small(config):

@@ -48,7 +48,7 @@ def test_an_empty_config_is_transformers_own():
         "decoder.num_attention_heads": 8, "decoder.num_key_value_heads": 4, "decoder.head_dim": 256,
         "decoder.vocab_size": 262208, "decoder.max_position_embeddings": 131072, "decoder.sliding_window": 4096,
         "decoder.hidden_act": "gelu_pytorch_tanh", "decoder.tie_word_embeddings": True, "decoder.two_way": "images",
-        "decoder.rope_theta": 1e6, "decoder.sliding_rope_theta": 1e4, "decoder.rope_scaling": None,
+        "decoder.rope_theta": 1e6, "decoder.window.sliding_rope_theta": 1e4, "decoder.rope_scaling": None,
         "decoder.norms.rms_norm_eps": 1e-6, "decoder.norms.rms_norm_offset": 1.0,
     })  # fmt: skip
     assert decoder.norms.sandwich and decoder.norms.qk_norm
@@ -65,9 +65,9 @@ def test_positions_in_old_configs_and_in_new_ones():
         }},
     ):  # fmt: skip
         decoder = gemma3.text_config(text)
-        assert (decoder.rope_theta, decoder.rope_scaling, decoder.sliding_rope_theta) == (5e5, linear, 5e3)
+        assert (decoder.rope_theta, decoder.rope_scaling, decoder.window.sliding_rope_theta) == (5e5, linear, 5e3)
     half = gemma3.text_config({"rope_parameters": {"full_attention": {"rope_type": "default"}}})
-    assert (half.rope_theta, half.sliding_rope_theta) == (1e6, 1e4)
+    assert (half.rope_theta, half.window.sliding_rope_theta) == (1e6, 1e4)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,9 @@ def test_without_images_all_is_causal():
 
 CHANGES = {
     "two_way": lambda decoder: {"two_way": "nothing"},
-    "sliding_rope_theta": lambda decoder: {"sliding_rope_theta": decoder.rope_theta},
+    "sliding_rope_theta": lambda decoder: {"window": replace(decoder.window, sliding_rope_theta=1e6)},
     "rope_scaling": lambda decoder: {"rope_scaling": None},
-    "sliding_window": lambda decoder: {"sliding_window": 8},
+    "sliding_window": lambda decoder: {"window": replace(decoder.window, sliding_window=8)},
     "layer_types": lambda decoder: {"layer_types": (*decoder.layer_types[1:], decoder.layer_types[0])},
     "query_pre_attn_scalar": lambda decoder: {"scales": replace(decoder.scales, query_pre_attn_scalar=None)},
     "embed_scale": lambda decoder: {"scales": replace(decoder.scales, embed_scale=1.0)},

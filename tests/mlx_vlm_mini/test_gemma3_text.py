@@ -81,7 +81,7 @@ def test_the_one_of_a_billion():
     shapes = {name: tuple(array.shape) for name, array in tree_flatten(VLM(config).parameters())}
     checkpoint = without_data(hf, {hub_name(name, gemma3_text.WEIGHTS): shape for name, shape in shapes.items()})
     assert sum(map(checkpoint.num_weights, plan(checkpoint).ours.values())) == pytest.approx(1.0e9, rel=0.01)
-    assert (config.decoder.two_way, config.decoder.rope_theta, config.decoder.sliding_rope_theta) == (
+    assert (config.decoder.two_way, config.decoder.rope_theta, config.decoder.window.sliding_rope_theta) == (
         "nothing",
         1e6,
         1e4,

@@ -11,7 +11,7 @@ from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, generate, load
 from mlx_vlm_mini.checkpoint import open_checkpoint
-from mlx_vlm_mini.config import ScaleConfig
+from mlx_vlm_mini.config import ScaleConfig, WindowConfig
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.decoder import causal_mask
 from mlx_vlm_mini.errors import CheckpointError, PromptError
@@ -120,7 +120,7 @@ CHANGES = {
     "attn_logit_softcapping": lambda decoder: {"scales": replace(decoder.scales, attn_logit_softcapping=None)},
     "final_logit_softcapping": lambda decoder: {"scales": replace(decoder.scales, final_logit_softcapping=None)},
     "rms_norm_offset": lambda decoder: {"norms": replace(decoder.norms, rms_norm_offset=0.9)},
-    "sliding_window": lambda decoder: {"sliding_window": 100},
+    "sliding_window": lambda decoder: {"window": WindowConfig(sliding_window=100)},
     "two_way": lambda decoder: {"two_way": "nothing"},
 }
 
