@@ -217,7 +217,8 @@ class Walk:
             spans = [image.span for image in shown]
             masks = decoder.masks(sample.length, prefix=sample.start, spans=spans, features=features, blocks=blocks)
             cache = decoder.show(number, shown, None) if kind == "cross_attention" else None
-            outputs.append(layer(x, mask=masks[kind], rope=decoder.rope_of(kind), cache=cache, attentions=None))
+            rope = decoder.rope_of(kind, sample.start)
+            outputs.append(layer(x, mask=masks[kind], rope=rope, cache=cache, attentions=None))
             mx.eval(outputs[-1])
         return outputs
 

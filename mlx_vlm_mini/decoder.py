@@ -19,7 +19,7 @@ from .config import DecoderConfig, LayerType
 from .cross_attention import CrossAttention, ImageCache, ShownImage, Sight, Span, look
 from .image_blocks import ImageBlock, block_mask
 from .query_attention import QueryAttention, QuerySight
-from .rope import depends_on_length, make_rope
+from .rope import PromptRoPE, depends_on_length, make_rope
 
 
 def causal_mask(num_queries: int, offset: int, window: int | None, prefix: int = 0) -> Mask:
@@ -112,6 +112,7 @@ class DecoderLayer(nn.Module):
             o_bias=config.biases.o_bias,
             scale=(config.scales.query_pre_attn_scalar or config.head_dim) ** -0.5,
             softcap=config.scales.attn_logit_softcapping,
+            logn_length=config.scales.logn_length,
         )
         if config.norms.qk_norm:
             self.self_attn.q_norm = make_norm(config, config.head_dim)
@@ -219,9 +220,10 @@ class Decoder(nn.Module):
         scale = self.config.scales.embed_scale
         return embeddings if scale == 1 else embeddings * mx.array(scale, dtype=embeddings.dtype)
 
-    def rope_of(self, kind: LayerType) -> Any:
-        """Rotary positions of a kind of layers."""
-        return self.sliding_rope if kind == "sliding_attention" and "sliding_rope" in self else self.rope
+    def rope_of(self, kind: LayerType, prompt: int) -> Any:
+        """Rotary positions of a kind of layers, of a sequence that begins with a prompt of so many tokens."""
+        near = kind == "sliding_attention" and "sliding_rope" in self
+        return self.sliding_rope if near else self.rope_after(prompt)
 
     def reads_whole(self, length: int) -> bool:
         """Whether the keys of a prompt of this length depend on all of it.
@@ -229,6 +231,21 @@ class Decoder(nn.Module):
         Then it cannot be read in pieces, nor can keys that were cached for a shorter one be used again.
         """
         return self.config.prefix_lm or depends_on_length(self.config, length)
+
+    def rope_after(self, prompt: int) -> Any:
+        """Rotary positions of a sequence that begins with a prompt of so many tokens."""
+        return self.rope.begun(prompt) if isinstance(self.rope, PromptRoPE) else self.rope
+
+    def keeps_keys(self, begun: int | None, held: int, length: int) -> bool:
+        """Whether cached keys are those that a prompt of `length` tokens would give again.
+
+        Args:
+            begun: tokens of the prompt that the cached sequence began with; None where that is not known.
+            held: tokens in the cache.
+        """
+        if begun is not None and isinstance(self.rope, PromptRoPE):
+            return self.rope.step(begun) == self.rope.step(length)
+        return not self.reads_whole(max(held, length))
 
     @property
     def least_chunk(self) -> int:
@@ -300,8 +317,8 @@ class Decoder(nn.Module):
                 appended to it.
             attentions: where given, each layer appends its weights float[B, H, L, S], see `Recorder`; S are the tokens,
                 in cross-attention layers the keys of all images.
-            prefix: tokens of the sequence's beginning that see one another, where the config says `prefix_lm`. By
-                default those of the call that begins the sequence.
+            prefix: the prompt's tokens: they see one another where the config says `prefix_lm`, and decide on rotary
+                positions that go by the prompt. By default those of the call that begins the sequence.
             images: new ones, for cross-attention layers; also those whose tokens only later calls read. Or the one
                 that query tokens look at, which are all in this call, the first of it. Or images whose tokens see one
                 another, none of which is read in two calls.
@@ -324,9 +341,13 @@ class Decoder(nn.Module):
         if hasattr(first, "max_size"):
             rotating = rotating_mask(embeddings.shape[1], offset, first.max_size, first.keep)
             masks |= {"full_attention": rotating, "sliding_attention": rotating}
+        if prefix is None:
+            prefix = getattr(first, "prompt_length", 0) if offset else embeddings.shape[1]
+        if first is not None:  # the cache remembers it, as the keys that it holds were turned by it
+            first.prompt_length = prefix
         x = embeddings
         for layer, kind, layer_cache in zip(self.layers, self.config.layer_types, caches, strict=True):
-            x = layer(x, mask=masks[kind], rope=self.rope_of(kind), cache=layer_cache, attentions=attentions)
+            x = layer(x, mask=masks[kind], rope=self.rope_of(kind, prefix), cache=layer_cache, attentions=attentions)
         return self.norm(x)
 
     def logits(self, hidden: mx.array) -> mx.array:

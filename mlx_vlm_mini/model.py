@@ -21,6 +21,7 @@ from .image_blocks import ImageBlock, find_blocks
 from .pooling import PooledProjector
 from .projector import Projector, pixel_shuffle
 from .query_attention import Looks, QuerySight
+from .resampler import Resampler
 from .tiled_vision import TiledVisionTransformer
 from .vision import VisionTransformer
 
@@ -83,7 +84,8 @@ class VLM(nn.Module):
         self.config = config
         tower = VisionTransformer if config.vision.tiled is None else TiledVisionTransformer
         self.vision: Any = tower(config.vision)
-        projector = Projector if config.projector.pool is None else PooledProjector
+        pooled, resampled = config.projector.pool is not None, config.projector.resampler is not None
+        projector = PooledProjector if pooled else Resampler if resampled else Projector
         self.projector: Any = projector(config.projector)
         if config.text_alone:
             self.vision, self.projector = nn.Module(), nn.Module()
@@ -280,16 +282,19 @@ class VLM(nn.Module):
     @property
     def mixes(self) -> bool:
         """Whether an image's slots show mixtures of all its features (`mixing`)."""
-        return self.config.decoder.queries is not None
+        return self.config.decoder.queries is not None or self.config.projector.resampler is not None
 
     def mixing(self, image: InputImage, encode: Callable[[InputImage], mx.array] | None = None) -> np.ndarray | None:
         """How an image's slots are mixed of the vision tower's features: float32[tokens, P], rows that sum to 1; None
         where slots show features of their own (`sources`).
 
-        Of query tokens it is the mean over heads and layers of what they look at.
+        Of query tokens it is the mean over heads and layers of what they look at, of a resampler's the mean over heads.
         """
         if not self.mixes:
             return None
+        if self.config.projector.resampler is not None:
+            features = self.vision(mx.array(image.pixel_values).astype(self.dtype))
+            return np.array(self.projector.weights(features)[0])
         looks = Looks(len(self.query_tokens))
         self.query((encode or self.encode)(image), looks=looks)
         return np.array(looks.mean())

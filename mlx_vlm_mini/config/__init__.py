@@ -23,13 +23,14 @@ from .decoder import (
     TwoWay,
     WindowConfig,
 )
-from .projector import PoolConfig, ProjectorConfig, ShuffleConfig
+from .projector import PoolConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
 from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, TiledConfig, VisionConfig, VisionNorm
 
 __all__ = [
     "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig", "CrossAttentionConfig",
     "DecoderConfig", "LayerType", "NormConfig", "PoolConfig", "Prescribed", "ProjectorConfig", "QueryConfig",
+    "ResamplerConfig",
     "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "VisionNorm",
     "WindowConfig",
 ]  # fmt: skip
@@ -44,8 +45,8 @@ class Prescribed:
     image_token: str
     chat_template: str
     """Jinja; whatever template the folder has, it is not the one that the model was trained with."""
-    end_token: str
-    """Ends an answer."""
+    end_token: str | tuple[str, ...]
+    """Ends an answer; any of several does."""
     image_processor: Mapping[str, Any]
     """In the form of preprocessor_config.json."""
     files_first: bool = False
@@ -54,6 +55,8 @@ class Prescribed:
     """`image_token` is in no vocabulary: the text is cut there, and each piece becomes tokens by itself."""
     stop: str | None = None
     """Text that ends an answer, too."""
+    shown_tokens: tuple[str, ...] = ()
+    """Tokens that an answer's text shows, though the tokenizer may call them special."""
     extra_tokens: tuple[str, ...] = ()
     """Of the prompt; where the tokenizer lacks them, they take the next free ids in this order."""
 

@@ -23,6 +23,7 @@ from . import (
     mllama,
     paligemma,
     qllama,
+    qwen_vl,
 )
 from .maps import Weights
 
@@ -61,6 +62,7 @@ FAMILIES: dict[str, Family] = {
     "llava_next": llava_next,
     "mllama": mllama,
     "paligemma": paligemma,
+    "qwen": qwen_vl,
     "smolvlm": idefics3,
 }
 

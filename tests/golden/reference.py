@@ -496,6 +496,11 @@ SPECS = {
         tokenizer="gemma3", chat_template=GEMMA3, template_file="chat_template.jinja",
         rename=memory_names, shards=2, seed=41, family="gemma3", cases=tuple(CASES)),
 }  # fmt: skip
+CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and for a reference that encodes a message by itself
+    "long_text": [user(text_part(" ".join(CORPUS[:3])))],
+    "line_breaks": [user(text_part("\n\nDescribe the photo.\n"))],
+    "system": [{"role": "system", "content": [text_part("Answer in a few words.")]}, *CASES["two_turns"]],
+}
 
 
 def make_pictures(folder: Path) -> None:
