@@ -17,6 +17,8 @@ from .contrast import Contrast
 from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
 from .errors import CheckpointError, PromptError
+from .image_blocks import ImageBlock, find_blocks
+from .pooling import PooledProjector
 from .projector import Projector, pixel_shuffle
 from .query_attention import Looks, QuerySight
 from .resampler import Resampler
@@ -82,8 +84,11 @@ class VLM(nn.Module):
         self.config = config
         tower = VisionTransformer if config.vision.tiled is None else TiledVisionTransformer
         self.vision: Any = tower(config.vision)
-        projector = Projector if config.projector.resampler is None else Resampler
+        pooled, resampled = config.projector.pool is not None, config.projector.resampler is not None
+        projector = PooledProjector if pooled else Resampler if resampled else Projector
         self.projector: Any = projector(config.projector)
+        if config.text_alone:
+            self.vision, self.projector = nn.Module(), nn.Module()
         self.decoder = Decoder(config.decoder)
         if config.has_newline:
             self.image_newline = mx.zeros(config.decoder.hidden_size)
@@ -159,8 +164,8 @@ class VLM(nn.Module):
         """
         count = self.config.vision.features_at(image.pixel_values.shape[1])
         numbers = mx.arange(image.rows * count).reshape(image.rows, count, 1)
-        if self.config.projector.shuffle is not None:
-            numbers = pixel_shuffle(numbers, self.config.projector.shuffle)
+        if self.config.projector.joined is not None:
+            numbers = pixel_shuffle(numbers, self.config.projector.joined)
         newline = mx.full(numbers.shape[-1:], -1) if self.config.has_newline else None
         return np.array(self._arrange(numbers, newline, image))
 
@@ -239,12 +244,14 @@ class VLM(nn.Module):
 
     def show(
         self, inputs: Inputs, start: int = 0, encode: Callable[[InputImage], mx.array] | None = None
-    ) -> list[ShownImage]:
-        """What cross-attention layers or query tokens look at of the images whose tokens stand at `start` or behind;
-        nothing where there are none of these. Arguments and errors as of `embed`."""
+    ) -> list[ShownImage | ImageBlock]:
+        """What cross-attention layers or query tokens look at of the images whose tokens stand at `start` or behind, or
+        where those tokens are that see one another; else nothing. Arguments and errors as of `embed`."""
+        if self.config.decoder.two_way == "images":
+            return [*find_blocks(inputs.slots, start)]
         if self.config.decoder.cross_attention is None and self.config.decoder.queries is None:
             return []
-        shown = []
+        shown: list[ShownImage | ImageBlock] = []
         places = np.flatnonzero(inputs.slots)[:: self.decoder.least_chunk]  # where each image's slots begin
         for position, image in zip(places.tolist(), inputs.images, strict=True):
             if position >= start:

@@ -11,6 +11,9 @@ from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
 from . import (
+    gemma3,
+    gemma3_text,
+    idefics3,
     internvl,
     internvl_chat,
     llava,
@@ -48,6 +51,9 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
+    "gemma3": gemma3,
+    "gemma3_text": gemma3_text,
+    "idefics3": idefics3,
     "internvl": internvl,
     "internvl_chat": internvl_chat,
     "llava": llava,
@@ -57,6 +63,7 @@ FAMILIES: dict[str, Family] = {
     "mllama": mllama,
     "paligemma": paligemma,
     "qwen": qwen_vl,
+    "smolvlm": idefics3,
 }
 
 
