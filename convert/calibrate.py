@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
+from mlx_vlm_mini.axes import PlacedImage, add_taps
 from mlx_vlm_mini.cross_attention import ShownImage
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.loading import Plan
@@ -145,7 +146,7 @@ class Walk:
         self.samples = samples
         self.dtype = dtype
         self.hidden: list[mx.array] = []
-        self.shown: list[list[ShownImage]] = []
+        self.shown: list[list[ShownImage] | list[PlacedImage]] = []
         self._say = say or (lambda _: None)
 
     def load_front(self) -> None:
@@ -177,10 +178,11 @@ class Walk:
 
     def features(self) -> list[np.ndarray]:
         """Of each sample the embeddings of its pictures, float32[P, C]; between `embed` and the first layer."""
-        if any(self.shown):
+        looked_at = [[image for image in shown if isinstance(image, ShownImage)] for shown in self.shown]
+        if any(looked_at):
             return [
                 np.concatenate([np.array(image.features.astype(mx.float32)) for image in shown])
-                for shown in self.shown
+                for shown in looked_at
                 if shown
             ]
         found = []
@@ -201,10 +203,14 @@ class Walk:
         decoder = self.plan.model.decoder
         layer, kind = decoder.layers[number], decoder.config.layer_types[number]
         outputs = []
-        for x, sample, shown in zip(hidden, self.samples, self.shown, strict=True):
+        for x, sample, images in zip(hidden, self.samples, self.shown, strict=True):
+            shown = [image for image in images if isinstance(image, ShownImage)]
+            placed = [image for image in images if isinstance(image, PlacedImage)]
+            rope = decoder.rope_among(placed, 0, sample.length)
             masks = decoder.masks(sample.length, prefix=sample.start, spans=[image.span for image in shown])
             cache = decoder.show(number, shown, None) if kind == "cross_attention" else None
-            outputs.append(layer(x, mask=masks[kind], rope=decoder.rope, cache=cache, attentions=None))
+            x = layer(x, mask=masks[kind], rope=rope, cache=cache, attentions=None)
+            outputs.append(add_taps(x, number, placed, 0))
             mx.eval(outputs[-1])
         return outputs
 

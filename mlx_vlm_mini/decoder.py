@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from .activation import ACTIVATIONS
 from .attention import Attention, Mask, Recorder
+from .axes import PlacedImage, SectionedRoPE, add_taps, remember
 from .config import DecoderConfig, LayerType
 from .cross_attention import CrossAttention, ImageCache, ShownImage, Sight, Span, look
 from .rope import depends_on_length, make_rope
@@ -189,6 +190,8 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = make_rope(config)
+        if (config.rope_scaling or {}).get("mrope_section") is not None:
+            self.rope = SectionedRoPE(self.rope, config)
 
     def embed(self, input_ids: mx.array) -> mx.array:
         """int[B, L] -> float[B, L, C]: the tokens' embeddings, scaled where the config says so."""
@@ -243,7 +246,7 @@ class Decoder(nn.Module):
         cache: Sequence[Any] | None = None,
         attentions: Recorder | None = None,
         prefix: int | None = None,
-        images: Sequence[ShownImage] = (),
+        images: Sequence[ShownImage] | Sequence[PlacedImage] = (),
     ) -> mx.array:
         """Run the layers and the final norm; `logits` turns rows of the result into scores.
 
@@ -255,7 +258,8 @@ class Decoder(nn.Module):
                 in cross-attention layers the keys of all images.
             prefix: tokens of the sequence's beginning that see one another, where the config says `prefix_lm`. By
                 default those of the call that begins the sequence.
-            images: new ones, for cross-attention layers; also those whose tokens only later calls read.
+            images: new ones, for cross-attention layers; also those whose tokens only later calls read. With
+                `PlacedImage`s all of the prompt, which the cache remembers.
 
         Returns:
             float[B, L, C].
@@ -264,7 +268,8 @@ class Decoder(nn.Module):
         spans: tuple[Span, ...] = ()
         for number, kind in enumerate(self.config.layer_types):
             if kind == "cross_attention":
-                caches[number] = self.show(number, images, caches[number])
+                shown = [image for image in images if isinstance(image, ShownImage)]
+                caches[number] = self.show(number, shown, caches[number])
                 spans = caches[number].spans
         first = next(each for each in caches if not isinstance(each, ImageCache))  # all are as long
         offset = 0 if first is None else first.offset
@@ -272,10 +277,17 @@ class Decoder(nn.Module):
         if hasattr(first, "max_size"):
             rotating = rotating_mask(embeddings.shape[1], offset, first.max_size, first.keep)
             masks |= {"full_attention": rotating, "sliding_attention": rotating}
+        placed = remember([image for image in images if isinstance(image, PlacedImage)], first)
+        rope = self.rope_among(placed, offset, embeddings.shape[1])
         x = embeddings
-        for layer, kind, layer_cache in zip(self.layers, self.config.layer_types, caches, strict=True):
-            x = layer(x, mask=masks[kind], rope=self.rope, cache=layer_cache, attentions=attentions)
+        for number, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
+            x = layer(x, mask=masks[kind], rope=rope, cache=caches[number], attentions=attentions)
+            x = add_taps(x, number, placed, offset)
         return self.norm(x)
+
+    def rope_among(self, images: Sequence[PlacedImage], offset: int, length: int) -> Any:
+        """What turns `length` tokens behind `offset` others of a prompt with these images."""
+        return self.rope.among(images, offset, length) if images and isinstance(self.rope, SectionedRoPE) else self.rope
 
     def logits(self, hidden: mx.array) -> mx.array:
         """float[B, L, C] -> float[B, L, vocab_size]."""

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from .axes import PlacedImage
 from .cross_attention import ImageCache, ShownImage
 from .decoder import Decoder
 
@@ -46,7 +47,7 @@ def prefill(
     embeddings: mx.array,
     cache: Sequence[Any],
     *,
-    images: Sequence[ShownImage] = (),
+    images: Sequence[ShownImage] | Sequence[PlacedImage] = (),
     step: int = PREFILL_STEP,
     progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
@@ -54,7 +55,7 @@ def prefill(
 
     Args:
         embeddings: float[1, L, C], the prompt's or the part of it that the cache lacks.
-        images: for cross-attention layers, those that the cache lacks.
+        images: for cross-attention layers, those that the cache lacks; as `model.show` gives them.
         step: tokens a chunk. Not applied where the prompt's keys depend on all of it.
         progress: called with tokens done and tokens in all.
 

@@ -298,7 +298,8 @@ def _roll_out(model: VLM, inputs: Inputs, tokens: Sequence[int], features: Featu
             "prompt, or choose another reduction"
         )
     flow = _Rollout(np.flatnonzero(inputs.slots), length + len(tokens) - 1)
-    hidden = decoder(_embed(model, inputs, tokens, features, 0), None, flow, length)
+    images = model.show(inputs, 0, partial(features.encode, encode=model.encode))
+    hidden = decoder(_embed(model, inputs, tokens, features, 0), None, flow, length, images)
     logits = decoder.logits(hidden[:, length - 1 :])[0]
     mx.eval(logits)
     return logits, np.array(flow.flow[length - 1 :])

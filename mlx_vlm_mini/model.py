@@ -9,13 +9,16 @@ import mlx.nn as nn
 import numpy as np
 
 from .anyres import pack
+from .axes import PlacedImage
 from .borrow import borrow
 from .canvas import Canvas, choose_canvas
 from .config import VLMConfig
 from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
 from .errors import CheckpointError, PromptError
-from .projector import Projector, pixel_shuffle
+from .grid_vision import GridVisionTransformer
+from .merger import PatchMerger
+from .projector import Projector, join_squares, pixel_shuffle
 from .tiled_vision import TiledVisionTransformer
 from .vision import VisionTransformer
 
@@ -76,8 +79,8 @@ class VLM(nn.Module):
         super().__init__()
         self.config = config
         tower = VisionTransformer if config.vision.tiled is None else TiledVisionTransformer
-        self.vision: Any = tower(config.vision)
-        self.projector = Projector(config.projector)
+        self.vision: Any = (tower if config.vision.grid is None else GridVisionTransformer)(config.vision)
+        self.projector = (Projector if config.projector.merger is None else PatchMerger)(config.projector)
         self.decoder = Decoder(config.decoder)
         if config.has_newline:
             self.image_newline = mx.zeros(config.decoder.hidden_size)
@@ -147,6 +150,11 @@ class VLM(nn.Module):
         Raises:
             PromptError, CheckpointError: as `arrange`.
         """
+        merge = self.config.projector.shuffle
+        if self.config.vision.grid is not None and merge is not None:
+            rows, columns = (side // self.config.vision.patch_size for side in image.pixel_values.shape[1:3])
+            numbers = mx.arange(rows * columns).reshape(1, rows, columns, 1)
+            return np.array(join_squares(numbers, merge.factor).flatten(0, 2))
         count = self.config.vision.features_at(image.pixel_values.shape[1])
         numbers = mx.arange(image.rows * count).reshape(image.rows, count, 1)
         if self.config.projector.shuffle is not None:
@@ -217,15 +225,21 @@ class VLM(nn.Module):
             missing -= image.tokens
         if not arranged:
             return embeddings
-        features = mx.concatenate(arranged[::-1])[-len(positions) :]
+        features = mx.concatenate(arranged[::-1])[-len(positions) :, : embeddings.shape[-1]]
         embeddings[:, mx.array(positions)] = features.astype(embeddings.dtype)
         return embeddings
 
     def show(
         self, inputs: Inputs, start: int = 0, encode: Callable[[InputImage], mx.array] | None = None
-    ) -> list[ShownImage]:
-        """What cross-attention layers look at of the images whose tokens stand at `start` or behind; nothing where
-        there are no such layers. Arguments and errors as of `embed`."""
+    ) -> list[ShownImage] | list[PlacedImage]:
+        """What the decoder has to know of the images besides their embeddings, for tokens from `start` on.
+
+        Of patch grids all images' places, and what else is added to the tokens of those that reach behind `start`. With
+        cross-attention layers what these look at, of images whose tokens stand at `start` or behind. Else nothing.
+        Arguments and errors as of `embed`.
+        """
+        if self.config.vision.grid is not None:
+            return self._place(inputs, start, encode or self.encode)
         if self.config.decoder.cross_attention is None:
             return []
         shown = []
@@ -235,6 +249,17 @@ class VLM(nn.Module):
                 seen = image.rows * self.config.vision.num_features
                 shown.append(ShownImage(Span(position, seen, len(features)), features))
         return shown
+
+    def _place(self, inputs: Inputs, start: int, encode: Callable[[InputImage], mx.array]) -> list[PlacedImage]:
+        placed, slots = [], np.flatnonzero(inputs.slots)
+        for image in inputs.images:
+            own, slots = slots[: image.tokens], slots[image.tokens :]
+            rows, columns = (side // self.config.vision.image_size for side in image.pixel_values.shape[1:3])
+            taps = None
+            if own[-1] >= start and len(self.config.vision.feature_layers) > 1:
+                taps = encode(image).reshape(image.tokens, -1, self.config.decoder.hidden_size)[:, 1:].swapaxes(0, 1)
+            placed.append(PlacedImage(int(own[0]), rows, columns, taps))
+        return placed
 
     def __call__(self, inputs: Inputs, cache: Sequence[Any] | None = None) -> mx.array:
         """The scores of every token of the prompt: float[1, L, vocab_size]."""

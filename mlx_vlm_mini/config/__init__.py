@@ -13,13 +13,13 @@ from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation
 from .decoder import BiasConfig, BlindRows, CrossAttentionConfig, DecoderConfig, LayerType, NormConfig, ScaleConfig
-from .projector import ProjectorConfig, ShuffleConfig
-from .vision import MOST_TILES, BlockConfig, TiledConfig, VisionConfig, VisionNorm
+from .projector import MergerConfig, ProjectorConfig, ShuffleConfig
+from .vision import MOST_TILES, BlockConfig, GridConfig, TiledConfig, VisionConfig, VisionNorm
 
 __all__ = [
     "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "CrossAttentionConfig", "DecoderConfig",
-    "LayerType", "NormConfig", "Prescribed", "ProjectorConfig", "ScaleConfig", "ShuffleConfig", "TileMerge",
-    "TiledConfig", "VLMConfig", "VisionConfig", "VisionNorm",
+    "GridConfig", "LayerType", "MergerConfig", "NormConfig", "Prescribed", "ProjectorConfig", "ScaleConfig",
+    "ShuffleConfig", "TileMerge", "TiledConfig", "VLMConfig", "VisionConfig", "VisionNorm",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
@@ -79,6 +79,8 @@ class VLMConfig:
                 f"config.json: the projector reads {self.projector.input_size} numbers, the vision tower gives "
                 f"{self.vision.feature_size} in each of {factor**2} features"
             )
+        if (self.vision.grid is None) != (self.projector.merger is None):
+            raise CheckpointError("config.json: a tower of patch grids and a merger are supported together only")
         if (self.vision.tiled is None) != (self.decoder.cross_attention is None):
             raise CheckpointError("config.json: a tower of tiles and cross-attention are supported together only")
 

@@ -10,7 +10,19 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
-from . import internvl, internvl_chat, llava, llava_next, llava_normed, llava_original, mllama, paligemma
+from . import (
+    internvl,
+    internvl_chat,
+    llava,
+    llava_next,
+    llava_normed,
+    llava_original,
+    mllama,
+    paligemma,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+)
 from .maps import Weights
 
 
@@ -45,6 +57,9 @@ FAMILIES: dict[str, Family] = {
     "llava_next": llava_next,
     "mllama": mllama,
     "paligemma": paligemma,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen2_vl": qwen2_vl,
+    "qwen3_vl": qwen3_vl,
 }
 
 
