@@ -39,8 +39,8 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def gathered(*arguments: Any, **options: Any) -> Any:
-        names = ("revision", "dtype", "min_tiles", "max_tiles", "min_pixels", "max_pixels")
-        names += ("vision_tower", "conversation")
+        limits = ("min_tiles", "max_tiles", "min_pixels", "max_pixels")
+        names = ("revision", "dtype", *limits, "vision_tower", "conversation")
         return function(*arguments, loading={name: options.pop(name) for name in names}, **options)
 
     command: Callable[..., Any] = gathered

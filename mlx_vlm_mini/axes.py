@@ -157,7 +157,7 @@ def forget(cache: Any, length: int) -> None:
 
 
 def add_taps(x: mx.array, layer: int, images: Sequence[PlacedImage], start: int) -> mx.array:
-    """What a layer gives of tokens behind `start` others, float[1, L, C], and the images' taps of it on their tokens."""
+    """What a layer gives of tokens behind `start` others, float[1, L, C], with its taps added to the images' tokens."""
     for image in images:
         first, last = max(image.position, start), min(image.end, start + x.shape[1])
         if image.taps is not None and layer < len(image.taps) and first < last:

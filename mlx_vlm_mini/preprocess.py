@@ -175,9 +175,7 @@ def _grid(values: Mapping[str, Any]) -> Grid:
     for key, edge, default in (("min_pixels", "shortest_edge", 56**2), ("max_pixels", "longest_edge", 1280 * 28**2)):
         named = (values[key], size.get(edge), size.get(key))
         limits.append(next((value for value in named if value is not None), default))
-    return Grid(
-        patch_size=values["patch_size"], merge=values["merge_size"], min_pixels=limits[0], max_pixels=limits[1]
-    )
+    return Grid(patch_size=values["patch_size"], merge=values["merge_size"], min_pixels=limits[0], max_pixels=limits[1])
 
 
 def _tiles(values: Mapping[str, Any]) -> Tiles:

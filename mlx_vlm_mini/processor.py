@@ -114,6 +114,14 @@ class Processor:
         )
         self.image_settings = replace(self.image_settings, tiling=grid)
 
+    def answer_scale(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Height and width of an image of `size`, height and width in pixels, in the numbers of answers that say places
+        in JSON; None where these are 1000ths."""
+        grid = None if self.image_settings is None else self.image_settings.tiling
+        if isinstance(grid, Grid) and getattr(self.family, "ANSWERS_IN_PIXELS", False):
+            return grid.fit(size)
+        return None
+
     def prepare(self, source: ImageSource | Picture | PreparedImage) -> PreparedImage:
         """Open an image and make its pixels ready.
 

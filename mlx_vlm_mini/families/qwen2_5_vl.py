@@ -10,12 +10,16 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 
 from .maps import Weights
+from .parts import side
 from .patch_grids import IMAGE_PROCESSOR, grid_model, grid_weights, image_text, pixels, sectioned_decoder
 from .qwen2_vl import CHAT_TEMPLATE, MERGER, SECTIONS, TEXT
 
-__all__ = ["CHAT_TEMPLATE", "IMAGE_PROCESSOR", "WEIGHTS", "config", "image_text", "pixels"]
+__all__ = ["ANSWERS_IN_PIXELS", "CHAT_TEMPLATE", "IMAGE_PROCESSOR", "WEIGHTS", "config", "image_text", "pixels"]
 
 WEIGHTS: Weights = grid_weights({name: name for name in ("gate_proj", "up_proj", "down_proj")}, MERGER)
+
+ANSWERS_IN_PIXELS = True
+"""Boxes and points are those of the resized image."""
 
 _VISION = {
     "depth": 32, "hidden_size": 3584, "hidden_act": "silu", "intermediate_size": 3420, "num_heads": 16,
@@ -28,7 +32,7 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
     decoder = sectioned_decoder(hf, "qwen2", TEXT, SECTIONS, interleaved=False)
     values = {**_VISION, **(hf.get("vision_config") or {})}
     merge = values["spatial_merge_size"]
-    window = values["window_size"] // merge // values["patch_size"] * merge
+    window = values["window_size"] // merge // side(values["patch_size"], "patch_size") * merge
     if window < 1:
         raise CheckpointError(f"config.json: a window of {values['window_size']} pixels holds no token")
     return grid_model(

@@ -28,7 +28,9 @@ def images_only(family: str) -> Any:
     """A family's processor class for images alone."""
     parent: Any = FAMILIES[family]
 
-    def init(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any) -> None:
+    def init(
+        self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
+    ) -> None:
         parent.__init__(self, image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
 
     attributes = {"__init__": init, "get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])}

@@ -141,7 +141,7 @@ def test_explicit_attention_equals_the_fused_one(golden):
     explicit, fused = model.vision(pixels, *more, attentions=seen), model.vision(pixels, *more)
     np.testing.assert_allclose(np.array(explicit), np.array(fused), atol=TOLERANCE)
     if model.config.vision.grid is not None:  # windows come in groups of equal ones
-        patches = pixels.shape[1] * pixels.shape[2] // model.config.vision.patch_size ** 2
+        patches = pixels.shape[1] * pixels.shape[2] // model.config.vision.patch_size**2
         assert sum(part.shape[0] * part.shape[2] for part in seen) == model.config.vision.depth * patches
         return
     assert len(seen) == model.config.vision.depth + (0 if tiled is None else tiled.num_global_layers)
