@@ -487,10 +487,21 @@ WIDE = {
 }  # fmt: skip
 
 
+def wide_one(name, folder):
+    """A wide sister whose pictures are small."""
+    make_wide(name, folder, WIDE[name])
+    for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+        if file.exists() and "patch_size" in file.read_text():
+            settings = json.loads(file.read_text())
+            settings.get("image_processor", settings).update(min_pixels=500, max_pixels=1500)
+            file.write_text(json.dumps(settings))
+    return folder
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_quantized(name, tmp_path):
     """Fused tensors, three kinds of kernels, and the check layer by layer, which sees no harm at 8 bits."""
-    wide = make_wide(name, tmp_path / "wide", WIDE[name])
+    wide = wide_one(name, tmp_path / "wide")
     convert(wide, tmp_path / "out", bits=8, group_size=32, part_bits={"vision": 8, "projector": 8}, check=True)
     report = json.loads((tmp_path / "out" / "conversion.json").read_text())["check"]
     assert report["problems"] == [] and 0 < report["mean_kl"] < 0.05
@@ -503,18 +514,16 @@ def test_quantized(name, tmp_path):
 
 
 def test_rounding_with_compensation(tmp_path):
-    wide = make_wide("qwen2.5-vl", tmp_path / "wide", WIDE["qwen2.5-vl"])
+    """The tower's layers, too, whose inputs come picture by picture and window by window."""
+    wide = wide_one("qwen2.5-vl", tmp_path / "wide")
+    (tmp_path / "pictures").mkdir()
+    for picture in (PHOTO, SHAPES, GOLDEN / "strip.png"):
+        shutil.copy(picture, tmp_path / "pictures")
+    options = {"bits": 3, "group_size": 32, "part_bits": {"vision": 3, "projector": 3}, "check": True}
     kl = {}
     for method in ("round", "gptq"):
-        convert(
-            wide,
-            tmp_path / method,
-            bits=3,
-            group_size=32,
-            method=method,
-            part_bits={"vision": 3, "projector": 3},
-            check=True,
-        )
+        calibration = {} if method == "round" else {"calibration": str(tmp_path / "pictures")}
+        convert(wide, tmp_path / method, method=method, **calibration, **options)
         kl[method] = json.loads((tmp_path / method / "conversion.json").read_text())["check"]["mean_kl"]
     assert kl["gptq"] < kl["round"]
 
