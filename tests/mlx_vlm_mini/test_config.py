@@ -20,7 +20,9 @@ from mlx_vlm_mini.config import (
     BlockConfig,
     CrossAttentionConfig,
     DecoderConfig,
+    GridConfig,
     LayerType,
+    MergerConfig,
     NormConfig,
     Prescribed,
     ProjectorConfig,
@@ -186,7 +188,7 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
     "config",
     [
         BlockConfig, TiledConfig, VisionConfig, ShuffleConfig, ProjectorConfig, NormConfig, ScaleConfig, BiasConfig,
-        CrossAttentionConfig, DecoderConfig, Prescribed, VLMConfig,
+        CrossAttentionConfig, DecoderConfig, GridConfig, MergerConfig, Prescribed, VLMConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_a_reader_and_towers_stay_small(config):
