@@ -61,7 +61,13 @@ class Inputs:
 
     @property
     def pixel_values(self) -> mx.array | None:
-        """float32[B, height, width, 3]: the rows of all images in order, copied; None for text alone."""
+        """float32[B, height, width, 3]: the rows of all images in order, copied; None for text alone.
+
+        Raises:
+            PromptError: the images have different sizes.
+        """
+        if len({image.pixel_values.shape[1:] for image in self.images}) > 1:
+            raise PromptError("the images have different sizes: each has pixel_values of its own")
         return mx.array(np.concatenate([image.pixel_values for image in self.images])) if self.images else None
 
 
