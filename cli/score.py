@@ -20,11 +20,19 @@ ANSWERS = 5  # of a question that are shown
 @click.option("-p", "--text", "texts", multiple=True, required=True, metavar="TEXT", help="May be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
-def command(model: str, images: tuple[str, ...], texts: tuple[str, ...], as_json: bool, revision: str | None) -> None:
+@click.option(
+    "--mode", type=click.Choice(["c", "g", "match"]), help="Of InternVL-14B: how it compares; c where nothing is said."
+)
+def command(
+    model: str, images: tuple[str, ...], texts: tuple[str, ...], as_json: bool, revision: str | None, mode: str | None
+) -> None:
     """Say how well texts fit images.
 
     With a CLIP checkpoint: how probable each TEXT is for each IMAGE, if one of them is right. With a ViLT for question
     answering: TEXT is a question, and its likeliest answers are shown, each with its own probability.
+
+    InternVL-14B compares as CLIP does, by its image features alone (--mode c) or by what its query tokens saw, too (g);
+    --mode match says of each TEXT by itself how probable it is that it fits. Of a text it reads 80 tokens.
 
     \b
     Example:
@@ -42,8 +50,12 @@ def command(model: str, images: tuple[str, ...], texts: tuple[str, ...], as_json
     with Status() as status:
         status.show(f"loading {model}")
         folder = find_folder(model, revision=revision)
-        score = _answer if open_checkpoint(folder).config.get("model_type") == "vilt" else _compare
-        scores = score(status, str(folder), opened, texts)
+        if open_checkpoint(folder).config.get("model_type") == "vilt":
+            if mode is not None:
+                raise click.UsageError("--mode is of InternVL-14B, and this is a ViLT")
+            scores = _answer(status, str(folder), opened, texts)
+        else:
+            scores = _compare(status, str(folder), opened, texts, mode)
     if as_json:
         named = [{"image": image, **score} for image, score in zip(images, scores, strict=True)]
         click.echo(json.dumps({"texts": texts, "scores": named}, ensure_ascii=False))
@@ -66,12 +78,12 @@ def _show(odds: Sequence[tuple[str, float]]) -> None:
 
 
 def _compare(
-    status: Status, folder: str, images: Sequence["Image.Image"], texts: Sequence[str]
+    status: Status, folder: str, images: Sequence["Image.Image"], texts: Sequence[str], mode: Any
 ) -> list[dict[str, Any]]:
-    """For each image by CLIP the texts' `probabilities` and `logits`."""
+    """For each image by CLIP or InternVL-14B the texts' `probabilities` and `logits`."""
     from mlx_vlm_mini import load_scorer
 
-    scorer = load_scorer(folder)
+    scorer = load_scorer(folder, mode=mode)
     status.show("comparing")
     logits = scorer.logits(images, texts)
     rows = zip(scorer.probabilities_of(logits).tolist(), logits.tolist(), strict=True)

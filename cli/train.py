@@ -24,6 +24,13 @@ from .status import Status
 @click.option(
     "--warmup", type=click.IntRange(0), default=100, show_default=True, help="Steps to the full learning rate."
 )
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "muon"]),
+    default="adamw",
+    show_default=True,
+    help="muon: matrices by Muon.",
+)
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.01, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of the data.")
 @click.option("--checkpoint-every", type=click.IntRange(1), default=200, show_default=True, help="Steps.")

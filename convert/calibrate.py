@@ -207,7 +207,9 @@ class Walk:
             shown = [image for image in images if isinstance(image, ShownImage)]
             placed = [image for image in images if isinstance(image, PlacedImage)]
             rope = decoder.rope_among(placed, 0, sample.length)
-            masks = decoder.masks(sample.length, prefix=sample.start, spans=[image.span for image in shown])
+            features = shown[0].features[None] if shown and decoder.config.queries is not None else None
+            spans = [image.span for image in shown]
+            masks = decoder.masks(sample.length, prefix=sample.start, spans=spans, features=features)
             cache = decoder.show(number, shown, None) if kind == "cross_attention" else None
             x = layer(x, mask=masks[kind], rope=rope, cache=cache, attentions=None)
             outputs.append(add_taps(x, number, placed, 0))

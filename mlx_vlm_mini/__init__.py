@@ -2,8 +2,8 @@
 
 The public names are `load`, `generate`, `stream_generate` and `Chat`; for answers that name places `find_detections`
 and `draw_detections`; for what the model looked at `attend`, `draw_attention` and `attention_page`; for CLIP
-`load_scorer`, for ViLT `load_answerer`. They are imported when first used, so that `import mlx_vlm_mini` costs nothing.
-No module may have one of these names: importing it would put it in the place of the function.
+and QLLaMA `load_scorer`, for ViLT `load_answerer`. They are imported when first used, so that `import mlx_vlm_mini`
+costs nothing. No module may have one of these names: importing it would put it in the place of the function.
 """
 
 import sys
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chat import Chat
-    from .clip import load_scorer
     from .detections import find_detections
     from .draw import draw_detections
     from .heat import draw_attention
     from .inspection import attend
     from .loading import load
+    from .matching import load_scorer
     from .page import attention_page
     from .stream import generate, stream_generate
     from .vilt import load_answerer
@@ -38,7 +38,7 @@ _HOME = {
     "generate": ".stream",
     "load": ".loading",
     "load_answerer": ".vilt",
-    "load_scorer": ".clip",
+    "load_scorer": ".matching",
     "stream_generate": ".stream",
 }
 

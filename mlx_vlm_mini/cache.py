@@ -53,8 +53,9 @@ def make_cache(model: VLM, *, kv_bits: int | None = None, rotate: int | None = N
     if rotate is not None:
         if rotate <= 2 * KEEP:
             raise PromptError(f"rotate must be more than {2 * KEEP} tokens, not {rotate}")
-        if config.prefix_lm or "sliding_attention" in config.layer_types:
-            own = "reads a prompt both ways" if config.prefix_lm else "has layers with a window of their own"
+        if config.prefix_lm or config.queries is not None or "sliding_attention" in config.layer_types:
+            both = config.prefix_lm or config.queries is not None
+            own = "reads a prompt both ways" if both else "has layers with a window of their own"
             raise PromptError(f"family '{model.config.family}' {own}, which no rotating cache fits: leave rotate out")
         return model.cache_of(lambda: caches.RotatingKVCache(max_size=rotate, keep=KEEP))
     group_size = next((size for size in (64, 32) if config.head_dim % size == 0), None)

@@ -2,7 +2,8 @@
 
 Source: LLaMA (arXiv:2302.13971). Mistral (arXiv:2310.06825) adds grouped queries and a sliding window, Qwen2
 (arXiv:2407.10671) biases on queries, keys and values, Qwen3 (arXiv:2505.09388) norms of each head's queries and keys,
-Gemma 2 (arXiv:2408.00118) norms on both sides and caps, Llama 3.2 Vision (arXiv:2407.21783) layers that look at images.
+Gemma 2 (arXiv:2408.00118) norms on both sides and caps, Llama 3.2 Vision (arXiv:2407.21783) layers that look at images,
+QLLaMA (arXiv:2312.14238) layers in which query tokens do.
 Modules are named as Hugging Face names them.
 """
 
@@ -17,6 +18,7 @@ from .attention import Attention, Mask, Recorder
 from .axes import PlacedImage, SectionedRoPE, add_taps, remember
 from .config import DecoderConfig, LayerType
 from .cross_attention import CrossAttention, ImageCache, ShownImage, Sight, Span, look
+from .query_attention import QueryAttention, QuerySight
 from .rope import depends_on_length, make_rope
 
 
@@ -136,6 +138,21 @@ class SandwichLayer(DecoderLayer):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
+class QueryLayer(DecoderLayer):
+    """QLLaMA's layer in which an image's query tokens, the first of all, look at its features."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.cross_attn = QueryAttention(config)
+
+    def __call__(self, x: mx.array, *, mask: Any, rope: Any, cache: Any, attentions: Recorder | None) -> mx.array:
+        """`mask` is a QuerySight."""
+        x = x + self.self_attn(self.input_layernorm(x), mask=mask.mask, rope=rope, cache=cache, attentions=attentions)
+        if mask.features is not None:
+            x = self.cross_attn(x, mask.features, mask.looks)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
 class CrossAttentionLayer(nn.Module):
     """A layer that looks at images: what its attention and its MLP add is multiplied by tanh of a gate.
 
@@ -183,9 +200,8 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.num_embeddings, config.hidden_size)
         layer = SandwichLayer if config.norms.sandwich else DecoderLayer
-        self.layers = [
-            CrossAttentionLayer(config) if kind == "cross_attention" else layer(config) for kind in config.layer_types
-        ]
+        kinds: dict[LayerType, Any] = {"cross_attention": CrossAttentionLayer, "query_attention": QueryLayer}
+        self.layers = [kinds.get(kind, layer)(config) for kind in config.layer_types]
         self.norm = make_norm(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -208,6 +224,11 @@ class Decoder(nn.Module):
         return self.config.prefix_lm or depends_on_length(self.config, length)
 
     @property
+    def least_chunk(self) -> int:
+        """Tokens that the first chunk of a prompt must have: query tokens, which see one another."""
+        return 1 if self.config.queries is None else self.config.queries.num_query_tokens
+
+    @property
     def looks_ahead(self) -> bool:
         """Whether the keys of a prompt depend on images that come later (transformers' cross-attention)."""
         cross = self.config.cross_attention
@@ -221,21 +242,30 @@ class Decoder(nn.Module):
         return cache
 
     def masks(
-        self, length: int, offset: int = 0, prefix: int | None = None, spans: Sequence[Span] = (), whole: bool = False
+        self,
+        length: int,
+        offset: int = 0,
+        prefix: int | None = None,
+        spans: Sequence[Span] = (),
+        whole: bool = False,
+        features: mx.array | None = None,
     ) -> dict[LayerType, Any]:
         """What `length` tokens after `offset` cached ones may look at, by kind of layer: a `Mask`, of cross-attention
-        layers a `Sight` or None.
+        layers a `Sight` or None, of layers with query tokens a `QuerySight`.
 
         Args:
             prefix: as in a call.
             spans, whole: see `look`.
+            features: float[1, P, C], what query tokens look at; None where none are among these tokens.
         """
         if not self.config.prefix_lm:
-            prefix = 0
+            prefix = 0 if features is None else self.least_chunk
         elif prefix is None:
             prefix = 0 if offset else length
+        full = causal_mask(length, offset, None, prefix)
         return {
-            "full_attention": causal_mask(length, offset, None, prefix),
+            "full_attention": full,
+            "query_attention": QuerySight(full, features),
             "sliding_attention": causal_mask(length, offset, self.config.sliding_window, prefix),
             "cross_attention": look(spans, length, offset, blind_attend=self.looks_ahead, whole=whole),
         }
@@ -258,22 +288,24 @@ class Decoder(nn.Module):
                 in cross-attention layers the keys of all images.
             prefix: tokens of the sequence's beginning that see one another, where the config says `prefix_lm`. By
                 default those of the call that begins the sequence.
-            images: new ones, for cross-attention layers; also those whose tokens only later calls read. With
-                `PlacedImage`s all of the prompt, which the cache remembers.
+            images: new ones, for cross-attention layers; also those whose tokens only later calls read. Or the one
+                that query tokens look at, which are all in this call, the first of it. Or, as `PlacedImage`s, all of
+                the prompt, which the cache remembers.
 
         Returns:
             float[B, L, C].
         """
         caches: list[Any] = [None] * len(self.layers) if cache is None else list(cache)
         spans: tuple[Span, ...] = ()
+        shown = [image for image in images if isinstance(image, ShownImage)]
         for number, kind in enumerate(self.config.layer_types):
             if kind == "cross_attention":
-                shown = [image for image in images if isinstance(image, ShownImage)]
                 caches[number] = self.show(number, shown, caches[number])
                 spans = caches[number].spans
         first = next(each for each in caches if not isinstance(each, ImageCache))  # all are as long
         offset = 0 if first is None else first.offset
-        masks = self.masks(embeddings.shape[1], offset, prefix, spans, attentions is not None)
+        features = shown[0].features[None] if shown and self.config.queries is not None else None
+        masks = self.masks(embeddings.shape[1], offset, prefix, spans, attentions is not None, features)
         if hasattr(first, "max_size"):
             rotating = rotating_mask(embeddings.shape[1], offset, first.max_size, first.keep)
             masks |= {"full_attention": rotating, "sliding_attention": rotating}

@@ -64,8 +64,7 @@ def prefill(
     """
     total = embeddings.shape[1]
     held = next(entry.offset for entry in cache if not isinstance(entry, ImageCache))
-    if decoder.reads_whole(held + total):
-        step = total
+    step = total if decoder.reads_whole(held + total) else max(step, decoder.least_chunk)
     done = 0
     while total - done > step:
         decoder(embeddings[:, done : done + step], cache, images=() if done else images)

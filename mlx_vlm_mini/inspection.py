@@ -77,7 +77,9 @@ def attend(
         raise PromptError("the prompt has no image, so there are no patches to look at: give one")
     inputs, cache = processor(messages), model.make_cache()
     boxes = [find_boxes(model, processor, image) for image in inputs.images]
+    encode = partial(kept.encode, encode=model.encode)
     with wired_memory():
+        mixings = [model.mixing(image, encode) for image in inputs.images]
         if answer is None:
             tokens = []
             for chunk in stream_inputs(model, processor, inputs, cache, options=chosen, features=kept):
@@ -93,7 +95,6 @@ def attend(
             logits, weights = _roll_out(model, inputs, tokens, kept)
         else:
             if answer is not None:
-                encode = partial(kept.encode, encode=model.encode)
                 logits = prefill(
                     model.decoder,
                     model.embed(inputs, encode=encode),
@@ -107,7 +108,11 @@ def attend(
             logits, weights = _record(model, inputs, tokens, cache, kept, rows)
     logprobs = logits.astype(mx.float32) - mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
     found = mx.take_along_axis(logprobs, mx.array(tokens)[:, None], axis=-1)[:, 0]
-    cuts = np.cumsum([len(places) for places in boxes])[:-1]
+    counts = [len(places if mixing is None else mixing) for places, mixing in zip(boxes, mixings, strict=True)]
+    shares = [
+        own if mixing is None else own @ mixing
+        for own, mixing in zip(np.split(weights, np.cumsum(counts)[:-1], axis=-1), mixings, strict=True)
+    ]
     return AnswerAttention(
         prompt=_last_text(messages),
         token_ids=tuple(tokens),
@@ -119,14 +124,15 @@ def attend(
         heads=tuple(heads),
         images=tuple(
             ImageAttention(weights=own, boxes=places, size=image.size, origin=image.origin)
-            for own, places, image in zip(np.split(weights, cuts, axis=-1), boxes, prepared, strict=True)
+            for own, places, image in zip(shares, boxes, prepared, strict=True)
         ),
     )
 
 
 def find_boxes(model: VLM, processor: Processor, image: InputImage) -> np.ndarray:
     """Where in its picture lies what each slot of an image shows: float64[tokens, 4], NaN where that is nowhere. With
-    cross-attention of what each of its keys shows, tile after tile: float64[keys, 4].
+    cross-attention, and where slots are mixed of all features (`VLM.mixing`), of what each of its features shows, tile
+    after tile: float64[features, 4].
 
     Raises:
         CheckpointError: the image's rows are not those that the processor's settings make.
@@ -142,7 +148,8 @@ def find_boxes(model: VLM, processor: Processor, image: InputImage) -> np.ndarra
     places = [frame.patches(height, width, vision.patch_size) for frame in rows]
     nowhere = np.full((lead, 4), np.nan)
     found = np.concatenate([part for boxes in places for part in (nowhere, boxes)])
-    return join(found, model.sources(image)) if model.config.decoder.cross_attention is None else found
+    whole = model.config.decoder.cross_attention is not None or model.mixes
+    return found if whole else join(found, model.sources(image))
 
 
 def _choose_layers(config: DecoderConfig, layers: Sequence[int] | None) -> list[int]:
@@ -298,8 +305,8 @@ def _roll_out(model: VLM, inputs: Inputs, tokens: Sequence[int], features: Featu
             "prompt, or choose another reduction"
         )
     flow = _Rollout(np.flatnonzero(inputs.slots), length + len(tokens) - 1)
-    images = model.show(inputs, 0, partial(features.encode, encode=model.encode))
-    hidden = decoder(_embed(model, inputs, tokens, features, 0), None, flow, length, images)
+    shown = model.show(inputs, encode=partial(features.encode, encode=model.encode))
+    hidden = decoder(_embed(model, inputs, tokens, features, 0), None, flow, length, shown)
     logits = decoder.logits(hidden[:, length - 1 :])[0]
     mx.eval(logits)
     return logits, np.array(flow.flow[length - 1 :])

@@ -95,12 +95,15 @@ def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> Imag
     Raises:
         CheckpointError: a file is broken, or speaks of another family's images.
     """
-    if config.prescribed is not None:
-        return image_settings(config.prescribed.image_processor, default_type=family.IMAGE_PROCESSOR)
+    prescribed = config.prescribed
+    if prescribed is not None and not prescribed.files_first:
+        return image_settings(prescribed.image_processor, default_type=family.IMAGE_PROCESSOR)
     processor, image = folder / "processor_config.json", folder / "preprocessor_config.json"
     settings = read_json(processor).get("image_processor") if processor.is_file() else None
     if settings is None and image.is_file():
         settings = read_json(image)
+    if settings is None and prescribed is not None:
+        settings = prescribed.image_processor
     if settings is None:
         return None
     try:

@@ -9,16 +9,19 @@ import mlx.nn as nn
 import numpy as np
 
 from .anyres import pack
+from .attention import Recorder
 from .axes import PlacedImage
 from .borrow import borrow
 from .canvas import Canvas, choose_canvas
 from .config import VLMConfig
+from .contrast import Contrast
 from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
 from .errors import CheckpointError, PromptError
 from .grid_vision import GridVisionTransformer
 from .merger import PatchMerger
 from .projector import Projector, join_squares, pixel_shuffle
+from .query_attention import Looks, QuerySight
 from .tiled_vision import TiledVisionTransformer
 from .vision import VisionTransformer
 
@@ -79,6 +82,7 @@ class VLM(nn.Module):
     embeddings --decoder--> hidden states --decoder.logits--> logits
 
     With cross-attention (Llama 3.2 Vision) image embeddings enter no slot: layers of the decoder look at them (`show`).
+    With query tokens (QLLaMA) these stand in the slots, and look at the image in some layers (`show`, too).
     """
 
     def __init__(self, config: VLMConfig) -> None:
@@ -90,6 +94,10 @@ class VLM(nn.Module):
         self.decoder = Decoder(config.decoder)
         if config.has_newline:
             self.image_newline = mx.zeros(config.decoder.hidden_size)
+        if config.decoder.queries is not None:
+            self.query_tokens = mx.zeros((config.decoder.queries.num_query_tokens, config.decoder.hidden_size))
+        if config.contrast is not None:
+            self.contrast = Contrast(config.vision.feature_size, config.decoder.hidden_size, config.contrast)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -190,7 +198,9 @@ class VLM(nn.Module):
             PromptError: its features are not as many as its slots.
             CheckpointError: the image processor cuts tiles otherwise than config.json says.
         """
-        if self.config.vision.tiled is None:
+        if self.config.decoder.queries is not None:
+            features = self.embed_images(mx.array(image.pixel_values))[0]
+        elif self.config.vision.tiled is None:
             features = self.arrange(self.embed_images(mx.array(image.pixel_values)), image)
         else:  # keys of unused tiles matter only where tokens that see no image attend to all
             features = self.embed_tiled([image])[0]
@@ -222,6 +232,10 @@ class VLM(nn.Module):
         if self.config.decoder.cross_attention is not None:
             return embeddings
         positions = np.flatnonzero(inputs.slots[start:])
+        if self.config.decoder.queries is not None:
+            if len(positions):
+                embeddings[:, mx.array(positions)] = self.query_tokens
+            return embeddings
         arranged: list[mx.array] = []  # of the last image first
         missing = len(positions)
         for image in reversed(inputs.images):
@@ -241,15 +255,16 @@ class VLM(nn.Module):
         """What the decoder has to know of the images besides their embeddings, for tokens from `start` on.
 
         Of patch grids all images' places, and what else is added to the tokens of those that reach behind `start`. With
-        cross-attention layers what these look at, of images whose tokens stand at `start` or behind. Else nothing.
-        Arguments and errors as of `embed`.
+        cross-attention layers or query tokens what these look at, of images whose tokens stand at `start` or behind.
+        Else nothing. Arguments and errors as of `embed`.
         """
         if self.config.vision.grid is not None:
             return self._place(inputs, start, encode or self.encode)
-        if self.config.decoder.cross_attention is None:
+        if self.config.decoder.cross_attention is None and self.config.decoder.queries is None:
             return []
         shown = []
-        for position, image in zip(np.flatnonzero(inputs.slots).tolist(), inputs.images, strict=True):
+        places = np.flatnonzero(inputs.slots)[:: self.decoder.least_chunk]  # where each image's slots begin
+        for position, image in zip(places.tolist(), inputs.images, strict=True):
             if position >= start:
                 features = (encode or self.encode)(image)
                 seen = image.rows * self.config.vision.num_features
@@ -266,6 +281,42 @@ class VLM(nn.Module):
                 taps = encode(image).reshape(image.tokens, -1, self.config.decoder.hidden_size)[:, 1:].swapaxes(0, 1)
             placed.append(PlacedImage(int(own[0]), rows, columns, taps))
         return placed
+
+    def query(self, features: mx.array, text: mx.array | None = None, looks: Recorder | None = None) -> mx.array:
+        """What the query tokens become that look at an image, without a cache.
+
+        Args:
+            features: float[P, C], what `encode` gives.
+            text: float[1, L, C], embeddings behind the queries; all see one another then.
+            looks: takes the queries' weights on the features, layer after layer.
+
+        Returns:
+            float[1, Q, C], behind the last norm.
+        """
+        x = self.query_tokens[None]
+        x = x if text is None else mx.concatenate([x, text.astype(x.dtype)], axis=1)
+        sight = QuerySight(None, features[None], looks)
+        for layer, kind in zip(self.decoder.layers, self.config.decoder.layer_types, strict=True):
+            mask = sight if kind == "query_attention" else None
+            x = layer(x, mask=mask, rope=self.decoder.rope, cache=None, attentions=None)
+        return self.decoder.norm(x[:, : len(self.query_tokens)])
+
+    @property
+    def mixes(self) -> bool:
+        """Whether an image's slots show mixtures of all its features (`mixing`)."""
+        return self.config.decoder.queries is not None
+
+    def mixing(self, image: InputImage, encode: Callable[[InputImage], mx.array] | None = None) -> np.ndarray | None:
+        """How an image's slots are mixed of the vision tower's features: float32[tokens, P], rows that sum to 1; None
+        where slots show features of their own (`sources`).
+
+        Of query tokens it is the mean over heads and layers of what they look at.
+        """
+        if not self.mixes:
+            return None
+        looks = Looks(len(self.query_tokens))
+        self.query((encode or self.encode)(image), looks=looks)
+        return np.array(looks.mean())
 
     def __call__(self, inputs: Inputs, cache: Sequence[Any] | None = None) -> mx.array:
         """The scores of every token of the prompt: float[1, L, vocab_size]."""

@@ -187,10 +187,12 @@ class Processor:
         occurrences = [match.span() for match in re.finditer(re.escape(self.image_token), text)]
         images = [span for span, is_slot in zip(occurrences, slots, strict=True) if is_slot]
         ends = [start for start, _ in images] + [len(text)]
-        ids, offsets = self.tokenizer.encode_with_offsets(text[: ends[0]], image_token="")
+        behind = not ends[0] and self.tokenizer.has_bos(text, self.image_token)  # the text begins behind the images
+        ids, offsets = ([], []) if behind else self.tokenizer.encode_with_offsets(text[: ends[0]], image_token="")
+        encode = self.tokenizer.encode_behind_images if behind else self.tokenizer.encode_piece
         is_slot = [False] * len(ids)
         for (start, end), following in zip(images, ends[1:], strict=True):
-            more, places = self.tokenizer.encode_piece(text[end:following]) if following > end else ([], [])
+            more, places = encode(text[end:following]) if following > end else ([], [])
             ids += [self.image_token_id, *more]
             offsets += [(start, end), *((end + first, end + last) for first, last in places)]
             is_slot += [True, *[False] * len(more)]
@@ -211,7 +213,13 @@ class Processor:
             ImageError: an image cannot be opened.
         """
         messages = to_messages(prompt, images)
-        prepared = [self.prepare(part["image"]) for part in images_of(messages)]
+        parts = images_of(messages)
+        if self.config.decoder.queries is not None and len(parts) != 1:
+            advice = "give each a conversation of its own" if parts else "give one"
+            raise PromptError(
+                f"family '{self.config.family}' answers about exactly one image, here are {len(parts)}: {advice}"
+            )
+        prepared = [self.prepare(part["image"]) for part in parts]
         text, slots = self.expand(messages, prepared, add_generation_prompt=add_generation_prompt)
         given = [
             InputImage(

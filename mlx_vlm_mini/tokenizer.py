@@ -57,7 +57,8 @@ class Tokenizer:
         except Exception as error:  # the library raises no other; it means a vocabulary with gaps
             raise CheckpointError(f"the tokenizer cannot read {text[:40]!r}: {error}") from None
 
-    def _has_bos(self, text: str, image_token: str) -> bool:
+    def has_bos(self, text: str, image_token: str) -> bool:
+        """Whether a prompt has a `bos_token` in front, of which images may stand."""
         bos = self.special_tokens.get("bos_token")
         return bool(bos) and re.match(f"(?:{re.escape(image_token)})*{re.escape(bos or '')}", text) is not None
 
@@ -68,13 +69,23 @@ class Tokenizer:
         Args:
             image_token: may stand in front of the `bos_token` that the template wrote.
         """
-        encoding = self._encoding(text, not self._has_bos(text, image_token))
+        encoding = self._encoding(text, not self.has_bos(text, image_token))
         return encoding.ids, encoding.offsets
 
     def encode_piece(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The same of a text that goes on a prompt: no special tokens are put around it."""
         encoding = self._encoding(text, False)
         return encoding.ids, encoding.offsets
+
+    def encode_behind_images(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same of a text that begins a prompt behind images, with a `bos_token` in front of it: what follows that
+        is a text of its own."""
+        bos = self.special_tokens.get("bos_token", "")
+        first = self.token_to_id(bos)
+        if first is None or not text.startswith(bos):
+            return self.encode_piece(text)
+        ids, offsets = self.encode_piece(text[len(bos) :])
+        return [first, *ids], [(0, len(bos)), *((len(bos) + start, len(bos) + end) for start, end in offsets)]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids beyond the vocabulary give nothing."""

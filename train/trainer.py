@@ -1,5 +1,5 @@
-"""The training loop: AdamW with warm-up and cosine decay, and checkpoints from which a killed run goes on as if nothing
-had happened.
+"""The training loop: AdamW or Muon with warm-up and cosine decay, and checkpoints from which a killed run goes on as
+if nothing had happened.
 
 Stages follow LLaVA (arXiv:2304.08485): first the projector alone, then more.
 """
@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -31,6 +32,10 @@ from .examples import Batch, Encoded, Example, collate, encode
 from .lora import add_adapters
 
 Stage = Literal["projector", "full", "lora"]
+OptimizerName = Literal["adamw", "muon"]
+
+MUON_RATE = 20.0
+"""Muon's learning rate in AdamW's, whose updates have numbers near 1; those of an orthogonal matrix are smaller."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +47,12 @@ class Settings:
         steps: optimizer steps; the learning rate reaches its end there.
         batch_size: examples a step; `accumulate` such batches make one step.
         learning_rate: at its highest, after `warmup` steps; falls to a tenth along a cosine.
-        weight_decay: of AdamW, on matrices and kernels only.
+        weight_decay: on matrices and kernels only.
         max_grad_norm: gradients are scaled down to this norm.
         seed: of the order of the examples, and of fresh adapters.
         checkpoint_every: steps between checkpoints, and between validations.
         rank, scale: of the adapters.
+        optimizer: `adamw`, or `muon` for the matrices between hidden states and AdamW for the rest.
     """
 
     stage: Stage = "full"
@@ -61,6 +67,7 @@ class Settings:
     checkpoint_every: int = 200
     rank: int = 8
     scale: float = 20.0
+    optimizer: OptimizerName = "adamw"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "rank"):
@@ -158,7 +165,7 @@ class Trainer:
             raise CheckpointError(f"family '{model.config.family}' cuts images into tiles, which cannot be trained yet")
         if model.config.projector.shuffle is not None:
             raise CheckpointError(f"family '{model.config.family}' joins image features, which cannot be trained yet")
-        if model.config.decoder.cross_attention is not None:
+        if model.config.decoder.cross_attention is not None or model.config.decoder.queries is not None:
             raise CheckpointError(f"family '{model.config.family}' has cross-attention, which cannot be trained yet")
         if model.config.decoder.prefix_lm:
             raise CheckpointError(f"family '{model.config.family}' is a prefix-LM, which cannot be trained yet")
@@ -167,10 +174,10 @@ class Trainer:
         self.folder = folder
         self.step = 0
         choose_trainable(model, settings)
-        self.optimizer = _optimizer(settings)
+        self._streams = _core_streams() if mx.default_device().type == mx.DeviceType.cpu else ()
+        self.optimizer = _optimizer(settings, self._streams)
         self.optimizer.init(model.trainable_parameters())
         self._tokens = 0
-        self._streams = _core_streams() if mx.default_device().type == mx.DeviceType.cpu else ()
         self._gradients, self._update = self._compile()
         self._resume()
 
@@ -317,14 +324,46 @@ def choose_trainable(model: VLM, settings: Settings) -> None:
         model.projector.unfreeze()
 
 
-def _optimizer(settings: Settings) -> Any:
-    """AdamW (arXiv:1711.05101) whose weight decay leaves norms, biases and embeddings of single rows alone."""
-    rest = max(settings.steps - settings.warmup, 1)
-    schedule: Callable[..., Any] = optim.cosine_decay(settings.learning_rate, rest, settings.learning_rate / 10)
-    if settings.warmup:
-        rise = optim.linear_schedule(0.0, settings.learning_rate, settings.warmup)
-        schedule = optim.join_schedules([rise, schedule], [settings.warmup])
-    betas = [0.9, 0.98]
-    matrices = optim.AdamW(schedule, betas=betas, weight_decay=settings.weight_decay, bias_correction=True)
-    others = optim.AdamW(schedule, betas=betas, weight_decay=0.0, bias_correction=True)
-    return optim.MultiOptimizer([matrices, others], [lambda name, weight: weight.ndim > 1])
+def _optimizer(settings: Settings, streams: Sequence[mx.Stream]) -> Any:
+    """AdamW (arXiv:1711.05101), or Muon for the matrices inside the towers and AdamW for the rest.
+
+    Weight decay leaves norms, biases and embeddings of single rows alone.
+    """
+
+    def schedule(highest: float) -> Callable[..., Any]:
+        rest = max(settings.steps - settings.warmup, 1)
+        fall: Callable[..., Any] = optim.cosine_decay(highest, rest, highest / 10)
+        if not settings.warmup:
+            return fall
+        return optim.join_schedules([optim.linear_schedule(0.0, highest, settings.warmup), fall], [settings.warmup])
+
+    def adamw(decay: float) -> optim.Optimizer:
+        rate = schedule(settings.learning_rate)
+        return optim.AdamW(rate, betas=[0.9, 0.98], weight_decay=decay, bias_correction=True)
+
+    adam = [adamw(settings.weight_decay), adamw(0.0)]
+    if settings.optimizer == "adamw":
+        return optim.MultiOptimizer(adam, [lambda name, weight: weight.ndim > 1])
+    muon = _Muon(schedule(MUON_RATE * settings.learning_rate), settings.weight_decay, streams)
+    return optim.MultiOptimizer([muon, *adam], [_is_hidden, lambda name, weight: weight.ndim > 1])
+
+
+def _is_hidden(name: str, weight: mx.array) -> bool:
+    """Whether a weight is a matrix from hidden states to hidden states: not of pixels, tokens or places."""
+    return weight.ndim == 2 and ("layers" in name or "blocks" in name or "projector" in name)
+
+
+class _Muon(optim.Muon):
+    """MLX's Muon (https://kellerjordan.github.io/posts/muon/) with weight decay beside the update, its work
+    shared by streams.
+    """
+
+    def __init__(self, rate: Callable[..., Any], decay: float, streams: Sequence[mx.Stream]) -> None:
+        super().__init__(rate, momentum=0.95, weight_decay=0.0)
+        self._decay, self._streams = decay, cycle(streams) if streams else repeat(None)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
+        stream = next(self._streams)
+        with mx.stream(stream) if stream else nullcontext():
+            kept = parameter * (1 - self._decay * self.learning_rate)
+            return super().apply_single(gradient, kept, state)

@@ -14,12 +14,14 @@ from mlx_vlm_mini.errors import CheckpointError
 from .checks import Activation
 from .decoder import BiasConfig, BlindRows, CrossAttentionConfig, DecoderConfig, LayerType, NormConfig, ScaleConfig
 from .projector import MergerConfig, ProjectorConfig, ShuffleConfig
+from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, GridConfig, TiledConfig, VisionConfig, VisionNorm
 
 __all__ = [
-    "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "CrossAttentionConfig", "DecoderConfig",
-    "GridConfig", "LayerType", "MergerConfig", "NormConfig", "Prescribed", "ProjectorConfig", "ScaleConfig",
-    "ShuffleConfig", "TileMerge", "TiledConfig", "VLMConfig", "VisionConfig", "VisionNorm",
+    "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig", "CrossAttentionConfig",
+    "DecoderConfig", "GridConfig", "LayerType", "MergerConfig", "NormConfig", "Prescribed", "ProjectorConfig",
+    "QueryConfig", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "VLMConfig", "VisionConfig",
+    "VisionNorm",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
@@ -36,6 +38,8 @@ class Prescribed:
     """Ends an answer."""
     image_processor: Mapping[str, Any]
     """In the form of preprocessor_config.json."""
+    files_first: bool = False
+    """What the folder's own files say of images counts before `image_processor`."""
     cut_at_images: bool = False
     """`image_token` is in no vocabulary: the text is cut there, and each piece becomes tokens by itself."""
     stop: str | None = None
@@ -61,6 +65,7 @@ class VLMConfig:
     behind each; `unpad_floor` the same with what is shown rounded down, as the original LLaVA does; `grid` as rows of
     the whole grid; `flat` tile by tile."""
     prescribed: Prescribed | None = None
+    contrast: ContrastConfig | None = None
 
     def __post_init__(self) -> None:
         patches = (self.vision.image_size // self.vision.patch_size) ** 2
@@ -83,6 +88,12 @@ class VLMConfig:
             raise CheckpointError("config.json: a tower of patch grids and a merger are supported together only")
         if (self.vision.tiled is None) != (self.decoder.cross_attention is None):
             raise CheckpointError("config.json: a tower of tiles and cross-attention are supported together only")
+        if self.contrast is not None:
+            for size in (self.vision.feature_size, self.decoder.hidden_size):
+                if size % self.contrast.pool_heads:
+                    raise CheckpointError(
+                        f"config.json: {size} numbers are no multiple of attn_pool_num_heads {self.contrast.pool_heads}"
+                    )
 
     @property
     def has_newline(self) -> bool:

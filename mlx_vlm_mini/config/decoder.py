@@ -7,8 +7,9 @@ from typing import Any, Literal, get_args
 from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation, check_flags, check_multiple, check_positive, check_sizes
+from .queries import QueryConfig
 
-LayerType = Literal["full_attention", "sliding_attention", "cross_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "cross_attention", "query_attention"]
 BlindRows = Literal["zero", "attend"]
 
 
@@ -103,6 +104,8 @@ class DecoderConfig:
     """The prompt's tokens see one another, later ones too; what follows it is causal."""
     cross_attention: CrossAttentionConfig | None = None
     """Image embeddings do not enter the sequence: layers of a type of their own read them. None: there are none."""
+    queries: QueryConfig | None = None
+    """Query tokens stand for an image, and layers of another type let them look at it. None: there are none."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -123,6 +126,8 @@ class DecoderConfig:
             check_sizes(self, "sliding_window")
         if ("cross_attention" in self.layer_types) != (self.cross_attention is not None):
             raise CheckpointError("config.json: cross-attention layers and their settings go together")
+        if ("query_attention" in self.layer_types) != (self.queries is not None):
+            raise CheckpointError("config.json: query tokens and layers that let them look at an image go together")
         if set(self.layer_types) == {"cross_attention"}:
             raise CheckpointError("config.json: a decoder needs a layer that reads text")
         if self.cross_attention is not None and self.tie_word_embeddings:

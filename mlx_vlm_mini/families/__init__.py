@@ -19,6 +19,7 @@ from . import (
     llava_original,
     mllama,
     paligemma,
+    qllama,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_vl,
@@ -72,6 +73,8 @@ def find_family(hf: Mapping[str, Any]) -> Family:
     model_type = hf.get("model_type")
     if llava_original.is_original(hf):
         return llava_normed if llava_original.has_norm(hf) else llava_original
+    if qllama.is_qllama(hf):
+        return qllama
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         if model_type in ("clip", "vilt"):
             raise CheckpointError(f"config.json says model_type '{model_type}', for which there is mlx-vlm-mini score")

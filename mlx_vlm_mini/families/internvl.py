@@ -53,8 +53,6 @@ _VISION = {
 
 
 def config(hf: Mapping[str, Any]) -> VLMConfig:
-    if "qllama_config" in hf:
-        raise CheckpointError("config.json describes InternVL-14B with its QLLaMA, which is not supported")
     if hf.get("vision_feature_select_strategy", "default") != "default":
         raise CheckpointError("config.json: vision_feature_select_strategy must be 'default' for a pixel shuffle")
     values = {**_VISION, **(hf.get("vision_config") or {})}

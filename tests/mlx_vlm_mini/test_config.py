@@ -18,6 +18,7 @@ from mlx_vlm_mini.config import (
     BiasConfig,
     BlindRows,
     BlockConfig,
+    ContrastConfig,
     CrossAttentionConfig,
     DecoderConfig,
     GridConfig,
@@ -26,6 +27,7 @@ from mlx_vlm_mini.config import (
     NormConfig,
     Prescribed,
     ProjectorConfig,
+    QueryConfig,
     ScaleConfig,
     ShuffleConfig,
     TiledConfig,
@@ -188,7 +190,7 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
     "config",
     [
         BlockConfig, TiledConfig, VisionConfig, ShuffleConfig, ProjectorConfig, NormConfig, ScaleConfig, BiasConfig,
-        CrossAttentionConfig, DecoderConfig, GridConfig, MergerConfig, Prescribed, VLMConfig,
+        ContrastConfig, CrossAttentionConfig, DecoderConfig, GridConfig, MergerConfig, Prescribed, QueryConfig, VLMConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_a_reader_and_towers_stay_small(config):

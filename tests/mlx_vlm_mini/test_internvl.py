@@ -169,7 +169,6 @@ def test_configs_of_the_authors_that_make_no_model(changes, message):
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
-        ({"qllama_config": {}}, "InternVL-14B with its QLLaMA, which is not supported"),
         ({"vision_feature_select_strategy": "full"}, "must be 'default' for a pixel shuffle"),
         (
             {"vision_config": {"use_absolute_position_embeddings": False}},

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from checkpoints import with_paths
 from llava_original import SPECS as ORIGINALS
+from qllama_cases import SPECS as QUERIES
 from reference import CASES, GOLDEN, STEPS
 from reference import SPECS as OTHERS
 
@@ -17,7 +18,7 @@ from mlx_vlm_mini.generation import decode, prefill
 from mlx_vlm_mini.stream import stream_generate
 
 TOLERANCE = 1e-4
-SPECS = {**OTHERS, **ORIGINALS}
+SPECS = {**OTHERS, **ORIGINALS, **QUERIES}
 CASES_OF_GOLDENS = [(name, case) for name in sorted(SPECS) for case in sorted(SPECS[name].cases)]
 every_case = pytest.mark.parametrize(("golden", "case"), CASES_OF_GOLDENS, indirect=["golden"], scope="module")
 

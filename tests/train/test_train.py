@@ -24,7 +24,7 @@ from mlx_vlm_mini.train.evaluate import evaluate
 from mlx_vlm_mini.train.examples import collate, encode, read_examples
 from mlx_vlm_mini.train.lora import fuse_adapters, load_adapters
 from mlx_vlm_mini.train.questions import write_scenes
-from mlx_vlm_mini.train.trainer import Settings, Trainer, answers_right, batch_loss, order
+from mlx_vlm_mini.train.trainer import MUON_RATE, Settings, Trainer, answers_right, batch_loss, order
 
 
 @pytest.fixture(scope="module")
@@ -211,20 +211,41 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path, scenes):
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["full", "lora"])
-def test_a_resumed_run_takes_the_same_trajectory(tmp_path, scenes, stage):
-    whole = [progress.loss for progress in trainer(tmp_path / "whole", scenes, stage=stage).run()]
-    running = trainer(tmp_path / "cut", scenes, stage=stage).run()
+def test_muon_moves_hidden_matrices_in_all_directions_alike(tmp_path, scenes):
+    """Its updates are nearly orthogonal matrices; embeddings, norms and the patch projection stay AdamW's."""
+    before = dict(tree_flatten(load(PLAIN)[0].parameters()))
+    rate = 1e-4
+    run = trainer(tmp_path, scenes, optimizer="muon", steps=1, warmup=0, learning_rate=rate, weight_decay=0.0)
+    list(run.run())
+    moved = {name: np.array(array - before[name]) for name, array in tree_flatten(run.model.parameters())}
+    for name in (
+        "vision.blocks.0.attn.v_proj.weight",
+        "projector.layers.0.weight",
+        "decoder.layers.1.mlp.up_proj.weight",
+    ):
+        values = np.linalg.svd(moved[name], compute_uv=False)[:6]  # so few tokens show no more directions
+        rows, columns = moved[name].shape
+        expected = MUON_RATE * rate * max(1, rows / columns) ** 0.5
+        assert (0.6 * expected < values).all() and (values < 1.3 * expected).all(), name
+    for name in ("decoder.embed_tokens.weight", "vision.patch_embed.weight", "decoder.norm.weight"):
+        assert np.abs(moved[name]).max() == pytest.approx(rate, rel=0.01), name
+
+
+@pytest.mark.parametrize(("stage", "optimizer"), [("full", "adamw"), ("full", "muon"), ("lora", "adamw")])
+def test_a_resumed_run_takes_the_same_trajectory(tmp_path, scenes, stage, optimizer):
+    chosen = {"stage": stage, "optimizer": optimizer}
+    whole = [progress.loss for progress in trainer(tmp_path / "whole", scenes, **chosen).run()]
+    running = trainer(tmp_path / "cut", scenes, **chosen).run()
     for _ in range(5):  # two checkpoints, and a step after the second
         next(running)
     running.close()
-    again = trainer(tmp_path / "cut", scenes, stage=stage)
+    again = trainer(tmp_path / "cut", scenes, **chosen)
     assert again.step == 4
     np.testing.assert_allclose([progress.loss for progress in again.run()], whole[4:], atol=1e-5)
     logged = [json.loads(line)["loss"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(logged, whole, atol=1e-5)
     with pytest.raises(CheckpointError, match="another learning_rate"):
-        trainer(tmp_path / "cut", scenes, stage=stage, learning_rate=1.0)
+        trainer(tmp_path / "cut", scenes, learning_rate=1.0, **chosen)
 
 
 def test_answers_right():
