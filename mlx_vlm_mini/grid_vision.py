@@ -48,7 +48,7 @@ class FramePatchEmbed(PatchEmbed):
 
     @property
     def kernel(self) -> mx.array:
-        return self.weight.sum(axis=1)
+        return self.weight.astype(mx.float32).sum(axis=1)  # which half precision would round
 
 
 class GridVisionTransformer(nn.Module):
@@ -88,7 +88,7 @@ class GridVisionTransformer(nn.Module):
         rows, columns = height // config.patch_size, width // config.patch_size
         if not rows or not columns or height % config.patch_size or width % config.patch_size:
             raise ImageError(f"an image of {width}x{height} pixels is not made of patches of {config.patch_size}")
-        x = self.patch_embed(pixel_values)  # (1, P, C)
+        x = self.patch_embed(pixel_values).astype(pixel_values.dtype)  # (1, P, C)
         if "pos_embed" in self:
             x = x + self._positions(rows, columns).astype(x.dtype)
         window = self.grid.window
