@@ -82,5 +82,6 @@ def draw_answer(
     return [
         {"label": each.label, "box": each.box, "mask_codes": each.mask_codes}
         | ({"points": each.points} if each.points else {})
+        | ({"corners": each.corners} if each.corners else {})
         for each in found
     ]

@@ -211,6 +211,7 @@ class Walk:
             spans = [image.span for image in shown]
             masks = decoder.masks(sample.length, prefix=sample.start, spans=spans, features=features)
             cache = decoder.show(number, shown, None) if kind == "cross_attention" else None
+            rope = decoder.rope_among(placed, 0, sample.length, sample.start)
             x = layer(x, mask=masks[kind], rope=rope, cache=cache, attentions=None)
             outputs.append(add_taps(x, number, placed, 0))
             mx.eval(outputs[-1])

@@ -19,7 +19,7 @@ from .axes import PlacedImage, SectionedRoPE, add_taps, remember
 from .config import DecoderConfig, LayerType
 from .cross_attention import CrossAttention, ImageCache, ShownImage, Sight, Span, look
 from .query_attention import QueryAttention, QuerySight
-from .rope import depends_on_length, make_rope
+from .rope import PromptRoPE, depends_on_length, make_rope
 
 
 def causal_mask(num_queries: int, offset: int, window: int | None, prefix: int = 0) -> Mask:
@@ -112,6 +112,7 @@ class DecoderLayer(nn.Module):
             scale=(config.scales.query_pre_attn_scalar or config.head_dim) ** -0.5,
             softcap=config.scales.attn_logit_softcapping,
             qk_norm=(config.head_dim, config.norms.rms_norm_eps) if config.norms.qk_norm else None,
+            logn_length=config.scales.logn_length,
         )
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
@@ -223,6 +224,21 @@ class Decoder(nn.Module):
         """
         return self.config.prefix_lm or depends_on_length(self.config, length)
 
+    def rope_after(self, prompt: int) -> Any:
+        """Rotary positions of a sequence that begins with a prompt of so many tokens."""
+        return self.rope.begun(prompt) if isinstance(self.rope, PromptRoPE) else self.rope
+
+    def keeps_keys(self, begun: int | None, held: int, length: int) -> bool:
+        """Whether cached keys are those that a prompt of `length` tokens would give again.
+
+        Args:
+            begun: tokens of the prompt that the cached sequence began with; None where that is not known.
+            held: tokens in the cache.
+        """
+        if begun is not None and isinstance(self.rope, PromptRoPE):
+            return self.rope.step(begun) == self.rope.step(length)
+        return not self.reads_whole(max(held, length))
+
     @property
     def least_chunk(self) -> int:
         """Tokens that the first chunk of a prompt must have: query tokens, which see one another."""
@@ -286,8 +302,8 @@ class Decoder(nn.Module):
                 appended to it.
             attentions: where given, each layer appends its weights float[B, H, L, S], see `Recorder`; S are the tokens,
                 in cross-attention layers the keys of all images.
-            prefix: tokens of the sequence's beginning that see one another, where the config says `prefix_lm`. By
-                default those of the call that begins the sequence.
+            prefix: the prompt's tokens: they see one another where the config says `prefix_lm`, and decide on rotary
+                positions that go by the prompt. By default those of the call that begins the sequence.
             images: new ones, for cross-attention layers; also those whose tokens only later calls read. Or the one
                 that query tokens look at, which are all in this call, the first of it. Or, as `PlacedImage`s, all of
                 the prompt, which the cache remembers.
@@ -309,17 +325,23 @@ class Decoder(nn.Module):
         if hasattr(first, "max_size"):
             rotating = rotating_mask(embeddings.shape[1], offset, first.max_size, first.keep)
             masks |= {"full_attention": rotating, "sliding_attention": rotating}
+        if prefix is None:
+            prefix = getattr(first, "prompt_length", 0) if offset else embeddings.shape[1]
+        if first is not None:  # the cache remembers it, as the keys that it holds were turned by it
+            first.prompt_length = prefix
         placed = remember([image for image in images if isinstance(image, PlacedImage)], first)
-        rope = self.rope_among(placed, offset, embeddings.shape[1])
+        rope = self.rope_among(placed, offset, embeddings.shape[1], prefix)
         x = embeddings
         for number, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
             x = layer(x, mask=masks[kind], rope=rope, cache=caches[number], attentions=attentions)
             x = add_taps(x, number, placed, offset)
         return self.norm(x)
 
-    def rope_among(self, images: Sequence[PlacedImage], offset: int, length: int) -> Any:
-        """What turns `length` tokens behind `offset` others of a prompt with these images."""
-        return self.rope.among(images, offset, length) if images and isinstance(self.rope, SectionedRoPE) else self.rope
+    def rope_among(self, images: Sequence[PlacedImage], offset: int, length: int, prompt: int) -> Any:
+        """What turns `length` tokens behind `offset` others of a sequence with these images, which begins with a prompt
+        of so many tokens."""
+        among = images and isinstance(self.rope, SectionedRoPE)
+        return self.rope.among(images, offset, length) if among else self.rope_after(prompt)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """float[B, L, C] -> float[B, L, vocab_size]."""

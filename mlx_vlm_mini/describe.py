@@ -76,8 +76,8 @@ def describe(
     shapes: dict[str, dict[str, Any]] = {
         "vision": {
             "hidden_size": vision.hidden_size, "layers": vision.num_hidden_layers, "heads": vision.num_attention_heads,
-            **({"image_size": vision.image_size} if vision.grid is None else {}), "patch_size": vision.patch_size,
-            **image_tokens,
+            **({"image_size": _image_size(checkpoint, family, config)} if vision.grid is None else {}),
+            "patch_size": vision.patch_size, **image_tokens,
         },
         "projector": {"hidden_size": config.projector.hidden_size, "layers": config.projector.num_layers},
         "decoder": {
@@ -108,6 +108,15 @@ def describe(
         described["image_settings"] = processor.image_settings is not None
         described["check"] = "every tensor has its place, name and shape"
     return described
+
+
+def _image_size(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> int:
+    """Pixels along a side of what the tower takes; positions in front of a resampler are stored for fewer."""
+    if config.projector.resampler is not None:
+        settings = find_image_settings(checkpoint.folder, family, config)
+        if settings is not None and settings.size is not None:
+            return settings.size["height"]
+    return config.vision.image_size
 
 
 def _tokens_of_image(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> int:

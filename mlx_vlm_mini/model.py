@@ -22,6 +22,7 @@ from .grid_vision import GridVisionTransformer
 from .merger import PatchMerger
 from .projector import Projector, join_squares, pixel_shuffle
 from .query_attention import Looks, QuerySight
+from .resampler import Resampler
 from .tiled_vision import TiledVisionTransformer
 from .vision import VisionTransformer
 
@@ -90,7 +91,8 @@ class VLM(nn.Module):
         self.config = config
         tower = VisionTransformer if config.vision.tiled is None else TiledVisionTransformer
         self.vision: Any = (tower if config.vision.grid is None else GridVisionTransformer)(config.vision)
-        self.projector = (Projector if config.projector.merger is None else PatchMerger)(config.projector)
+        projector = Projector if config.projector.resampler is None else Resampler
+        self.projector: Any = (projector if config.projector.merger is None else PatchMerger)(config.projector)
         self.decoder = Decoder(config.decoder)
         if config.has_newline:
             self.image_newline = mx.zeros(config.decoder.hidden_size)
@@ -304,16 +306,19 @@ class VLM(nn.Module):
     @property
     def mixes(self) -> bool:
         """Whether an image's slots show mixtures of all its features (`mixing`)."""
-        return self.config.decoder.queries is not None
+        return self.config.decoder.queries is not None or self.config.projector.resampler is not None
 
     def mixing(self, image: InputImage, encode: Callable[[InputImage], mx.array] | None = None) -> np.ndarray | None:
         """How an image's slots are mixed of the vision tower's features: float32[tokens, P], rows that sum to 1; None
         where slots show features of their own (`sources`).
 
-        Of query tokens it is the mean over heads and layers of what they look at.
+        Of query tokens it is the mean over heads and layers of what they look at, of a resampler's the mean over heads.
         """
         if not self.mixes:
             return None
+        if self.config.projector.resampler is not None:
+            features = self.vision(mx.array(image.pixel_values).astype(self.dtype))
+            return np.array(self.projector.weights(features)[0])
         looks = Looks(len(self.query_tokens))
         self.query((encode or self.encode)(image), looks=looks)
         return np.array(looks.mean())

@@ -78,6 +78,8 @@ class Processor:
         if token_id is None or token is None:
             wanted = named or config.image_token_id
             raise CheckpointError(f"config.json gives images the token {wanted}, which the tokenizer does not have")
+        if config.image_token_id not in (None, token_id):
+            raise CheckpointError(f"config.json gives {token} the id {config.image_token_id}, the tokenizer {token_id}")
         self.image_token, self.image_token_id = token, token_id
         self.chat_template = ChatTemplate(chat_template, tokenizer.special_tokens, token)
 

@@ -1,164 +1,130 @@
-"""The reference suite of Qwen2-VL, 2.5-VL and 3-VL: what the goldens do not hold, live against transformers; and published
-models at full size, by the names and shapes of its classes.
+"""The reference suite, Qwen-VL: the golden recomputed live, variants that no golden has, and tiktoken's own ids."""
 
-pytest -m reference        needs the `reference` extra
-"""
+import base64
+import random
+import re
+import unicodedata
+from dataclasses import replace
+from typing import Any
 
-import json
-import shutil
-
-import mlx.core as mx
 import numpy as np
-import published
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from parity import check_answer
-from reference import CASES, GOLDEN, SPECS, Reference
+from parity import check_answer, check_golden
+from qwen_vl_oracle import SPECS, TAGS, WORDS, Oracle, expected_outputs, save
+from reference import CASES, CORPUS, GOLDEN
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.grid import Grid
-from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.convert import convert
+from mlx_vlm_mini.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.reference
+CHAT = SPECS["qwen-vl-chat"]
+VISUAL = CHAT.config["visual"]
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    st.integers(1, 5000),
-    st.integers(1, 5000),
-    st.sampled_from([(14, 3136, 1003520), (16, 65536, 16777216), (6, 1, 500)]),
-)
-def test_sizes_equal_transformers(height, width, limits):
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-    patch, low, high = limits
-    if max(height, width) > 200 * min(height, width):
-        with pytest.raises(ValueError, match="aspect ratio"):
-            smart_resize(height, width, 2 * patch, low, high)
-        return
-    grid = Grid(patch_size=patch, merge=2, min_pixels=low, max_pixels=high)
-    assert grid.fit((height, width)) == smart_resize(height, width, 2 * patch, low, high)
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_the_goldens_are_what_the_oracle_gives_today(name):
+    check_golden(GOLDEN / name, expected_outputs(name))
 
 
-VARIANTS = {  # text config, vision config, image processor
-    "a larger section for the row": ("qwen2-vl", {"rope_scaling": {"type": "mrope", "mrope_section": [0, 4, 1]}}, {}, {}),
-    "yarn": ("qwen2-vl", {"rope_scaling": {
-        "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mrope_section": [1, 2, 2]}}, {}, {}),
-    "one column of tokens": ("qwen2-vl", {}, {}, {"max_pixels": 600, "min_pixels": 1}),
-    "large pictures": ("qwen2-vl", {}, {}, {"min_pixels": 20000}),
-    "gelu in the tower": ("qwen2-vl", {}, {"hidden_act": "gelu"}, {}),
-    "eps of the decoder": ("qwen2-vl", {"rms_norm_eps": 0.1}, {}, {}),
-    "windows of one token": ("qwen2.5-vl", {}, {"window_size": 12}, {}),
-    "windows that divide": ("qwen2.5-vl", {}, {"window_size": 24}, {}),
-    "windows larger than pictures": ("qwen2.5-vl", {}, {"window_size": 400}, {}),
-    "no whole block": ("qwen2.5-vl", {}, {"fullatt_block_indexes": []}, {}),
-    "odd grids": ("qwen2.5-vl", {}, {}, {"size": {"shortest_edge": 9000, "longest_edge": 12000}}),
-    "other taps": ("qwen3-vl", {}, {"deepstack_visual_indexes": [1, 2]}, {}),
-    "positions of a large picture": ("qwen3-vl", {}, {}, {"size": {"shortest_edge": 20000, "longest_edge": 30000}}),
-    "positions of a small picture": ("qwen3-vl", {}, {}, {"size": {"shortest_edge": 1, "longest_edge": 300}}),
-    "sections that overlap": ("qwen3-vl", {"rope_parameters": {
-        "rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True}}, {}, {}),
+WIDE = {"hidden_size": 256, "kv_channels": 64, "intermediate_size": 80}
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], str, tuple[str, ...]]] = {
+    "two heads and 256 queries, 448 pixels": (
+        {**WIDE, "seq_length": 512, "num_hidden_layers": 1},
+        {"output_dim": 256, "n_queries": 256, "image_size": 448, "patch_size": 14, "layers": 1},
+        "chatml", ("image", "two_turns"),
+    ),
+    "fewer patches than positions": ({}, {"image_size": 70}, "chatml", ("two_images",)),
+    "as many patches as positions": ({}, {"image_size": 112}, "chatml", ("image",)),
+    "biases everywhere": ({"no_bias": False}, {}, "chatml", ("image", "text")),
+    "without NTK": ({"use_dynamic_ntk": False, "seq_length": 40}, {}, "chatml", ("two_turns", "text")),
+    "without log-n": ({"use_logn_attn": False, "seq_length": 40}, {}, "chatml", ("two_turns", "text")),
+    "another base": ({"rotary_emb_base": 500, "seq_length": 24}, {}, "chatml", ("system",)),
+    "the base model": ({}, {}, "raw", ("image", "two_images", "text", "two_turns", "line_breaks")),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", sorted(VARIANTS))
-def test_variants(kind, tmp_path):
-    name, text, vision, image = VARIANTS[kind]
-    folder = tmp_path / "model"
-    shutil.copytree(GOLDEN / name, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config.get("text_config", config).update(text)
-    config["vision_config"].update(vision)
-    (folder / "config.json").write_text(json.dumps(config))
-    file = folder / ("preprocessor_config.json" if name == "qwen2-vl" else "processor_config.json")
-    content = json.loads(file.read_text())
-    content.get("image_processor", content).update(image)
-    file.write_text(json.dumps(content))
-    for case in ("side_by_side", "two_turns"):
-        expected = Reference(folder, SPECS[name].chat_template).answer(CASES[case], GOLDEN, 5)
-        check_answer(*load(folder), CASES[case], expected)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(name, tmp_path):
+    changes, visual, chat_format, cases = VARIANTS[name]
+    config = {**CHAT.config, **changes, "visual": {**VISUAL, **visual}}
+    save(replace(CHAT, config=config, chat_format=chat_format, seed=77), tmp_path / "model")
+    oracle, (model, processor) = Oracle(tmp_path / "model"), load(tmp_path / "model")
+    for case in cases:
+        expected = oracle.answer(CASES[case], GOLDEN, 5)
+        if "pixel_values" in expected:
+            sizes = expected["pixel_values"].shape[1:]
+            assert sizes == (config["visual"]["image_size"], config["visual"]["image_size"], 3)
+        check_answer(model, processor, CASES[case], expected, step=32)
 
 
-@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
-def test_what_is_converted_transformers_reads(name, tmp_path):
-    """Written back in torch's form, as `train --save` and uploads for others are; names are the source's."""
-    from safetensors.torch import load_file, save_file
+def test_ids_equal_tiktokens_on_random_text(tmp_path):
+    """A vocabulary of 3000 tokens, learned here from text of several scripts, and text that it never saw."""
+    import tiktoken
 
-    from mlx_vlm_mini.convert import convert
-
-    convert(GOLDEN / name, tmp_path / "mlx")
-    tensors = load_file(tmp_path / "mlx" / "model.safetensors")
-    kernels = [key for key in tensors if key.endswith("patch_embed.proj.weight")]
-    for key in kernels:
-        tensors[key] = tensors[key].permute(0, 4, 1, 2, 3).contiguous()
-    save_file(tensors, tmp_path / "mlx" / "model.safetensors", {"format": "pt"})
-    answer = Reference(tmp_path / "mlx", SPECS[name].chat_template).answer(CASES["image"], GOLDEN, 3)
-    with np.load(GOLDEN / name / "expected.npz") as expected:
-        np.testing.assert_allclose(answer["logprobs"], expected["image/logprobs"][:3], atol=1e-5)
-
-
-@pytest.mark.parametrize("name", sorted(name for name in published.CONFIGS if name.startswith("Qwen/")))
-def test_tensors_of_published_sizes(name):
-    """Every name and shape that transformers' class gives its tensors has its place, as the Hub writes them."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    config = published.CONFIGS[name]
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**json.loads(json.dumps(config))))
-    tied = config.get("tie_word_embeddings", False)
-    shapes = {}
-    for key, tensor in model.state_dict().items():
-        if key == "lm_head.weight" and tied:
-            continue
-        if config["model_type"] != "qwen3_vl":
-            key = key.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-        shapes[key] = tuple(tensor.shape)
-    planned = plan(published.without_data(config, shapes))
-    assert planned.unused == () and set(planned.ours.values()) == set(shapes)
-    made = published.published(name).tensors
-    assert {key: info.shape for key, info in made.items()} == shapes
-    decoder = planned.config.decoder
-    assert decoder.tie_word_embeddings == tied and sum(decoder.rope_scaling["mrope_section"]) == 64
+    letters = "aeiourstnldmABC ,.'\n\t0123é日本語ßЖя\u0301\u017f\u00a0\u2028🙂-_=/"
+    rng = random.Random(5)
+    words = ["".join(rng.choices(letters, k=rng.randint(1, 6))) for _ in range(400)]
+    source = " ".join(rng.choices(words, k=3000)) + " ".join(CORPUS)
+    ranks = {bytes([i]): i for i in range(256)}
+    while len(ranks) < 3000:  # tokens are parts of the text that two known ones form, in random order
+        start = rng.randrange(len(source) - 12)
+        part = source[start : start + rng.randint(1, 8)].encode()
+        for cut in range(1, len(part)):
+            if part[:cut] in ranks and part[cut:] in ranks and part not in ranks:
+                ranks[part] = len(ranks)
+    lines = [base64.b64encode(token) + b" %d" % rank for token, rank in ranks.items()]
+    (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(lines))
+    tokenizer = load_tokenizer(tmp_path)
+    special = {token: tokenizer.token_to_id(token) for token in TAGS}
+    encoding = tiktoken.Encoding("Qwen", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+    # The `tokenizers` library orders combining marks by older tables of Unicode than Python does.
+    known = [chr(code) for code in range(1, 0x3000) if unicodedata.ucd_3_2_0.category(chr(code)) != "Cn"]
+    for number in range(3000):
+        kind = rng.choice([words, list(letters), rng.choices(known, k=9), [*words, *TAGS]])
+        text = "".join(rng.choices(kind, k=rng.randint(1, 30)))
+        normal = "".join(
+            part if part in TAGS else unicodedata.normalize("NFC", part) for part in _split(text)
+        )  # the library normalizes what stands between tokens
+        expected = encoding.encode(normal, allowed_special="all")
+        assert tokenizer.encode(text) == expected, (number, text)
+        assert tokenizer.decode(expected, skip_special_tokens=False) == normal
 
 
-def test_a_photo_at_full_resolution():
-    """A tower of one block at the published width, 37 x 37 tokens: far positions and windows, ragged at both edges."""
-    import torch
-    from transformers import Qwen2_5_VLConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+def _split(text: str) -> list[str]:
+    return re.split(f"({'|'.join(map(re.escape, TAGS))})", text)
 
-    from mlx_vlm_mini.families import qwen2_5_vl
-    from mlx_vlm_mini.model import VLM
-    from mlx_vlm_mini.weights import rename
 
-    vision = {
-        "depth": 2,
-        "hidden_size": 80,
-        "intermediate_size": 64,
-        "num_heads": 1,
-        "out_hidden_size": 64,
-        "fullatt_block_indexes": [1],
-    }
-    text = {"hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
-            "vocab_size": 9, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}}  # fmt: skip
-    torch.manual_seed(3)
-    reference = Qwen2_5_VisionTransformerPretrainedModel._from_config(
-        Qwen2_5_VLConfig(vision_config=vision, text_config=text).vision_config
-    )
-    pixels = np.random.default_rng(0).normal(size=(1036, 1036, 3)).astype(np.float32)
-    cut = pixels.reshape(37, 2, 14, 37, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
-    patches = np.broadcast_to(cut, (37, 37, 2, 2, 3, 2, 14, 14)).reshape(37 * 37 * 4, -1)
-    with torch.no_grad():
-        expected = reference(torch.tensor(patches), torch.tensor([[1, 74, 74]])).pooler_output.numpy()
-    model = VLM(qwen2_5_vl.config({"vision_config": vision, "text_config": text}))
-    arrays = []
-    for name, tensor in reference.state_dict().items():
-        names = rename(f"visual.{name}", qwen2_5_vl.WEIGHTS)
-        array = mx.array(tensor.numpy())
-        array = mx.moveaxis(array, 1, -1) if array.ndim == 5 else array
-        arrays += zip(names, mx.split(array, len(names)), strict=True)
-    model.load_weights(arrays, strict=False)
-    found = np.array(model.projector(model.vision(mx.array(pixels)[None])))[0]
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+def test_a_wrong_oracle_is_noticed(tmp_path):
+    """Each of the peculiar steps changes the answer by far more than the tolerance."""
+    oracle = Oracle(GOLDEN / "qwen-vl-chat")
+    case = CASES["two_turns"]
+    right = oracle.answer(case, GOLDEN, 1)["logprobs"]
+    for name in ("transformer.h.0.mlp.w1.weight", "transformer.visual.proj"):
+        wrong = Oracle(GOLDEN / "qwen-vl-chat")
+        if name.endswith("w1.weight"):  # the other branch as the gate
+            other = name.replace("w1", "w2")
+            wrong.tensors[name], wrong.tensors[other] = wrong.tensors[other], wrong.tensors[name]
+        else:
+            wrong.tensors[name] = wrong.tensors[name].T
+        assert np.abs(wrong.answer(case, GOLDEN, 1)["logprobs"] - right).max() > 0.01, name
+    for key in ("use_dynamic_ntk", "use_logn_attn"):
+        wrong = Oracle(GOLDEN / "qwen-vl-chat")
+        wrong.config[key] = False
+        assert np.abs(wrong.answer(case, GOLDEN, 1)["logprobs"] - right).max() > 0.01, key
+
+
+def test_the_towers_fused_rows_are_cut_packed(tmp_path):
+    """Each head's queries, keys and values lie together, quantized as they are."""
+    visual = {**VISUAL, "width": 64, "mlp_ratio": 2.0}
+    config = {**CHAT.config, "visual": visual, "intermediate_size": 128}
+    save(replace(CHAT, config=config, seed=78), tmp_path / "model")
+    report = convert(tmp_path / "model", tmp_path / "out", bits=8, group_size=32, part_bits={"vision": 8})
+    packed = open_checkpoint(tmp_path / "out").tensors
+    assert "transformer.visual.transformer.resblocks.1.attn.in_proj.scales" in packed and not report.preview.skipped
+    (whole, processor), (model, _) = load(tmp_path / "model"), load(tmp_path / "out")
+    (image,) = processor(["What is ", GOLDEN / "photo.jpg", "?"]).images
+    one, other = (np.array(each.encode(image)) for each in (whole, model))
+    cosine = (one * other).sum(-1) / np.linalg.norm(one, axis=-1) / np.linalg.norm(other, axis=-1)
+    assert 0.999 < cosine.min() < 1 - 1e-9

@@ -13,15 +13,15 @@ from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation
 from .decoder import BiasConfig, BlindRows, CrossAttentionConfig, DecoderConfig, LayerType, NormConfig, ScaleConfig
-from .projector import MergerConfig, ProjectorConfig, ShuffleConfig
+from .projector import MergerConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
 from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, GridConfig, TiledConfig, VisionConfig, VisionNorm
 
 __all__ = [
     "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig", "CrossAttentionConfig",
     "DecoderConfig", "GridConfig", "LayerType", "MergerConfig", "NormConfig", "Prescribed", "ProjectorConfig",
-    "QueryConfig", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "VLMConfig", "VisionConfig",
-    "VisionNorm",
+    "QueryConfig", "ResamplerConfig", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "VLMConfig",
+    "VisionConfig", "VisionNorm",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
@@ -34,8 +34,8 @@ class Prescribed:
     image_token: str
     chat_template: str
     """Jinja; whatever template the folder has, it is not the one that the model was trained with."""
-    end_token: str
-    """Ends an answer."""
+    end_token: str | tuple[str, ...]
+    """Ends an answer; any of several does."""
     image_processor: Mapping[str, Any]
     """In the form of preprocessor_config.json."""
     files_first: bool = False
@@ -44,6 +44,8 @@ class Prescribed:
     """`image_token` is in no vocabulary: the text is cut there, and each piece becomes tokens by itself."""
     stop: str | None = None
     """Text that ends an answer, too."""
+    shown_tokens: tuple[str, ...] = ()
+    """Tokens that an answer's text shows, though the tokenizer may call them special."""
     extra_tokens: tuple[str, ...] = ()
     """Of the prompt; where the tokenizer lacks them, they take the next free ids in this order."""
 

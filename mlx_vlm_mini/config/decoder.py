@@ -40,11 +40,14 @@ class ScaleConfig:
     """Attention scores are divided by its root; None: by that of `head_dim`."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    logn_length: int | None = None
+    """Tokens n behind so many have their queries multiplied by log n to this base (Qwen); None: no query is."""
     fits_float16: bool = True
     """Whether no activation exceeds 65504, float16's largest number: Gemma's do."""
 
     def __post_init__(self) -> None:
         check_flags(self, "fits_float16")
+        check_sizes(self, *(["logn_length"] if self.logn_length is not None else []))
         optional = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
         check_positive(self, "embed_scale", *(name for name in optional if getattr(self, name) is not None))
 

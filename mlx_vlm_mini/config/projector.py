@@ -1,10 +1,11 @@
 """Config of the projector."""
 
 from dataclasses import dataclass
+from math import isqrt
 
 from mlx_vlm_mini.errors import CheckpointError
 
-from .checks import Activation, check_flags, check_sizes
+from .checks import Activation, check_flags, check_positive, check_sizes
 from .vision import VisionNorm
 
 
@@ -33,6 +34,22 @@ class MergerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResamplerConfig:
+    """Learned queries that read the features by cross-attention, in front of the linear layer (Qwen-VL)."""
+
+    num_queries: int
+    """Embeddings of an image, a square number: the queries have places on a grid over it."""
+    num_heads: int
+    norm_eps: float
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "num_queries", "num_heads")
+        check_positive(self, "norm_eps")
+        if isqrt(self.num_queries) ** 2 != self.num_queries:
+            raise CheckpointError(f"config.json: the resampler's {self.num_queries} queries do not fill a square")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
     """Image features to decoder embeddings: `num_layers` linear layers with an activation between them.
 
@@ -47,6 +64,7 @@ class ProjectorConfig:
     bias: bool
     shuffle: ShuffleConfig | None = None
     norm_eps: float | None = None
+    resampler: ResamplerConfig | None = None
     merger: MergerConfig | None = None
     """In place of what stands above, for grids of patches; it has the other fields' sizes."""
 
@@ -57,4 +75,9 @@ class ProjectorConfig:
             raise CheckpointError(
                 f"config.json: features of {self.input_size} numbers are no embeddings of {self.hidden_size}: "
                 "a projector is needed"
+            )
+        if self.resampler is not None and self.hidden_size % self.resampler.num_heads:
+            raise CheckpointError(
+                f"config.json: embeddings of {self.hidden_size} numbers cannot be cut into {self.resampler.num_heads} "
+                "heads of the resampler"
             )

@@ -23,6 +23,7 @@ from . import (
     qwen2_5_vl,
     qwen2_vl,
     qwen3_vl,
+    qwen_vl,
 )
 from .maps import Weights
 
@@ -58,6 +59,7 @@ FAMILIES: dict[str, Family] = {
     "llava_next": llava_next,
     "mllama": mllama,
     "paligemma": paligemma,
+    "qwen": qwen_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
     "qwen3_vl": qwen3_vl,

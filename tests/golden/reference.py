@@ -427,6 +427,11 @@ SPECS = {
         tokenizer="qwen2", chat_template=QWEN3, template_file="chat_template.jinja",
         seed=32, family="qwen3_vl", cases=tuple(CASES)),
 }  # fmt: skip
+CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and for a reference that encodes a message by itself
+    "long_text": [user(text_part(" ".join(CORPUS[:3])))],
+    "line_breaks": [user(text_part("\n\nDescribe the photo.\n"))],
+    "system": [{"role": "system", "content": [text_part("Answer in a few words.")]}, *CASES["two_turns"]],
+}
 
 
 def make_pictures(folder: Path) -> None:

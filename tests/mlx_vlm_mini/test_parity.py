@@ -10,6 +10,7 @@ import pytest
 from checkpoints import with_paths
 from llava_original import SPECS as ORIGINALS
 from qllama_cases import SPECS as QUERIES
+from qwen_vl_oracle import SPECS as QWEN
 from reference import CASES, GOLDEN, STEPS
 from reference import SPECS as OTHERS
 
@@ -18,7 +19,7 @@ from mlx_vlm_mini.generation import decode, prefill
 from mlx_vlm_mini.stream import stream_generate
 
 TOLERANCE = 1e-4
-SPECS = {**OTHERS, **ORIGINALS, **QUERIES}
+SPECS = {**OTHERS, **ORIGINALS, **QUERIES, **QWEN}
 CASES_OF_GOLDENS = [(name, case) for name in sorted(SPECS) for case in sorted(SPECS[name].cases)]
 every_case = pytest.mark.parametrize(("golden", "case"), CASES_OF_GOLDENS, indirect=["golden"], scope="module")
 

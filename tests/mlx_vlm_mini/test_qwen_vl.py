@@ -1,556 +1,496 @@
-"""Qwen2-VL, 2.5-VL and 3-VL: sizes, windows, positions, layouts, answers with places; parity is test_parity.py's."""
+"""Qwen-VL: its tokenizer, positions that go by the prompt, the resampler, prompts, places that it names, bad input."""
 
 import json
 import shutil
-from pathlib import Path
+import unicodedata
+from functools import cache
+from itertools import pairwise
+from math import log
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import PHOTO, SHAPES, check_fields, edit_json, make_wide, with_paths
+from checkpoints import PHOTO, SHAPES, check_fields, edit_json
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from reference import CASES, GOLDEN
+from published import QWEN_VL, published
+from qwen_vl_oracle import CONTROLS, TAGS, shapes_of, sincos, train_ranks, write_ranks
+from reference import CORPUS, GOLDEN
+from tokenizers import decoders
 
-from mlx_vlm_mini import Chat, find_detections, load, stream_generate
-from mlx_vlm_mini.axes import PlacedImage, Turn, add_taps, grid_angles, token_positions
+from mlx_vlm_mini import Chat, attend, draw_detections, find_detections, load
+from mlx_vlm_mini.attention import logn_factors
 from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.cli.main import main
+from mlx_vlm_mini.config import ProjectorConfig, ResamplerConfig
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.describe import describe
-from mlx_vlm_mini.errors import CheckpointError, ImageError
-from mlx_vlm_mini.families import find_family, qwen2_5_vl, qwen2_vl, qwen3_vl
-from mlx_vlm_mini.grid import Grid
-from mlx_vlm_mini.grid_vision import window_order
+from mlx_vlm_mini.draw import COLOURS
+from mlx_vlm_mini.errors import CheckpointError, PromptError, VLMError
+from mlx_vlm_mini.families import qwen_vl
 from mlx_vlm_mini.inspection import find_boxes
-from mlx_vlm_mini.loading import plan
-from mlx_vlm_mini.preprocess import image_settings
+from mlx_vlm_mini.loading import plan, read_config
+from mlx_vlm_mini.ranks import read_tiktoken
+from mlx_vlm_mini.resampler import Resampler
+from mlx_vlm_mini.rope import PromptRoPE
+from mlx_vlm_mini.stream import Options
+from mlx_vlm_mini.tokenizer import TextStream, load_tokenizer
 
-NAMES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl")
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def loaded(request):
-    return load(GOLDEN / request.param)
+QWEN = GOLDEN / "qwen-vl-chat"
+FIRST = 281  # of its special tokens
+STEP = 84  # its seq_length
 
 
-def answers(folder, name, cases=("image", "text")):
-    """Whether a folder answers as the golden of this name does."""
-    model, processor = load(folder)
-    with np.load(GOLDEN / name / "expected.npz") as expected:
-        for case in cases:
-            chunks = list(stream_generate(model, processor, with_paths(CASES[case]), max_tokens=6))
-            tokens = expected[f"{case}/token_ids"][:6].tolist()
-            assert [chunk.token for chunk in chunks] == tokens
-            chosen = expected[f"{case}/logprobs"][np.arange(6), tokens]
-            np.testing.assert_allclose([chunk.logprob for chunk in chunks], chosen, atol=1e-4)
+@pytest.fixture(scope="module")
+def qwen():
+    return load(QWEN)
 
 
-def copy_of(name, folder):
-    return Path(shutil.copytree(GOLDEN / name, folder))
+# The tokenizer
 
 
-def rewrite(folder, rename):
-    """Give a folder's tensors other names, in one file."""
-    tensors = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        tensors |= mx.load(str(file))
-        file.unlink()
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    return {rename(name): array for name, array in tensors.items()}
+@cache
+def load_pre_tokenizer():
+    return read_tiktoken(QWEN / "qwen.tiktoken").pre_tokenizer
 
 
-# sizes
+def brute_force(ranks: dict[bytes, int], text: str) -> list[int]:
+    """Of each word the neighbours of the lowest rank joined, leftmost first, until no two make a token."""
+    pieces = load_pre_tokenizer().pre_tokenize_str(text)
+    words = [decoders.ByteLevel().decode([piece]).encode() for piece, _ in pieces]
+    ids = []
+    for word in words:
+        parts = [word] if word in ranks else [bytes([byte]) for byte in word]
+        while True:
+            pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]
+            if not pairs:
+                break
+            _, i = min(pairs)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        ids += [ranks[part] for part in parts]
+    return ids
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        ((480, 640), (476, 644)), ((42, 70), (56, 56)), ((70, 98), (56, 112)), ((10, 100), (28, 196)),
-        ((2000, 3000), (812, 1204)), ((1, 200), (28, 812)), ((20, 20), (56, 56)), ((28, 112), (28, 112)),
-    ],
-)  # fmt: skip
-def test_sides_are_rounded_to_whole_tokens(size, expected):
-    """Halves to the even number (42 is one and a half tokens, 70 two and a half), within the limits."""
-    grid = Grid(patch_size=14, merge=2, min_pixels=3136, max_pixels=1003520)
-    assert grid.fit(size) == expected
-    assert grid.count_tokens(size) == expected[0] * expected[1] // 784
+RANKS = {token: rank for rank, token in enumerate(train_ranks())}
+texts = st.text(max_size=40) | st.text(alphabet="aAeinoqrst. ,'\n\t13é日\u017f", max_size=60)
 
 
-@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 10**5), st.integers(0, 10**6))
-def test_every_size_fits(height, width, low, more):
-    grid = Grid(patch_size=6, merge=2, min_pixels=low, max_pixels=low + more)
-    if max(height, width) > 200 * min(height, width):
-        with pytest.raises(ImageError, match=f"an image of {width}x{height} pixels is too long and narrow"):
-            grid.fit((height, width))
-        return
-    rows, columns = (side / 12 for side in grid.fit((height, width)))
-    assert rows == int(rows) >= 1 and columns == int(columns) >= 1
+@settings(deadline=None, max_examples=300, derandomize=True, database=None)
+@given(text=texts | st.lists(st.sampled_from(" ".join(CORPUS).split(" ")), max_size=8).map(" ".join))
+@example(text="user\n\nWhat? DON'T\r\n  \n x")
+def test_ids_equal_those_of_the_ranks_by_brute_force(text):
+    tokenizer = load_tokenizer(QWEN)
+    normal = unicodedata.normalize("NFC", text)
+    ids = tokenizer.encode(text)
+    assert ids == brute_force(RANKS, normal)
+    assert tokenizer.decode(ids) == normal
 
 
-@pytest.mark.parametrize(
-    ("hf", "limits"),
-    [
-        ({}, (3136, 1003520)),
-        ({"min_pixels": 100, "max_pixels": 12845056}, (100, 12845056)),
-        ({"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "min_pixels": None}, (65536, 16777216)),
-        ({"size": {"min_pixels": 3136, "max_pixels": 12845056}}, (3136, 12845056)),
-        ({"size": {"shortest_edge": 5, "longest_edge": 7}, "max_pixels": 9}, (5, 9)),
-    ],
-)
-@pytest.mark.parametrize(
-    "name", ["Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2_5_VLImageProcessor", None]
-)
-def test_limits_go_by_three_names(hf, limits, name):
-    settings = image_settings({**hf, "image_processor_type": name}, "Qwen2VL")
-    assert isinstance(settings.tiling, Grid) and settings.size is None and settings.resample == 3
-    assert (settings.tiling.min_pixels, settings.tiling.max_pixels) == limits
+def test_ranks_that_lead_elsewhere_than_the_first_split(tmp_path):
+    """`abc` is known, but its letters join to `a` and `bc`; `xyz` cannot be joined at all and is a word."""
+    extra = [b"bc", b"ab", b"abc", b"aa", b"aaa", b"xyz"]
+    write_ranks([*(bytes([i]) for i in range(256)), *extra], tmp_path / "qwen.tiktoken")
+    ranks = {token: rank for rank, token in enumerate([*(bytes([i]) for i in range(256)), *extra])}
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("abc", "aabc", "aaaa", "aaaaaaa", "abcbcab", "xyz", "xyzx", "caaab"):
+        assert tokenizer.encode(text) == brute_force(ranks, text), text
 
 
-@pytest.mark.parametrize(
-    ("hf", "message"),
-    [
-        ({"min_pixels": 0}, "a whole number above 0 as min_pixels, not 0"),
-        ({"size": {"shortest_edge": 9, "longest_edge": 3}}, "9 pixels at least and 3 at most"),
-        ({"patch_size": "14"}, "a whole number above 0 as patch_size, not '14'"),
-        ({"do_resize": False}, "images in patches need do_resize"),
-        ({"size": 5}, "5 names no limits of pixels"),
-    ],
-)
-def test_settings_that_make_no_grid(hf, message):
-    with pytest.raises(CheckpointError, match=message):
-        image_settings({**hf, "image_processor_type": "Qwen2VLImageProcessor"}, "Qwen2VL")
+def test_special_tokens_have_the_ids_behind_the_ranks(qwen):
+    _, processor = qwen
+    tokenizer = processor.tokenizer
+    for number, token in enumerate(CONTROLS + TAGS):
+        assert tokenizer.token_to_id(token) == FIRST + number and tokenizer.encode(token) == [FIRST + number]
+    real = 151643  # ranks of the published file
+    assert {t: real + i for i, t in enumerate(CONTROLS + TAGS)} | {
+        "<|im_start|>": 151644, "<|im_end|>": 151645, "<ref>": 151851, "<img>": 151857, "<imgpad>": 151859
+    } == {t: real + i for i, t in enumerate(CONTROLS + TAGS)}  # fmt: skip
+    said = "<ref>a dog</ref><box>(1,2),(3,4)</box>"
+    ids = tokenizer.encode(f"{said}<|im_end|><img></img>")
+    assert tokenizer.decode(ids) == said
+    stream = TextStream(tokenizer)
+    assert "".join(map(stream.add, ids)) + stream.finish() == said
 
 
-def test_limits_may_be_chosen(tmp_path):
-    folder = GOLDEN / "qwen2-vl"
-    model, processor = load(folder, min_pixels=6000, max_pixels=7000)
-    assert processor([PHOTO, "Hi"]).images[0].pixel_values.shape[1:3] == (96, 72)
-    _, processor = load(folder, max_pixels=1000)
-    inputs = processor([PHOTO, "Hi"])
-    assert inputs.images[0].pixel_values.shape[1:3] == (36, 24) and inputs.images[0].tokens == 6
-    assert np.isfinite(np.array(model(inputs))).all()
-    done = run("generate", folder, "-p", "Hi", "-i", PHOTO, "--max-pixels", 1000, "--max-tokens", 1, "--json")
-    assert json.loads(done.stdout)["image_tokens"] == 6
-    with pytest.raises(CheckpointError, match="9000 pixels at least and 8000 at most"):
-        load(folder, min_pixels=9000, max_pixels=8000)
-    done = run("generate", GOLDEN / "llava-clip-llama", "-p", "Hi", "--max-pixels", 1000)
-    assert (done.exit_code, done.stderr) == (1, "Error: family 'llava' has no limits of pixels: leave them out\n")
-
-
-def test_an_image_that_is_too_long(tmp_path):
-    Image.new("RGB", (2010, 10)).save(tmp_path / "long.png")
-    done = run("generate", GOLDEN / "qwen2-vl", "-p", "Hi", "-i", tmp_path / "long.png")
-    assert done.exit_code == 1
-    assert done.stderr.startswith("Error: an image of 2010x10 pixels is too long and narrow: at most 200 times")
-
-
-def test_settings_of_another_patch_size_do_not_fit(tmp_path):
-    folder = copy_of("qwen2-vl", tmp_path / "model")
-    edit_json(folder / "preprocessor_config.json", patch_size=7)
+def test_a_folder_with_tokenizer_json_alone(copy_of, qwen):
+    """Its tags of places are shown in answers even where the file calls them special."""
+    folder = copy_of(QWEN.name)
+    content = json.loads(load_tokenizer(folder).backend.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "qwen.tiktoken").unlink()
     _, processor = load(folder)
-    with pytest.raises(CheckpointError, match="makes a token of 14 pixels a side, config.json of 12"):
-        processor([PHOTO, "Hi"])
+    _, other = qwen
+    message = ["<box>(1,2),(3,4)</box> What is in ", PHOTO, "?"]
+    assert processor(message).input_ids.tolist() == other(message).input_ids.tolist()
+    ids = processor.tokenizer.encode("<box>(1,2),(3,4)</box><|im_end|>")
+    assert processor.tokenizer.decode(ids) == "<box>(1,2),(3,4)</box>"
 
 
-# windows
+# Config and names
 
 
-@given(st.integers(1, 23), st.integers(1, 23), st.integers(1, 8))
-def test_windows_hold_each_patch_once_in_few_groups(rows, columns, side):
-    order, groups = window_order(rows, columns, side)
-    assert sorted(order.tolist()) == list(range(rows * columns)) and len(groups) <= 4
-    done = 0
-    for count, size in groups:
-        for _ in range(count):
-            own = order[done : done + size]
-            done += size
-            cells = {(number // columns // side, number % columns // side) for number in own.tolist()}
-            assert len(cells) == 1
-    assert done == rows * columns
-    windows = -(-rows // side) * -(-columns // side)
-    assert sum(count for count, _ in groups) == windows
+def test_the_published_config():
+    config = qwen_vl.config(QWEN_VL)
+    check_fields(config, {
+        "vision.hidden_size": 1664, "vision.num_hidden_layers": 48, "vision.num_attention_heads": 16,
+        "vision.intermediate_size": 8192, "vision.patch_size": 14, "vision.num_positions": 256, "vision.pre_norm": True,
+        "vision.post_norm": False, "vision.class_token": False, "vision.hidden_act": "gelu",
+        "vision.layer_norm_eps": 1e-6, "vision.resample_positions": True, "vision.feature_layers": (48,),
+        "projector.input_size": 1664, "projector.hidden_size": 4096, "projector.bias": False,
+        "projector.resampler.num_queries": 256, "projector.resampler.num_heads": 32,
+        "projector.resampler.norm_eps": 1e-6,
+        "decoder.vocab_size": 151936, "decoder.hidden_size": 4096, "decoder.intermediate_size": 11008,
+        "decoder.num_key_value_heads": 32, "decoder.head_dim": 128, "decoder.norms.rms_norm_eps": 1e-6,
+        "decoder.biases.qkv_bias": True, "decoder.biases.o_bias": False, "decoder.biases.mlp_bias": False,
+        "decoder.rope_theta": 10000, "decoder.scales.logn_length": 2048, "decoder.tie_word_embeddings": False,
+        "decoder.max_position_embeddings": 8192, "image_token_id": 151859,
+        "prescribed.end_token": ("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
+    })  # fmt: skip
+    assert config.vision.features_at(448) == 1024
+    sparse = {"model_type": "qwen", "visual": {}}
+    assert qwen_vl.config(sparse) == config
 
 
-@pytest.mark.parametrize("size", [(48, 96), (60, 84), (36, 24), (108, 12)])
-def test_windows_equal_a_mask(size):
-    """All patches at once, row by row, which see only those of their own window."""
-    model, _ = load(GOLDEN / "qwen2.5-vl")
-    tower, side = model.vision, model.vision.grid.window
-    assert side == 6
-    pixels = mx.random.normal((1, *size, 3), key=mx.random.key(1))
-    row, column = (place.ravel() for place in np.mgrid[: size[0] // 6, : size[1] // 6])
-    window = row // side * 99 + column // side
-    mask, rope = mx.array(window[:, None] == window), Turn(grid_angles(row, column, 12))
-    x = tower.patch_embed(pixels)
-    for number, block in enumerate(tower.blocks):
-        x = block(x, mask=None if number in (1, 3) else mask, rope=rope)
-    np.testing.assert_allclose(np.array(tower(pixels)).reshape(x.shape), np.array(x), atol=1e-4)
+def test_every_tensor_of_the_published_model_has_its_place():
+    """Its names and shapes are the authors', written out in the oracle; of its bytes the Hub's index says 19313870336."""
+    checkpoint = published("Qwen/Qwen-VL-Chat")
+    planned = plan(checkpoint)
+    assert (
+        len(checkpoint.tensors) == 853
+        and planned.unused == ()
+        and set(planned.ours.values()) == set(checkpoint.tensors)
+    )
+    assert sum(info.nbytes for info in checkpoint.tensors.values()) == 19313870336
+    assert planned.ours["decoder.layers.31.mlp.gate_proj.weight"] == "transformer.h.31.mlp.w2.weight"
+    assert planned.ours["decoder.layers.0.mlp.up_proj.weight"] == "transformer.h.0.mlp.w1.weight"
 
 
-def test_pixels_that_are_no_patches(loaded):
-    model, _ = loaded
-    with pytest.raises(ImageError, match="an image of 13x12 pixels is not made of patches of 6"):
-        model.vision(mx.zeros((1, 12, 13, 3)))
+def test_biases_where_the_config_says_so(tmp_path):
+    config = {**json.loads((QWEN / "config.json").read_text()), "no_bias": False}
+    shapes = shapes_of(config)
+    assert "transformer.h.0.mlp.w1.bias" in shapes
+    checkpoint = published("Qwen/Qwen-VL-Chat")
+    checkpoint.config = {**QWEN_VL, "no_bias": False}
+    with pytest.raises(CheckpointError, match="lacks .*bias"):
+        plan(checkpoint)
 
 
-# positions
+# Positions and queries
 
 
-def test_positions_of_a_picture_among_text():
-    image = PlacedImage(2, 2, 3)
-    expected = [
-        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],
-        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
-        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
-    ]
-    np.testing.assert_array_equal(token_positions([image], 0, 10), expected)
-    for start in range(10):
-        for length in range(1, 11 - start):
-            part = token_positions([image], start, length)
-            np.testing.assert_array_equal(part, np.array(expected)[:, start : start + length])
-    two = [PlacedImage(0, 4, 1), PlacedImage(5, 1, 2)]
-    assert token_positions(two, 0, 8)[0].tolist() == [0, 0, 0, 0, 4, 5, 5, 7]
+def test_the_step_of_a_prompt():
+    rope = PromptRoPE(32, 10000.0, STEP)
+    steps = {1: 1, 83: 1, 84: 1, 85: 3, 168: 3, 169: 7, 336: 7, 337: 15}
+    assert {prompt: rope.step(prompt) for prompt in steps} == steps
+    assert rope.begun(85).base == 10000 * 3 ** (32 / 30) and rope.begun(100) is rope.begun(168)
 
 
-def test_taps_go_to_their_tokens():
-    taps = mx.arange(12, dtype=mx.float32).reshape(2, 6, 1)
-    image = PlacedImage(2, 2, 3, taps)
-    found = [add_taps(mx.zeros((1, 4, 1)), layer, [image], 5)[0, :, 0].tolist() for layer in range(3)]
-    assert found == [[3, 4, 5, 0], [9, 10, 11, 0], [0, 0, 0, 0]]
+def test_what_is_off_is_off(copy_of):
+    """Without NTK and log-n a long prompt's scores are others, a short one's the same."""
+    model, processor = load(QWEN)
+    short, long = (processor(text) for text in ("Hi", "Describe the photo in a few words. " * 12))
+    assert len(short.slots) < STEP < len(long.slots)
+    for changes in ({"use_dynamic_ntk": False}, {"use_logn_attn": False}, {"seq_length": 60}):
+        folder = copy_of(QWEN.name)
+        edit_json(folder / "config.json", **changes)
+        other, _ = load(folder)
+        np.testing.assert_array_equal(np.array(other(short)), np.array(model(short)))
+        assert np.abs(np.array(other(long)) - np.array(model(long))).max() > 0.01, changes
+        shutil.rmtree(folder)
 
 
-def test_the_offset_is_kept_and_forgotten(loaded):
-    """An answer about a picture, then the picture taken back: what follows has plain positions again."""
-    chat = Chat(*loaded, max_tokens=2)
-    list(chat.send("Begin"))
-    list(chat.send([PHOTO, "What?"]))
-    placed = chat._cache.entries[0].placed
-    assert len(placed) == 1 and placed[0].rows * placed[0].columns > 20 and placed[0].taps is None
-    chat.undo()
-    chunks = list(chat.send("What?"))
-    assert chat._cache.entries[0].placed == () and chunks[-1].stats.cached_tokens > 10
-    fresh = list(stream_generate(*loaded, chat.messages[:-1], max_tokens=2))
-    np.testing.assert_allclose([c.logprob for c in chunks], [c.logprob for c in fresh], atol=1e-4)
+def test_queries_are_scaled_by_their_place():
+    found = np.array(logn_factors(82, 4, STEP))[:, 0]
+    np.testing.assert_allclose(found, [1, 1, log(85, STEP), log(86, STEP)], rtol=1e-6)
 
 
-def test_a_saved_cache_goes_on(loaded, tmp_path):
-    chat = Chat(*loaded, max_tokens=3)
-    list(chat.send([PHOTO, "What?"]))
+# The resampler
+
+
+def make_resampler(side: int = 4, size: int = 256, width: int = 24) -> Resampler:
+    config = ProjectorConfig(
+        input_size=width, hidden_size=size, num_layers=1, hidden_act="gelu", bias=False,
+        resampler=ResamplerConfig(num_queries=side**2, num_heads=2, norm_eps=1e-6),
+    )  # fmt: skip
+    mx.random.seed(3)
+    resampler = Resampler(config)
+    for name, shape in {"query": (side**2, size), "proj": (size, size), "pos_embed": (side**2, size)}.items():
+        resampler[name] = mx.random.normal(shape) / (size**0.5 if name == "proj" else 1)
+    resampler.attn.in_proj_weight = mx.random.normal((3 * size, size)) / size**0.5
+    resampler.attn.in_proj_bias = mx.random.normal((3 * size,)) * 0.3
+    return resampler
+
+
+def test_what_the_resampler_takes_from_where():
+    """Its weights, put on the values by hand, give its output: float64, two heads."""
+    resampler = make_resampler()
+    features = mx.random.normal((1, 25, 24))
+    weights: list[mx.array] = []
+    explicit, fused = resampler(features, weights), resampler(features)
+    np.testing.assert_allclose(np.array(explicit), np.array(fused), atol=1e-5)
+    assert [each.shape for each in weights] == [(1, 2, 16, 25)]
+    mean = np.array(resampler.weights(features))
+    assert mean.shape == (1, 16, 25)
+    np.testing.assert_allclose(mean.sum(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(mean, np.array(weights[0]).mean(axis=1), atol=1e-6)
+    values = np.array(resampler.ln_kv(resampler.kv_proj(features)), dtype=np.float64)[0]
+    row = np.array(resampler.attn.in_proj_weight, dtype=np.float64)[512:], np.array(resampler.attn.in_proj_bias)[512:]
+    heads = (values @ row[0].T + row[1]).reshape(25, 2, 128).transpose(1, 0, 2)
+    mixed = (np.array(weights[0][0], dtype=np.float64) @ heads).transpose(1, 0, 2).reshape(16, 256)
+    out = resampler.ln_post(resampler.attn.out_proj(mx.array(mixed.astype(np.float32)))) @ resampler.proj
+    np.testing.assert_allclose(np.array(out), np.array(fused[0]), atol=1e-4)
+
+
+def test_places_are_those_of_the_grid():
+    """Columns in the first half, rows in the second; between the stored places where there are more patches."""
+    places = sincos(4, 8)
+    assert np.allclose(places[0], [0, 0, 1, 1, 0, 0, 1, 1])
+    assert np.allclose(places[1, :4], places[5, :4]) and np.allclose(places[4, 4:], places[5, 4:])
+    assert not np.allclose(places[0, :4], places[1, :4]) and np.allclose(places[0, 4:], places[1, 4:])
+
+
+# Prompts
+
+
+def test_pictures_are_counted_over_the_conversation(qwen):
+    _, processor = qwen
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Compare "}, {"type": "image", "image": PHOTO},
+                                     {"type": "image", "image": SHAPES}, {"type": "text", "text": "."}]},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": [{"type": "image", "image": PHOTO}, {"type": "text", "text": "And?"}]},
+    ]  # fmt: skip
+    prepared = [processor.prepare(image) for image in (PHOTO, SHAPES, PHOTO)]
+    text, slots = processor.expand(messages, prepared)
+    image = f"<img>{'<imgpad>' * 16}</img>\n"
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nCompare Picture 1: " + image
+        + f"Picture 2: {image}.<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nPicture 3: {image}And?"
+        + "<|im_end|>\n<|im_start|>assistant\n"
+    )  # fmt: skip
+    assert sum(slots) == 48
+
+
+def test_the_base_model_goes_on_a_text(copy_of):
+    folder = copy_of(QWEN.name)
+    edit_json(folder / "generation_config.json", chat_format="raw")
+    _, processor = load(folder)
+    text, _ = processor.expand([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A"}]}],
+                               [processor.prepare(PHOTO)])  # fmt: skip
+    assert text == f"Picture 1: <img>{'<imgpad>' * 16}</img>\nA"
+    assert processor.eos_token_ids == {FIRST}
+    with pytest.raises(PromptError, match="takes no system message"):
+        processor([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    convert(folder, folder.with_name("out"))
+    assert load(folder.with_name("out"))[1].eos_token_ids == {FIRST}
+
+
+def test_ends_of_an_answer(qwen):
+    assert qwen[1].eos_token_ids == {FIRST, FIRST + 1, FIRST + 2}
+
+
+# Conversations
+
+
+def test_keys_are_used_again_within_a_step_and_never_beyond(qwen, tmp_path):
+    model, processor = qwen
+    chat = Chat(model, processor, max_tokens=5)
+    found = []
+    for turn in ("Hi", "Yes", ["What is ", PHOTO, "?"], "Why?", [SHAPES, "and ", PHOTO], "So?"):
+        last = list(chat.send(turn))[-1].stats
+        found.append((model.decoder.rope.step(last.prompt_tokens), last.cached_tokens > 0))
+    assert found == [(1, False), (1, True), (3, False), (7, False), (7, True), (7, True)]
     chat.save(tmp_path / "talk.json", cache=True)
-    again = Chat.load(tmp_path / "talk.json", *loaded)
+    again = Chat.load(tmp_path / "talk.json", model, processor)
     assert again.notes == []
-    chunks = list(again.send([SHAPES, "And this?"]))
-    assert chunks[-1].stats.cached_tokens > 20 and chunks[-1].stats.encoded_images == 1
-    fresh = list(stream_generate(*loaded, again.messages[:-1], max_tokens=3))
-    np.testing.assert_allclose([c.logprob for c in chunks], [c.logprob for c in fresh], atol=1e-4)
+    one, other = list(chat.send("Well?")), list(again.send("Well?"))
+    assert [chunk.token for chunk in one] == [chunk.token for chunk in other]
+    assert one[-1].stats.cached_tokens == other[-1].stats.cached_tokens > 168
+    chat.undo()
+    assert list(chat.retry())[-1].stats.cached_tokens > 168
+    while len(chat.messages) > 4:  # back to a prompt of the first step
+        chat.undo()
+    assert list(chat.retry())[-1].stats.cached_tokens == 0
 
 
-def test_a_rotating_cache_keeps_positions(loaded):
-    """One that is large enough answers as one that does not rotate."""
-    chat = Chat(*loaded, max_tokens=3, rotate=400)
-    for prompt in ([PHOTO, "What?"], "Why?"):
-        chunks = list(chat.send(prompt))
-        fresh = list(stream_generate(*loaded, chat.messages[:-1], max_tokens=3))
-        np.testing.assert_allclose([c.logprob for c in chunks], [c.logprob for c in fresh], atol=1e-4)
+# The inspector
 
 
-def test_a_picture_is_encoded_once_an_answer(loaded):
-    chunks = list(stream_generate(*loaded, [PHOTO, "and", SHAPES], max_tokens=1))
-    assert chunks[-1].stats.encoded_images == 2
+def test_attention_goes_through_the_resampler_to_the_patches(qwen):
+    model, processor = qwen
+    prompt = ["What is ", PHOTO, " and ", SHAPES, "?"]
+    found = attend(model, processor, prompt, max_tokens=4, reduce="none")
+    inputs = processor(prompt)
+    embeddings = mx.concatenate(
+        [model.embed(inputs), model.decoder.embed(mx.array([list(found.token_ids)]))[:, :-1]], axis=1
+    )
+    weights: list[mx.array] = []
+    length = len(inputs.slots)
+    hidden = model.decoder(embeddings, None, weights, length)
+    logits = model.decoder.logits(hidden)[0, length - 1 :]
+    logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    np.testing.assert_allclose(found.logprobs, logprobs[np.arange(4), found.token_ids], atol=1e-5)
+    rows = np.stack([np.array(each[0]) for each in weights])[:, :, length - 1 :]  # (layers, heads, T, S)
+    slots = np.flatnonzero(inputs.slots)
+    for number, (image, shown) in enumerate(zip(found.images, inputs.images, strict=True)):
+        own = rows[..., slots[16 * number : 16 * number + 16]]
+        pixels = mx.array(shown.pixel_values)
+        seen: list[mx.array] = []
+        model.projector(model.vision(pixels), seen)
+        mixture = np.array(seen[0][0]).mean(axis=0)  # (16, 400)
+        np.testing.assert_allclose(image.weights, own @ mixture, atol=1e-6)
+        np.testing.assert_allclose(image.weights.sum(-1), own.sum(-1), atol=1e-5)
+        assert image.weights.shape == (2, 4, 4, 400)
+        boxes = find_boxes(model, processor, shown)
+        assert boxes.shape == (400, 4) and np.array_equal(boxes, image.boxes)
+        height, width = shown.size
+        np.testing.assert_allclose([*boxes[0, :2], *boxes[-1, 2:]], [0, 0, width, height])
+        np.testing.assert_allclose(((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sum(), height * width)
+    rolled = attend(model, processor, prompt, answer=found.token_ids, reduce="rollout")
+    assert [image.weights.shape for image in rolled.images] == [(4, 400)] * 2
 
 
-# layouts
+# Conversion
 
 
-HUB = {"qwen2-vl": "", "qwen2.5-vl": "", "qwen3-vl": "model."}
+def test_quantized_in_all_its_parts(tmp_path):
+    """Fused tensors are cut in their packed rows; what torch fused in the resampler stays as it is."""
+    report = convert(QWEN, tmp_path / "out", bits=8, group_size=32, part_bits={"projector": 8, "vision": 8})
+    tensors = open_checkpoint(tmp_path / "out").tensors
+    packed = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
+    pool = "transformer.visual.attn_pool."
+    assert {"transformer.wte", "lm_head", "transformer.h.1.attn.c_attn", pool + "attn.out_proj"} <= packed
+    assert f"{pool}attn.in_proj_weight" in tensors and f"{pool}kv_proj" not in packed  # its width is 24
+    assert any(name == f"{pool}kv_proj.weight" for name, _ in report.preview.skipped)
+    (whole, processor), (model, _) = load(QWEN), load(tmp_path / "out")
+    inputs = processor(["What is ", PHOTO, "?"])
+    one, other = (np.array(each(inputs)[0]) for each in (whole, model))
+    assert 1e-4 < np.abs(one - other).max() < 0.5
+    again = convert(tmp_path / "out", tmp_path / "again", dequantize=True)
+    assert again.preview.skipped == () and "lm_head.scales" not in open_checkpoint(tmp_path / "again").tensors
 
 
-def community(name):
-    """A Hub or golden name as mlx-community's files have it."""
-    name = name.removeprefix("model.") if "visual." in name else name
-    if name.startswith("visual."):
-        return "vision_tower." + name.removeprefix("visual.")
-    return "language_model." + name.replace("model.language_model.", "model.")
+# What is wrong
 
 
-def memory(name):
-    if name.startswith("visual."):
-        return "model." + name
-    if name.startswith("model.") and "language_model" not in name and "visual" not in name:
-        return "model.language_model." + name.removeprefix("model.")
-    return name
+CONFIG, GENERATION = "config.json", "generation_config.json"
+VISUAL = json.loads((QWEN / CONFIG).read_text())["visual"]
+WRONG = {
+    "no visual": (CONFIG, {"visual": ...}, "without `visual`, which sees nothing"),
+    "another width": (CONFIG, {"visual": {**VISUAL, "output_dim": 256}}, "output_dim 256 differs from hidden_size 128"),
+    "beyond the vocabulary": (CONFIG, {"visual": {**VISUAL, "image_start_id": 498}}, "beyond the vocabulary 500"),
+    "another start": (CONFIG, {"visual": {**VISUAL, "image_start_id": 300}}, "gives <imgpad> the id 302, the tokenizer 497"),
+    "queries": (CONFIG, {"visual": {**VISUAL, "n_queries": 15}}, "15 queries do not fill a square"),
+    "text for a size": (CONFIG, {"visual": {**VISUAL, "width": "wide"}}, "is malformed|must be a whole number"),
+    "an odd MLP": (CONFIG, {"intermediate_size": 49}, "intermediate_size must be even"),
+    "half a rotation": (CONFIG, {"rotary_pct": 0.5}, "rotary_pct 1"),
+    "heads": (CONFIG, {"kv_channels": 16}, "kv_channels times num_attention_heads"),
+    "no length": (CONFIG, {"seq_length": 0}, "seq_length a number of tokens above 1"),
+    "layers": (CONFIG, {"num_hidden_layers": 10**7}, "10000000 layers"),
+    "another format": (GENERATION, {"chat_format": "alpaca"}, "chat_format must be 'chatml' or 'raw', not 'alpaca'"),
+}  # fmt: skip
 
 
-def hub(name):
-    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("layout", [community, memory, hub])
-def test_tensors_go_by_many_names(name, layout, tmp_path):
-    folder = copy_of(name, tmp_path / "model")
-    tensors = rewrite(folder, layout)
-    if layout is community:  # whose convolutions are in MLX's form
-        kernel = "vision_tower.patch_embed.proj.weight"
-        tensors[kernel] = mx.contiguous(tensors[kernel].transpose(0, 2, 3, 4, 1))
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx" if layout is community else "pt"})
-    answers(folder, name)
-
-
-@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl"])
-def test_configs_are_flat_or_nested(name, tmp_path):
-    folder = copy_of(name, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    if "text_config" in config:
-        text = config.pop("text_config")
-        rope = text.pop("rope_parameters")
-        text.pop("model_type")
-        config |= text | {
-            "rope_theta": rope["rope_theta"],
-            "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]},
-        }
-    else:
-        text = {key: value for key, value in config.items() if key not in ("vision_config", "model_type")}
-        rope = {"rope_theta": text.pop("rope_theta"), "rope_type": "default", "mrope_section": [1, 2, 2]}
-        text.pop("rope_scaling")
-        config["text_config"] = text | {"rope_parameters": rope, "model_type": "qwen2_vl_text"}
-        for key in text:
-            config.pop(key) if key not in ("image_token_id",) else None
-    (folder / "config.json").write_text(json.dumps(config))
-    answers(folder, name)
-
-
-@pytest.mark.parametrize(
-    ("family", "hf", "expected"),
-    [
-        (qwen2_vl, {}, {
-            "vision.hidden_size": 1280, "vision.num_hidden_layers": 32, "vision.intermediate_size": 5120,
-            "vision.layer_norm_eps": 1e-6, "vision.hidden_act": "quick_gelu", "vision.patch_bias": False,
-            "vision.grid.window": None, "vision.blocks.norm_type": "layer_norm", "vision.image_size": 28,
-            "projector.norm_eps": 1e-6, "projector.input_size": 5120, "projector.hidden_act": "gelu",
-            "projector.merger.norm_type": "layer_norm", "decoder.norms.rms_norm_eps": 1e-5, "decoder.rope_theta": 1e6,
-            "decoder.biases.qkv_bias": True, "decoder.norms.qk_norm": False, "image_token_id": 151655,
-        }),
-        (qwen2_5_vl, {"vision_config": {"hidden_size": 1280}}, {
-            "vision.hidden_size": 1280, "vision.intermediate_size": 3420, "vision.layer_norm_eps": 1e-6,
-            "vision.hidden_act": "silu", "vision.grid.window": 8, "vision.grid.full_blocks": (7, 15, 23, 31),
-            "vision.blocks.norm_type": "rms_norm", "vision.blocks.gated_mlp": True,
-            "projector.merger.norm_type": "rms_norm", "projector.norm_eps": 1e-6, "decoder.hidden_size": 8192,
-        }),
-        (qwen3_vl, {}, {
-            "vision.hidden_size": 1152, "vision.intermediate_size": 4304, "vision.layer_norm_eps": 1e-6,
-            "vision.hidden_act": "gelu_pytorch_tanh", "vision.grid.position_side": 48, "vision.patch_bias": True,
-            "vision.feature_layers": (27, 9, 17, 25), "projector.merger.taps": 3, "projector.hidden_act": "gelu",
-            "projector.norm_eps": 1e-6, "vision.image_size": 32, "decoder.rope_theta": 5e5, "decoder.head_dim": 128,
-            "decoder.norms.qk_norm": True, "decoder.biases.qkv_bias": False, "decoder.norms.rms_norm_eps": 1e-6,
-        }),
-    ],
-    ids=["2", "2.5", "3"],
-)  # fmt: skip
-def test_what_configs_leave_out(family, hf, expected):
-    """The class defaults of transformers 5.23; of the widths that these do not fit together the decoder's counts."""
-    out = {"hidden_size": 8192} if family is qwen2_vl else {"out_hidden_size": 8192 if family is qwen2_5_vl else 4096}
-    config = family.config({**hf, "vision_config": {**out, **hf.get("vision_config", {})}})
-    check_fields(config, expected)
-    interleaved = family is qwen3_vl
-    scaling = {"mrope_section": (24, 20, 20) if interleaved else (16, 24, 24), "mrope_interleaved": interleaved}
-    assert config.decoder.rope_scaling == scaling
-
-
-TEXT = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_configs(what, copy_of):
+    file, changes, message = WRONG[what]
+    folder = copy_of(QWEN.name)
+    edit_json(folder / file, **changes)
+    with pytest.raises(VLMError, match=message):
+        load(folder)
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "message"),
+    ("content", "message"),
     [
-        ("qwen2-vl", {"rope_scaling": {"type": "mrope", "mrope_section": [1, 2]}}, "three numbers with the sum 5"),
-        ("qwen2-vl", {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 1]}}, "three numbers with the sum 5"),
-        ("qwen2-vl", {"rope_scaling": {"type": "dynamic", "factor": 2.0, "mrope_section": [1, 2, 2]}}, "depends on the length"),
-        ("qwen2-vl", {"vision_config": {"embed_dim": 32, "hidden_size": 48}}, "merger's width 48 differs from the decoder's 40"),
-        ("qwen2-vl", {"vision_config": {"in_channels": 1, "hidden_size": 40}}, "in_channels 3"),
-        ("qwen2-vl", {"num_experts": 8}, "experts .MoE. is not supported"),
-        ("qwen2-vl", {"model_type": "qwen3_vl_moe"}, "says model_type 'qwen3_vl_moe'; this version knows: "),
-        ("qwen3-vl", {"vision_config": {"deepstack_visual_indexes": [2, 0], "out_hidden_size": 32}}, "do not fit the decoder's layers"),
-        ("qwen3-vl", {"vision_config": {"num_position_embeddings": 24, "out_hidden_size": 32}}, "must be a square, not 24"),
-        ("qwen2.5-vl", {"vision_config": {"window_size": 5, "out_hidden_size": 36}}, "a window of 5 pixels holds no token"),
-        ("qwen2.5-vl", {"vision_config": {"patch_size": [6, 7], "out_hidden_size": 36}}, "patch_size"),
+        (b"", "truncated or broken"),
+        (b"IQ== 0\nIg== 1\n", "truncated or broken"),
+        (b"IQ==\n", "is broken: a line must be"),
+        (b"!!! 0\n", "is broken: a line must be"),
+        (b"IQ== x\n", "is broken: a line must be"),
+        ("cut", "truncated or broken"),
+        ("twice", "truncated or broken"),
     ],
-)  # fmt: skip
-def test_configs_that_make_no_model(name, changes, message, tmp_path):
-    folder = copy_of(name, tmp_path / "model")
-    edit_json(folder / "config.json", **changes)
+)
+def test_broken_ranks(content, message, copy_of):
+    folder = copy_of(QWEN.name)
+    file = folder / "qwen.tiktoken"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes({"cut": b"".join(lines[10:]), "twice": b"".join([*lines, b"IQ== 281\n"])}.get(content, content))
     with pytest.raises(CheckpointError, match=message):
         load(folder)
 
 
-# places
+def test_a_folder_without_generation_config_takes_conversations(copy_of):
+    folder = copy_of(QWEN.name)
+    (folder / GENERATION).unlink()
+    _, config = read_config(open_checkpoint(folder))
+    assert config.prescribed is not None and "<|im_start|>" in config.prescribed.chat_template
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_tokens_show_their_part_of_the_picture(name):
-    model, processor = load(GOLDEN / name)
-    (image,) = processor([PHOTO, "Hi"]).images
-    boxes = find_boxes(model, processor, image)
-    rows, columns = (side // 12 for side in image.pixel_values.shape[1:3])
-    top, left = (np.linspace(0, side, count + 1) for side, count in ((96, rows), (70, columns)))
-    expected = [(left[j], top[i], left[j + 1], top[i + 1]) for i in range(rows) for j in range(columns)]
-    np.testing.assert_allclose(boxes, expected, atol=1e-9)
+# Places
 
 
-def test_what_a_token_shows_is_what_it_is_made_of():
-    """A patch that changes moves the token whose sources name it and no other, as long as they do not see one another."""
-    model, processor = load(GOLDEN / "qwen2-vl")
-    (image,) = processor([PHOTO, "Hi"]).images
-    sources = model.sources(image)
-    patches = mx.random.normal((1, 16, 12, 8), key=mx.random.key(0))
-    numbers = mx.arange(16 * 12).reshape(1, 16, 12, 1)
-    assert sources.shape == (48, 4) and sorted(sources.ravel().tolist()) == numbers.flatten().tolist()
-    patches = mx.tile(patches, (1, 1, 1, 4))
-    before = np.array(model.projector(patches))
-    for patch in (0, 13, 100):
-        changed = np.array(model.projector(mx.where(numbers == patch, -patches, patches)))
-        (moved,) = np.flatnonzero(np.abs(changed - before).max(axis=-1)[0] > 1e-6)
-        assert patch in sources[moved]
+def places_in(text: str, height: int = 500, width: int = 2000):
+    return [(each.label, each.box, each.corners) for each in find_detections(text, height=height, width=width)]
 
 
 @pytest.mark.parametrize(
-    ("text", "scale", "expected"),
+    ("text", "expected"),
     [
-        ("<|object_ref_start|>the  cat<|object_ref_end|><|box_start|>(100,200),(500,800)<|box_end|><|im_end|>", None,
-         [("the cat", (20, 20, 100, 80))]),
-        ("<|box_start|>(0,0),(1000,1000)<|box_end|>", None, [("", (0, 0, 200, 100))]),
-        ("a cat(100,200),(500, 800) a dog(0,0),(10,10)", None, [("a cat", (20, 20, 100, 80)), ("a dog", (0, 0, 2, 1))]),
-        ("The points (1,2),(3,4) lie near it.", None, []),
-        ('```json\n[{"bbox_2d": [10, 20, 50, 80], "label": "cat"},\n{"bbox_2d": [0, 0, 1', (200, 100),
-         [("cat", (20, 10, 100, 40))]),
-        ('{"bbox_2d": [100, 200, 500, 800], "label": "a {cat}"}', None, []),
-        ('[{"bbox_2d": [100, 200, 500, 800]}, {"text_content": "OPEN", "bbox_2d": [0, 0, 1000, 1000]}]', None,
-         [("", (20, 20, 100, 80)), ("OPEN", (0, 0, 200, 100))]),
-        ('{"bbox_2d": [1, 2, 3], "label": "x"} {"bbox_2d": "no"} {"bbox_2d": [1e99, 0, 1, true]} {1}', None, []),
+        ("<ref>a dog</ref><box>(100,200),(301,999)</box>", [("a dog", (200, 100, 602, 499), ())]),
+        ("There is <ref> the  cat\n</ref><box>(0,0),(1000,1000)</box>.", [("the cat", (0, 0, 2000, 500), ())]),
+        ("<ref>cups</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>",
+         [("cups", (2, 1, 6, 2), ()), ("cups", (10, 3, 14, 4), ())]),
+        ("<ref>cup</ref><box>(1,2),(3,4)</box> and <box>(5,6),(7,8)</box>",
+         [("cup", (2, 1, 6, 2), ()), ("", (10, 3, 14, 4), ())]),
+        ("<box>(500,500),(100,100)</box>", [("", (1000, 250, 200, 50), ())]),
+        ("<ref>sign</ref><quad>(100,100),(300,200),(250,400),(90,350)</quad>",
+         [("sign", (180, 50, 600, 200), ((200, 50), (600, 100), (500, 200), (180, 175)))]),
+        ("<box>(1,2),(3,1001)</box><box>(1,2)</box><box>1,2,3,4</box><quad>(1,2),(3,4)</quad><box>(1,2),(3,4)", []),
+        ("<ref>only a name</ref>", []),
+        ("<box> (10, 20) , (30, 40) </box>", [("", (20, 10, 60, 20), ())]),
     ],
 )  # fmt: skip
-def test_boxes_of_answers(text, scale, expected):
-    found = find_detections(text, height=100, width=200, scale=scale)
-    assert [(each.label, each.box) for each in found] == expected
+def test_places_that_an_answer_names(text, expected):
+    assert places_in(text) == expected
 
 
-def test_points_of_answers():
-    (found,) = find_detections('[{"point_2d": [500, 250], "label": "tip"}]', height=100, width=200)
-    assert (found.label, found.box, found.points) == ("tip", None, ((100.0, 25.0),))
-    (found,) = find_detections('[{"point_2d": [5, 8]}]', height=100, width=200, scale=(50, 20))
-    assert found.points == ((50.0, 16.0),)
+@given(st.text(alphabet="<>/refboxquad(),0123456789 ", max_size=80))
+def test_whatever_an_answer_says_is_read(text):
+    for each in find_detections(text, height=30, width=40):
+        left, top, right, bottom = each.box
+        assert 0 <= min(left, right) <= max(left, right) <= 40 and 0 <= min(top, bottom) <= max(top, bottom) <= 30
 
 
-def test_only_one_family_answers_in_its_own_pixels():
-    scales = [load(GOLDEN / name)[1].answer_scale((96, 70)) for name in NAMES]
-    assert scales == [None, (72, 48), None]
+def test_places_are_drawn():
+    white = Image.new("RGB", (200, 100), "white")
+    text = "<ref>a</ref><box>(100,200),(400,800)</box><quad>(600,200),(900,400),(800,900),(550,700)</quad>"
+    found = find_detections(text, height=100, width=200)
+    drawn = np.array(draw_detections(white, found)).astype(int)
+    for place, colour in (((50, 20), COLOURS[0]), ((50, 79), COLOURS[0]), ((30, 150), COLOURS[1])):
+        near = drawn[place[0] - 2 : place[0] + 3, place[1] - 2 : place[1] + 3].reshape(-1, 3)
+        assert (np.abs(near - colour).sum(axis=1) == 0).any(), place
+    assert (drawn[50, 50] == 255).all() and (drawn[50, 145] == 255).all()  # inside they are left alone
+    assert (drawn[85, 185] == 255).all()  # in the box around the corners, outside of them
 
 
-def test_an_answer_is_drawn(tmp_path, monkeypatch):
-    """The command, with the model's words put into its mouth."""
-    from mlx_vlm_mini.tokenizer import Tokenizer
-
-    said = '[{"bbox_2d": [12, 18, 24, 36], "label": "roof"}, {"point_2d": [24, 36], "label": "door"}]'
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, *, skip_special_tokens=True: said)
-    out = tmp_path / "out.png"
-    done = run(
-        "generate", GOLDEN / "qwen2.5-vl", "-p", "Where?", "-i", PHOTO, "--max-tokens", 1, "--draw", out, "--json"
-    )
-    assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["detections"] == [  # seen at 48 x 72 pixels of 70 x 96
-        {"label": "roof", "box": [18, 24, 35, 48], "mask_codes": []},
-        {"label": "door", "box": None, "mask_codes": [], "points": [[35.0, 48.0]]},
-    ]
-    with Image.open(out) as drawn, Image.open(PHOTO) as photo:
-        assert drawn.size == photo.size and drawn.tobytes() != photo.tobytes()
-
-
-# files
-
-
-WIDE = {
-    "qwen2-vl": {"hidden_size": 128, "intermediate_size": 192, "vision_config": {"embed_dim": 64, "hidden_size": 128},
-                 "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
-    "qwen2.5-vl": {"text_config": {
-        "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}},
-        "vision_config": {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128}},
-    "qwen3-vl": {"text_config": {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32},
-                 "vision_config": {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128}},
-}  # fmt: skip
-
-
-def wide_one(name, folder):
-    """A wide sister whose pictures are small."""
-    make_wide(name, folder, WIDE[name])
-    for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
-        if file.exists() and "patch_size" in file.read_text():
-            settings = json.loads(file.read_text())
-            settings.get("image_processor", settings).update(min_pixels=500, max_pixels=1500)
-            file.write_text(json.dumps(settings))
-    return folder
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_quantized(name, tmp_path):
-    """Fused tensors, three kinds of kernels, and the check layer by layer, which sees no harm at 8 bits."""
-    wide = wide_one(name, tmp_path / "wide")
-    convert(wide, tmp_path / "out", bits=8, group_size=32, part_bits={"vision": 8, "projector": 8}, check=True)
-    report = json.loads((tmp_path / "out" / "conversion.json").read_text())["check"]
-    assert report["problems"] == [] and 0 < report["mean_kl"] < 0.05
-    model, processor = load(tmp_path / "out")
-    assert (model.vision.blocks[0].attn.q_proj.bits, model.projector.layers[0].bits) == (8, 8)
-    whole, _ = load(wide)
-    for prompt in ([PHOTO, "What is it?"], "Hi"):
-        one, other = (np.array(each(processor(prompt))[0]) for each in (model, whole))
-        assert 0 < np.abs(one - other).max() < 0.5
-
-
-def test_rounding_with_compensation(tmp_path):
-    """The tower's layers, too, whose inputs come picture by picture and window by window."""
-    wide = wide_one("qwen2.5-vl", tmp_path / "wide")
-    (tmp_path / "pictures").mkdir()
-    for picture in (PHOTO, SHAPES, GOLDEN / "strip.png"):
-        shutil.copy(picture, tmp_path / "pictures")
-    options = {"bits": 3, "group_size": 32, "part_bits": {"vision": 3, "projector": 3}, "check": True}
-    kl = {}
-    for method in ("round", "gptq"):
-        calibration = {} if method == "round" else {"calibration": str(tmp_path / "pictures")}
-        convert(wide, tmp_path / method, method=method, **calibration, **options)
-        kl[method] = json.loads((tmp_path / method / "conversion.json").read_text())["check"]["mean_kl"]
-    assert kl["gptq"] < kl["round"]
-
-
-def test_what_info_says():
-    found = describe(GOLDEN / "qwen2.5-vl", check=True)
-    assert (found["family"], found["image_token"], found["unused"]) == ("qwen2_5_vl", "<|image_pad|>", 0)
-    own = {"min_pixels": 576, "max_pixels": 4000, "max_image_tokens": 27, "patch_size": 6}
-    assert own.items() <= found["vision"].items() and "image_size" not in found["vision"]
-
-
-def test_all_tensors_are_used():
-    for name in NAMES:
-        planned = plan(open_checkpoint(GOLDEN / name))
-        assert planned.unused == () and find_family(planned.checkpoint.config) is planned.family
-
-
-def test_training_is_refused(tmp_path):
-    data = tmp_path / "data.jsonl"
-    data.write_text(
-        json.dumps(
-            {
-                "image": str(PHOTO),
-                "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A."}],
-            }
-        )
-        + "\n"
-    )
-    done = run("train", GOLDEN / "qwen2-vl", "--data", data, "--output", tmp_path / "out")
-    assert done.exit_code == 1 and "family 'qwen2_vl' joins image features, which cannot be trained yet" in done.stderr
+def test_an_answers_places_through_the_command(tmp_path, monkeypatch):
+    """`generate --draw` with a model that is made to say where a dog is."""
+    said = "<ref>dog</ref><box>(100,200),(400,800)</box>"
+    _, processor = load(QWEN)
+    end = processor.tokenizer.token_to_id("<|im_end|>")
+    tokens = iter([*processor.tokenizer.encode(said), end, end])  # one is computed ahead
+    monkeypatch.setattr(Options, "make_sampler", lambda self, size: lambda logprobs: mx.array([next(tokens)]))
+    arguments = ["generate", QWEN, "-i", PHOTO, "-p", "Where is the dog?", "--draw", tmp_path / "out.png", "--json"]
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    width, height = Image.open(PHOTO).size
+    answer = json.loads(done.stdout)
+    box = [int(0.1 * width), int(0.2 * height), int(0.4 * width), int(0.8 * height)]
+    assert answer["text"] == said and answer["finish_reason"] == "stop"
+    assert [(each["label"], each["box"]) for each in answer["detections"]] == [("dog", box)]
+    assert Image.open(tmp_path / "out.png").size == (width, height)

@@ -5,7 +5,8 @@ Sources: llava-hf/llava-1.5-7b-hf from a log of transformers that prints it; pal
 convert_colpali_weights_to_hf.py; LLaVA-NeXT's token ids and vocabularies (the decoder's, two or three tokens more, rounded up
 to a multiple of 64) from convert_llava_next_weights_to_hf.py; PaliGemma 2 from convert_paligemma2_weights_to_hf.py; sizes of
 Vicuna-13B, Mistral-7B, Yi-34B and Llama-3-8B from copies of their configs; Llama 3.2 Vision from sku_list.py of
-meta-llama/llama-models and convert_mllama_weights_to_hf.py of transformers; Qwen's vision-language models from copies of their
+meta-llama/llama-models and convert_mllama_weights_to_hf.py of transformers; Qwen-VL's from a copy of its config.json, and its
+tensors' names and shapes from vllm-project/vllm (tests/golden/qwen_vl_oracle.py); Qwen2-VL's and later ones' from copies of their
 configs in public repositories, the sizes of 2-VL's recalled. None was downloaded from the Hub itself.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx.utils import tree_flatten
+from qwen_vl_oracle import shapes_of
 
 from mlx_vlm_mini.anyres import count_tokens
 from mlx_vlm_mini.checkpoint import Checkpoint, TensorInfo
@@ -128,6 +130,15 @@ def _mllama(text: dict[str, Any], image_size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+QWEN_VL = {
+    "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "hidden_size": 4096, "intermediate_size": 22016,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "kv_channels": 128, "layer_norm_epsilon": 1e-6,
+    "max_position_embeddings": 8192, "no_bias": True, "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 2048,
+    "use_dynamic_ntk": True, "use_logn_attn": True, "vocab_size": 151936, "tie_word_embeddings": False,
+    "visual": {
+        "heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48, "mlp_ratio": 4.9231, "output_dim": 4096,
+        "patch_size": 14, "width": 1664},
+}  # fmt: skip
 QWEN2_VL = {  # hidden size, MLP, layers, heads, heads of keys and values, vocabulary, tied head
     "2B": (1536, 8960, 28, 12, 2, 151936, True),
     "3B": (2048, 11008, 36, 16, 2, 151936, True),
@@ -182,6 +193,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.2-11B-Vision": _mllama(LLAMA32_11B, 448),
     "meta-llama/Llama-3.2-11B-Vision-Instruct": _mllama(LLAMA32_11B, 560),
     "meta-llama/Llama-3.2-90B-Vision-Instruct": _mllama(LLAMA32_90B, 560),
+    "Qwen/Qwen-VL-Chat": QWEN_VL,
     **{f"Qwen/Qwen2-VL-{size}-Instruct": _qwen_vl("qwen2_vl", size) for size in ("2B", "7B", "72B")},
     **{f"Qwen/Qwen2.5-VL-{size}-Instruct": _qwen_vl("qwen2_5_vl", size) for size in ("3B", "7B", "32B", "72B")},
     **{f"Qwen/Qwen3-VL-{size}-Instruct": _qwen_vl("qwen3_vl", size) for size in QWEN3_VL},
@@ -198,6 +210,8 @@ def without_data(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
 def published(name: str) -> Checkpoint:
     """A published checkpoint without data: the tensors that our model asks for, by the Hub's names and in its layout."""
     config = CONFIGS[name]
+    if config["model_type"] == "qwen":
+        return without_data(config, shapes_of(config))
     family = find_family(config)
     ours = family.config(config)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -237,6 +251,8 @@ def image_tokens(config: VLMConfig) -> str:
         return f"1 for {vision.image_size} x {vision.image_size} pixels"
     if vision.tiled is not None:
         return f"1, up to {vision.num_features * vision.tiled.max_tiles:,} keys"
+    if config.projector.resampler is not None:
+        return f"{config.projector.resampler.num_queries}"
     if config.image_grid_pinpoints is None:
         return f"{vision.num_features:,}"
     side = vision.image_size // vision.patch_size
@@ -262,7 +278,7 @@ def table() -> str:
         checkpoint = published(name)
         planned = plan(checkpoint)
         counts = dict.fromkeys(("vision", "projector", "decoder"), 0)
-        for theirs, ours in {theirs: ours for ours, theirs in planned.ours.items()}.items():  # a fused one once
+        for theirs, ours in {theirs: ours for ours, theirs in planned.ours.items()}.items():  # a fused one counts once
             part = ours.partition(".")[0]
             counts[part if part in counts else "projector"] += checkpoint.num_weights(theirs)
         sizes = [sum(info.nbytes for info in checkpoint.tensors.values())]

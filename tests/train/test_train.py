@@ -146,6 +146,7 @@ def test_every_pass_shows_every_example_once():
     shown = [index for step in steps for index in step]
     assert sorted(shown[:10]) == sorted(shown[10:]) == list(range(10)) and shown[:10] != shown[10:]
     assert order(3, 10, 4, 7) == steps[3] != order(3, 10, 4, 8)
+    assert [order(step, 10, 4, None) for step in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
 
 
 def test_text_that_is_no_text_is_refused(tmp_path, llava):
