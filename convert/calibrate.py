@@ -206,7 +206,6 @@ class Walk:
         for x, sample, images in zip(hidden, self.samples, self.shown, strict=True):
             shown = [image for image in images if isinstance(image, ShownImage)]
             placed = [image for image in images if isinstance(image, PlacedImage)]
-            rope = decoder.rope_among(placed, 0, sample.length)
             features = shown[0].features[None] if shown and decoder.config.queries is not None else None
             spans = [image.span for image in shown]
             masks = decoder.masks(sample.length, prefix=sample.start, spans=spans, features=features)
