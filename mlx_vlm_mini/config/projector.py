@@ -6,6 +6,7 @@ from math import isqrt
 from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation, check_flags, check_positive, check_sizes
+from .vision import VisionNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,18 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, "factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergerConfig:
+    """Each feature normed, squares of them joined, two layers (Qwen2-VL); see `merger.py`."""
+
+    norm_type: VisionNorm
+    taps: int = 0
+    """Further mergers, for features of earlier blocks, whose norm is of the joined ones (Qwen3-VL)."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, *(["taps"] if self.taps != 0 else []))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +79,8 @@ class ProjectorConfig:
     resampler: ResamplerConfig | None = None
     pool: PoolConfig | None = None
     """In place of all that; one layer."""
+    merger: MergerConfig | None = None
+    """In place of what stands above, for grids of patches; it has the other fields' sizes."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "input_size", "hidden_size", *(["num_layers"] if self.num_layers != 0 else []))
