@@ -27,13 +27,12 @@ scenes() {
     fi
 }
 
-# stage NAME MODEL DATA STEPS RATE [OPTION...]
+# stage NAME MODEL DATA VALID OPTION...
 stage() {
-    name=$1 model=$2 data=$3 steps=$4 rate=$5
-    shift 5
-    [ -d "$work/run-$name/model" ] || mlx-vlm-mini train "$model" --data "$data" --valid "$work/valid/scenes.jsonl" \
-        --output "$work/run-$name" --stage full --optimizer muon --batch-size 32 --steps "$steps" \
-        --learning-rate "$rate" --warmup 40 --weight-decay 0.01 --checkpoint-every 50 "$@"
+    name=$1 model=$2 data=$3 valid=$4
+    shift 4
+    [ -d "$work/run-$name/model" ] || mlx-vlm-mini train "$model" --data "$data" --valid "$valid" \
+        --output "$work/run-$name" --stage full --optimizer muon --weight-decay 0.01 "$@"
 }
 
 scenes words --count 4000 --seed 1 --digits 0.1
@@ -46,7 +45,15 @@ scenes near --count 4800 --seed 51 --most 1 --pairs 0 --digits 0.2 --close 0.8 -
 scenes wider --count 4800 --seed 52 --most 1 --pairs 0 --digits 0.2 --close 0.8 --radii 0.2 0.45 --words 0
 scenes both --count 8000 --seed 53 --most 1 --pairs 0 --digits 0.15 --close 0.45 --radii 0.2 0.4 --words 0
 scenes alone --count 12800 --seed 18 --most 1 --pairs 0 --digits 0.3 --words 0
-[ -f "$work/shapes.jsonl" ] || python "$here/curriculum.py" "$work" "$work/shapes.jsonl"
-stage shapes "$work/fresh" "$work/shapes.jsonl" 900 5e-4 --in-order
+scenes small --count 300 --seed 17 --most 1 --pairs 0 --digits 0.3 --words 0
+[ -f "$work/small.jsonl" ] || python "$here/curriculum.py" "$work"
+stage shapes "$work/fresh" "$work/shapes.jsonl" "$work/small.jsonl" --in-order --batch-size 32 --steps 900 \
+    --learning-rate 5e-4 --warmup 40 --checkpoint-every 50
 
 scenes talk --count 40000 --seed 31 --pairs 0.15 --digits 0.1 --close 0.05 --words 60
+[ -f "$work/held.jsonl" ] || head -n 150 "$work/valid/scenes.jsonl" | sed 's#"images/#"valid/images/#g' > "$work/held.jsonl"
+stage talk "$work/run-shapes/model" "$work/talk/scenes.jsonl" "$work/held.jsonl" --batch-size 16 --steps 1850 \
+    --learning-rate 3e-4 --warmup 30 --checkpoint-every 100 --dtype float16
+
+scenes test --count 1000 --seed 2026 --digits 0.1 --test
+mlx-vlm-mini eval "$work/run-talk/model" --data "$work/test/scenes.jsonl"

@@ -1,6 +1,8 @@
 """The first stage's curriculum: what shape, what digit, from pictures that a thing fills to small things anywhere.
 
-python recipes/demo/curriculum.py FOLDER OUT.jsonl    # FOLDER has the sets near, wider, both and alone
+python recipes/demo/curriculum.py FOLDER    # which has the sets near, wider, both, alone and small
+
+It goes into shapes.jsonl; small.jsonl, to measure on, asks the same of small things anywhere.
 
 Whole descriptions come last: where they come first, a fresh tower learns colours and sizes, tells shapes by their areas,
 and stays there.
@@ -45,7 +47,7 @@ def ask_one_thing(line: Line) -> Line:
 
 
 def main() -> None:
-    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    folder = Path(sys.argv[1])
     near, wider = (
         [ask_one_thing(line) for line in read(folder, name) if "handwritten" not in said(line)]
         for name in ("near", "wider")
@@ -53,8 +55,12 @@ def main() -> None:
     both = [ask_one_thing(line) for line in read(folder, "both")]
     alone = list(read(folder, "alone"))
     half = len(alone) // 2
-    lines = [*near, *wider, *both, *map(ask_one_thing, alone[:half]), *alone[half:]]
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write(folder / "shapes.jsonl", [*near, *wider, *both, *map(ask_one_thing, alone[:half]), *alone[half:]])
+    write(folder / "small.jsonl", [ask_one_thing(line) for line in read(folder, "small")])
+
+
+def write(file: Path, lines: list[Line]) -> None:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

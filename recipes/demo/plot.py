@@ -14,7 +14,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-STAGES = ("one", "two", "all")
+STAGES = ("shapes", "talk")
 BESIDE = 25  # steps whose losses are averaged
 
 
@@ -40,10 +40,10 @@ def draw(logs: list[list[dict[str, Any]]], file: Path, name: str, label: str, *,
             whole = len(values) // BESIDE * BESIDE
             steps, values = (part[:whole].reshape(-1, BESIDE).mean(axis=1) for part in (steps, values))
         axes.plot(steps, values if averaged else 100 * values, "-" if averaged else "o-", label=stage)
-    axes.set_xlabel("steps of 16 conversations")
+    axes.set_xlabel("steps")
     axes.set_ylabel(label)
     axes.set_yscale("log" if averaged else "linear")
-    axes.legend(title="objects")
+    axes.legend(title="stage")
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(file)
