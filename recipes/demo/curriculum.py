@@ -4,8 +4,8 @@ python recipes/demo/curriculum.py FOLDER    # which has the sets near, wider, bo
 
 It goes into shapes.jsonl; small.jsonl, to measure on, asks the same of small things anywhere.
 
-Whole descriptions come last: where they come first, a fresh tower learns colours and sizes, tells shapes by their areas,
-and stays there.
+Whole descriptions come last: where they come first, a fresh tower learns colours and sizes, tells shapes by their
+areas, and stays there.
 """
 
 import json
