@@ -138,7 +138,10 @@ def find_boxes(model: VLM, processor: Processor, image: InputImage) -> np.ndarra
         CheckpointError: the image's rows are not those that the processor's settings make.
     """
     assert processor.image_settings is not None  # the image was prepared by them
-    rows, vision = frames(image.size, processor.image_settings), model.config.vision
+    settings, vision = processor.image_settings, model.config.vision
+    if settings.among is not None and image.rows == 1:  # cut images have rows for the whole and for tiles
+        settings = settings.among
+    rows = frames(image.size, settings)
     if len(rows) != image.rows:
         raise CheckpointError(
             f"family '{model.config.family}' cuts an image into {image.rows} pieces, its settings say {len(rows)}"

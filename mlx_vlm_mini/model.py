@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import mlx.core as mx
@@ -160,15 +161,22 @@ class VLM(nn.Module):
         if self.config.projector.shuffle is not None:
             numbers = pixel_shuffle(numbers, self.config.projector.shuffle)
         newline = mx.full(numbers.shape[-1:], -1) if self.config.has_newline else None
-        return np.array(self._arrange(numbers, newline, image))
+        corners = [(0, 0)] if self.config.most_tiles is None else list(product((0, 1), (0, 1)))
+        found = [np.array(self._arrange(numbers, newline, image, corner)) for corner in corners]
+        shrunk = any((each != found[0]).any() for each in found)  # then each of its features is made of four
+        return np.concatenate(found, axis=-1) if shrunk else found[0]
 
-    def _arrange(self, features: mx.array, newline: mx.array | None, image: InputImage) -> mx.array:
+    def _arrange(
+        self, features: mx.array, newline: mx.array | None, image: InputImage, corner: tuple[int, int] | None = None
+    ) -> mx.array:
         pinpoints, merge = self.config.image_grid_pinpoints, self.config.tile_merge
         if pinpoints is None:
             features = features.flatten(0, 1)
         else:
             tile_size = self.config.vision.image_size
-            features = pack(features, newline, image.size, pinpoints, tile_size=tile_size, merge=merge or "unpad")
+            most = self.config.most_tiles
+            options: dict[str, Any] = {"merge": merge or "unpad", "most_tiles": most, "corner": corner}
+            features = pack(features, newline, image.size, pinpoints, tile_size=tile_size, **options)
         if len(features) != image.tokens:
             height, width = image.size
             raise PromptError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from .config import VLMConfig
 from .errors import CheckpointError, PromptError
@@ -29,6 +30,7 @@ class PreparedImage:
         text: what stands for it in the prompt.
         digest: SHA-256 of its size and all its pixels.
         origin: what it was made of; its `data` are left out where they can be read again from its path.
+        among: what it becomes where it is not the conversation's only image; None where that is the same.
     """
 
     pixel_values: np.ndarray
@@ -36,6 +38,12 @@ class PreparedImage:
     text: str
     digest: bytes
     origin: Picture
+    among: "PreparedImage | None" = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its pixels."""
+        return self.pixel_values.nbytes + (0 if self.among is None else self.among.nbytes)
 
 
 def without_data(picture: Picture) -> Picture:
@@ -112,17 +120,26 @@ class Processor:
             )
         picture = source if isinstance(source, Picture) else read_image(source)
         image = open_image(picture)
+        found = self._form(image, self.image_settings, picture)
+        among = self.image_settings.among
+        return found if among is None else replace(found, among=self._form(image, among, picture))
+
+    def _form(self, image: Image.Image, settings: ImageSettings, picture: Picture) -> PreparedImage:
         size = image.height, image.width
         try:
-            pixels = self.family.pixels(image, self.image_settings)
+            pixels = self.family.pixels(image, settings)
         except (OverflowError, MemoryError) as error:
             raise CheckpointError(
                 f"an image of {size[1]}x{size[0]} pixels cannot be made ready as the checkpoint's settings of images "
                 f"say: {str(error) or 'too large'}"
             ) from None
-        text = self.family.image_text(self.config, self.image_settings, self.image_token, size)
+        text = self.family.image_text(self.config, settings, self.image_token, size)
         digest = hashlib.sha256(repr(size).encode() + pixels.tobytes()).digest()
         return PreparedImage(pixels, size, text, digest, without_data(picture))
+
+    def forms(self, prepared: Sequence[PreparedImage]) -> list[PreparedImage]:
+        """All images of one conversation, each in the form that it takes there."""
+        return [image.among or image for image in prepared] if len(prepared) > 1 else list(prepared)
 
     def expand(
         self, messages: Sequence[Message], prepared: Sequence[PreparedImage], *, add_generation_prompt: bool = True
@@ -134,7 +151,7 @@ class Processor:
         """
         text, *rest = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
         slots = [False] * text.count(self.image_token)
-        for image, piece in zip(prepared, rest, strict=True):
+        for image, piece in zip(self.forms(prepared), rest, strict=True):
             slots += [True] * image.text.count(self.image_token) + [False] * piece.count(self.image_token)
             text += image.text + piece
         return text, slots
@@ -202,7 +219,7 @@ class Processor:
                 size=image.size,
                 digest=image.digest,
             )
-            for image in prepared
+            for image in self.forms(prepared)
         ]
         ids, _, is_slot = self.tokenize(text, slots)
         if not ids:

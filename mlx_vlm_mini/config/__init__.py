@@ -64,6 +64,9 @@ class VLMConfig:
     """How the tiles' features follow the squashed image's: `unpad` as rows of one grid without the bars, a newline
     behind each; `unpad_floor` the same with what is shown rounded down, as the original LLaVA does; `grid` as rows of
     the whole grid; `flat` tile by tile."""
+    most_tiles: int | None = None
+    """Tiles whose features an image's grid may have: a grid a fifth larger is shrunk, and an image that is not alone is
+    not cut (LLaVA-OneVision). None: whatever its tiles give (LLaVA-NeXT)."""
     prescribed: Prescribed | None = None
     contrast: ContrastConfig | None = None
 

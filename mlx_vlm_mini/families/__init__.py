@@ -10,7 +10,18 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
-from . import internvl, internvl_chat, llava, llava_next, llava_normed, llava_original, mllama, paligemma, qllama
+from . import (
+    internvl,
+    internvl_chat,
+    llava,
+    llava_next,
+    llava_normed,
+    llava_onevision,
+    llava_original,
+    mllama,
+    paligemma,
+    qllama,
+)
 from .maps import Weights
 
 
@@ -43,6 +54,7 @@ FAMILIES: dict[str, Family] = {
     "llava_llama": llava_original,
     "llava_mistral": llava_original,
     "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
     "mllama": mllama,
     "paligemma": paligemma,
 }

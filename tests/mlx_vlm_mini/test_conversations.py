@@ -23,6 +23,7 @@ from mlx_vlm_mini.prompt import images_of
 LONG = "llava with longrope"  # whose angles change at 56 tokens, for all positions
 MODELS = (
     "llava-clip-mistral", "llava-next-siglip-qwen2", "internvl-qwen2", "internvl-chat-phi3", "llava-original-v1.6-mistral",
+    "llava-onevision",
     "paligemma2-gemma2", "mllama-meta", "mllama-transformers", LONG,
 )  # fmt: skip
 PICTURES = (PHOTO, SHAPES, SHAPES.read_bytes(), Image.new("RGB", (50, 40), "red"), Image.new("RGB", (50, 40), "blue"))
@@ -110,6 +111,6 @@ def test_every_answer_equals_a_fresh_run(name, plan):
         best = check_fresh(chat, chunks)
         if kind != "retry":
             assert [chunk.token for chunk in chunks] == best
-        seen |= {part["image"].digest for part in images_of(chat.messages)}
+        seen |= {form.digest for form in processor.forms([part["image"] for part in images_of(chat.messages)])}
         encoded += chunks[-1].stats.encoded_images
     assert encoded == len(seen)
