@@ -23,7 +23,7 @@ from .model import VLM, InputImage, Inputs
 from .places import join
 from .preprocess import frames
 from .processor import PreparedImage, Processor
-from .prompt import Message, Prompt, images_of, to_messages
+from .prompt import Message, Prompt, images_of, text_of, to_messages
 from .rope import depends_on_length
 from .stream import Chunk, Options, stream_inputs
 from .tokenizer import TextStream
@@ -114,7 +114,7 @@ def attend(
         for own, mixing in zip(np.split(weights, np.cumsum(counts)[:-1], axis=-1), mixings, strict=True)
     ]
     return AnswerAttention(
-        prompt=_last_text(messages),
+        prompt=text_of(messages[-1]),
         token_ids=tuple(tokens),
         tokens=tuple(processor.tokenizer.id_to_token(token) or f"<{token}>" for token in tokens),
         texts=_texts(processor, tokens),
@@ -210,11 +210,6 @@ def _check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
     for token in tokens:
         if not 0 <= token < vocab_size:
             raise PromptError(f"the answer has the token id {token}, the vocabulary has {vocab_size}")
-
-
-def _last_text(messages: Sequence[Message]) -> str:
-    content = messages[-1]["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _texts(processor: Processor, tokens: Sequence[int]) -> tuple[str, ...]:

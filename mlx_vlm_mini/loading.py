@@ -13,6 +13,7 @@ from .checkpoint import DTYPES, Checkpoint, read_json
 from .config import VLMConfig
 from .errors import CheckpointError
 from .families import Family, find_family
+from .hub import INSTRUCTIONS
 from .model import VLM
 from .preprocess import TILINGS, ImageSettings, image_settings
 from .processor import Processor
@@ -131,10 +132,13 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
     found = find_chat_template(checkpoint.folder) if prescribed is None else prescribed.chat_template
     if prescribed is not None:
         _add_prescribed(tokenizer, prescribed.extra_tokens, config, checkpoint.folder)
+    qformer = config.projector.qformer
+    reads = qformer is not None and qformer.instruction is not None
     return Processor(
         config,
         family,
         tokenizer=tokenizer,
+        instruction_tokenizer=load_tokenizer(checkpoint.folder / INSTRUCTIONS) if reads else None,
         chat_template=found or family.CHAT_TEMPLATE,
         image_settings=find_image_settings(checkpoint.folder, family, config),
         eos_token_ids=eos_token_ids(checkpoint, tokenizer, None if prescribed is None else prescribed.end_token),

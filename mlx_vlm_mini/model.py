@@ -13,12 +13,14 @@ from .anyres import pack
 from .attention import Recorder
 from .borrow import borrow
 from .canvas import Canvas, choose_canvas
-from .config import VLMConfig
+from .config import OPTConfig, VLMConfig
 from .contrast import Contrast
 from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
 from .errors import CheckpointError, PromptError
+from .opt import OPTDecoder
 from .projector import Projector, pixel_shuffle
+from .qformer import QFormer
 from .query_attention import Looks, QuerySight
 from .tiled_vision import TiledVisionTransformer
 from .vision import VisionTransformer
@@ -32,13 +34,15 @@ class InputImage:
         pixel_values: float32[B, height, width, 3] (numpy), normalised: one row, or one a tile.
         tokens: its slots in the prompt.
         size: height and width in pixels, as it was opened.
-        digest: SHA-256 of its size and all its pixels, by which a cache tells images apart.
+        digest: SHA-256 of its size and all its pixels, by which a cache tells images apart; of its instruction, too.
+        instruction: int32[L] (numpy), what a Q-Former reads beside it; None where that is nothing.
     """
 
     pixel_values: np.ndarray
     tokens: int
     size: tuple[int, int]
     digest: bytes
+    instruction: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -82,8 +86,9 @@ class VLM(nn.Module):
         self.config = config
         tower = VisionTransformer if config.vision.tiled is None else TiledVisionTransformer
         self.vision: Any = tower(config.vision)
-        self.projector = Projector(config.projector)
-        self.decoder = Decoder(config.decoder)
+        self.projector: Any = (Projector if config.projector.qformer is None else QFormer)(config.projector)
+        text = config.decoder
+        self.decoder = OPTDecoder(text) if isinstance(text, OPTConfig) else Decoder(text)
         if config.has_newline:
             self.image_newline = mx.zeros(config.decoder.hidden_size)
         if config.decoder.queries is not None:
@@ -104,18 +109,28 @@ class VLM(nn.Module):
         """The same with entries that `make` gives for the layers that read text."""
         return [ImageCache() if kind == "cross_attention" else make() for kind in self.config.decoder.layer_types]
 
-    def embed_images(self, pixel_values: mx.array) -> mx.array:
+    def project(
+        self, pixel_values: mx.array, instruction: np.ndarray | None = None, looks: Recorder | None = None
+    ) -> mx.array:
+        """Encode and project rows of pixels at once; `instruction` and `looks` are for a Q-Former, see there."""
+        features = self.vision(pixel_values.astype(self.dtype))
+        if self.config.projector.qformer is None:
+            return self.projector(features)
+        return self.projector(features, None if instruction is None else mx.array(instruction), looks)
+
+    def embed_images(self, pixel_values: mx.array, instruction: np.ndarray | None = None) -> mx.array:
         """Encode and project rows of pixels, images or independent tiles, one by one, so that memory does not grow.
 
         Args:
             pixel_values: float[B, height, width, 3].
+            instruction: int[L], what a Q-Former reads beside them.
 
         Returns:
             float[B, P, C].
         """
         embeddings = []
         for row in range(pixel_values.shape[0]):
-            embeddings.append(self.projector(self.vision(pixel_values[row : row + 1].astype(self.dtype))))
+            embeddings.append(self.project(pixel_values[row : row + 1], instruction))
             mx.eval(embeddings[-1])
         return mx.concatenate(embeddings)
 
@@ -195,7 +210,8 @@ class VLM(nn.Module):
         if self.config.decoder.queries is not None:
             features = self.embed_images(mx.array(image.pixel_values))[0]
         elif self.config.vision.tiled is None:
-            features = self.arrange(self.embed_images(mx.array(image.pixel_values)), image)
+            embeddings = self.embed_images(mx.array(image.pixel_values), image.instruction)
+            features = self.arrange(embeddings, image)
         else:  # keys of unused tiles matter only where tokens that see no image attend to all
             features = self.embed_tiled([image])[0]
             features = (features if self.decoder.looks_ahead else features[: image.rows]).flatten(0, 1)
@@ -281,7 +297,7 @@ class VLM(nn.Module):
     @property
     def mixes(self) -> bool:
         """Whether an image's slots show mixtures of all its features (`mixing`)."""
-        return self.config.decoder.queries is not None
+        return self.config.takes_one_image
 
     def mixing(self, image: InputImage, encode: Callable[[InputImage], mx.array] | None = None) -> np.ndarray | None:
         """How an image's slots are mixed of the vision tower's features: float32[tokens, P], rows that sum to 1; None
@@ -291,8 +307,12 @@ class VLM(nn.Module):
         """
         if not self.mixes:
             return None
-        looks = Looks(len(self.query_tokens))
-        self.query((encode or self.encode)(image), looks=looks)
+        qformer = self.config.projector.qformer
+        looks = Looks(len(self.query_tokens) if qformer is None else qformer.num_query_tokens)
+        if qformer is None:
+            self.query((encode or self.encode)(image), looks=looks)
+        else:  # what was kept of the image is behind the queries
+            self.project(mx.array(image.pixel_values), image.instruction, looks)
         return np.array(looks.mean())
 
     def __call__(self, inputs: Inputs, cache: Sequence[Any] | None = None) -> mx.array:

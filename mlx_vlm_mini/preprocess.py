@@ -59,6 +59,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "LlavaOnevision": {
         **_CLIP_DEFAULTS, "size": {"height": 384, "width": 384}, "do_center_crop": False, "crop_size": None,
         "image_grid_pinpoints": LLAVA_ONEVISION_PINPOINTS},
+    "Blip": {
+        **_CLIP_DEFAULTS, "size": {"height": 384, "width": 384}, "do_center_crop": False, "crop_size": None},
     "Siglip": {
         **_CLIP_DEFAULTS, "size": {"height": 224, "width": 224}, "do_center_crop": False, "crop_size": None,
         "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5),

@@ -15,7 +15,7 @@ from .families import Family
 from .image import ImageSource, Picture, open_image, read_image
 from .model import InputImage, Inputs
 from .preprocess import ImageSettings
-from .prompt import ChatTemplate, Message, Prompt, images_of, to_messages
+from .prompt import ChatTemplate, Message, Prompt, images_of, text_of, to_messages
 from .tiles import Tiles
 from .tokenizer import Tokenizer
 
@@ -56,6 +56,7 @@ class Processor:
 
     Attributes:
         tokenizer: text to ids and back.
+        instruction_tokenizer: what a Q-Former reads texts by (InstructBLIP).
         image_token, image_token_id: what stands in the prompt where a row of image features goes.
         eos_token_ids: the ids that end an answer.
         stops: texts that end it, too.
@@ -70,17 +71,21 @@ class Processor:
         chat_template: str,
         image_settings: ImageSettings | None,
         eos_token_ids: frozenset[int],
+        instruction_tokenizer: Tokenizer | None = None,
     ) -> None:
         self.config = config
         self.family = family
         self.tokenizer = tokenizer
+        self.instruction_tokenizer = instruction_tokenizer
         self.image_settings = image_settings
         self.eos_token_ids = eos_token_ids
         prescribed = config.prescribed
         self.stops = () if prescribed is None or prescribed.stop is None else (prescribed.stop,)
         self._cuts = prescribed is not None and prescribed.cut_at_images
         named = None if prescribed is None else prescribed.image_token
-        token_id = config.image_token_id if named is None else 0 if self._cuts else tokenizer.token_to_id(named)
+        token_id = config.image_token_id if named is None or self._cuts else tokenizer.token_to_id(named)
+        if self._cuts and (token_id is None or token_id >= config.decoder.vocab_size):
+            token_id = 0  # nothing reads it
         token = named if self._cuts or token_id is None else tokenizer.id_to_token(token_id)
         if token_id is None or token is None:
             wanted = named or config.image_token_id
@@ -189,6 +194,14 @@ class Processor:
             is_slot += [True, *[False] * len(more)]
         return ids, offsets, np.array(is_slot, dtype=bool)
 
+    def _instruction(self, messages: Sequence[Message]) -> np.ndarray | None:
+        """The last question by the Q-Former's own tokenizer, int32[L]; None where it reads none."""
+        if self.instruction_tokenizer is None:
+            return None
+        (*_, asked) = (message for message in messages if message["role"] == "user")
+        ids, _ = self.instruction_tokenizer.encode_with_offsets(text_of(asked), image_token="")
+        return np.array(ids, dtype=np.int32)
+
     def __call__(
         self, prompt: Prompt, images: Sequence[ImageSource] = (), *, add_generation_prompt: bool = True
     ) -> Inputs:
@@ -205,19 +218,22 @@ class Processor:
         """
         messages = to_messages(prompt, images)
         parts = images_of(messages)
-        if self.config.decoder.queries is not None and len(parts) != 1:
+        if self.config.takes_one_image and len(parts) != 1:
             advice = "give each a conversation of its own" if parts else "give one"
             raise PromptError(
                 f"family '{self.config.family}' answers about exactly one image, here are {len(parts)}: {advice}"
             )
         prepared = [self.prepare(part["image"]) for part in parts]
         text, slots = self.expand(messages, prepared, add_generation_prompt=add_generation_prompt)
+        instruction = self._instruction(messages)
+        read = b"" if instruction is None else instruction.tobytes()
         given = [
             InputImage(
                 pixel_values=image.pixel_values,
                 tokens=image.text.count(self.image_token),
                 size=image.size,
-                digest=image.digest,
+                digest=hashlib.sha256(image.digest + read).digest() if read else image.digest,
+                instruction=instruction,
             )
             for image in self.forms(prepared)
         ]

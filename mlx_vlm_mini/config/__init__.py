@@ -12,14 +12,25 @@ from typing import Any, Literal
 from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation
-from .decoder import BiasConfig, BlindRows, CrossAttentionConfig, DecoderConfig, LayerType, NormConfig, ScaleConfig
+from .decoder import (
+    BiasConfig,
+    BlindRows,
+    CrossAttentionConfig,
+    DecoderConfig,
+    LayerType,
+    NormConfig,
+    OPTConfig,
+    ScaleConfig,
+)
 from .projector import ProjectorConfig, ShuffleConfig
+from .qformer import InstructionConfig, QFormerConfig
 from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, TiledConfig, VisionConfig, VisionNorm
 
 __all__ = [
     "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig", "CrossAttentionConfig",
-    "DecoderConfig", "LayerType", "NormConfig", "Prescribed", "ProjectorConfig", "QueryConfig", "ScaleConfig",
+    "DecoderConfig", "InstructionConfig", "LayerType", "NormConfig", "OPTConfig", "Prescribed", "ProjectorConfig",
+    "QFormerConfig", "QueryConfig", "ScaleConfig",
     "ShuffleConfig", "TileMerge",
     "TiledConfig", "VLMConfig", "VisionConfig", "VisionNorm",
 ]  # fmt: skip
@@ -34,8 +45,8 @@ class Prescribed:
     image_token: str
     chat_template: str
     """Jinja; whatever template the folder has, it is not the one that the model was trained with."""
-    end_token: str
-    """Ends an answer."""
+    end_token: str | None
+    """Ends an answer; None: what the folder's files say does."""
     image_processor: Mapping[str, Any]
     """In the form of preprocessor_config.json."""
     files_first: bool = False
@@ -95,6 +106,11 @@ class VLMConfig:
                     raise CheckpointError(
                         f"config.json: {size} numbers are no multiple of attn_pool_num_heads {self.contrast.pool_heads}"
                     )
+
+    @property
+    def takes_one_image(self) -> bool:
+        """Whether prompts hold exactly one image, for which query tokens stand."""
+        return self.decoder.queries is not None or self.projector.qformer is not None
 
     @property
     def has_newline(self) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation, check_flags, check_sizes
+from .qformer import QFormerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class ProjectorConfig:
 
     One layer is the linear projection of LLaVA (2023), two are the MLP of LLaVA-1.5, none leaves features as they are.
     Before them come a pixel shuffle and a norm where the config has them; `input_size` is what enters the first layer.
+    Or a Q-Former, which reads the image's features; the linear layer reads what its query tokens become.
     """
 
     input_size: int
@@ -34,6 +36,7 @@ class ProjectorConfig:
     bias: bool
     shuffle: ShuffleConfig | None = None
     norm_eps: float | None = None
+    qformer: QFormerConfig | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self, "input_size", "hidden_size", *(["num_layers"] if self.num_layers != 0 else []))

@@ -11,6 +11,7 @@ from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
 from . import (
+    blip2,
     internvl,
     internvl_chat,
     llava,
@@ -48,6 +49,8 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
+    "blip-2": blip2,
+    "instructblip": blip2,
     "internvl": internvl,
     "internvl_chat": internvl_chat,
     "llava": llava,

@@ -15,6 +15,7 @@ from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.families import find_family
 from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.model import VLM
+from mlx_vlm_mini.weights import fused
 
 PHOTO, SHAPES = GOLDEN / "photo.jpg", GOLDEN / "shapes.png"
 PLAIN = GOLDEN / "llava-clip-llama"
@@ -95,9 +96,8 @@ def make_wide(name: str, folder: Path, changes: dict[str, Any] | None = None) ->
         value = value + (1 if "norm" in ours and ours.endswith("weight") else 0)
         arrays[ours] = mx.contiguous(value.transpose(0, 3, 1, 2) if value.ndim == 4 else value).astype(mx.bfloat16)
     # A last block whose output nothing reads is in the file all the same.
-    tensors = {
-        theirs: arrays.get(ours, arrays.get(re.sub(r"\d+", "1", ours, count=1))) for ours, theirs in names.items()
-    }
+    found = {ours: arrays.get(ours, arrays.get(re.sub(r"\d+", "1", ours, count=1))) for ours in names}
+    tensors = {theirs: mx.concatenate([found[ours] for ours in held]) for theirs, held in fused(names).items()}
     for theirs in planned.unused:  # the last norm of CLIP, which LLaVA does not read
         tensors[theirs] = mx.ones(config["vision_config"]["hidden_size"], dtype=mx.bfloat16)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
