@@ -16,6 +16,7 @@ from .bytelevel import MERGES, VOCABULARY, read_byte_level
 from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
 from .sentencepiece import Prefix, build_backend, read_sentencepiece
+from .wordpieces import WORDS, read_word_pieces
 
 _CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
     "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
@@ -141,7 +142,7 @@ def _text_of(token: Any) -> str | None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json (or vocab.json and merges.txt, or tokenizer.model), tokenizer_config.json,
+    """Read tokenizer.json (or vocab.json and merges.txt, vocab.txt, or tokenizer.model), tokenizer_config.json,
     special_tokens_map.json and added_tokens.json.
 
     Raises:
@@ -163,7 +164,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             backend = _from_json(file)
         else:
             byte_level = (folder / VOCABULARY).is_file() and (folder / MERGES).is_file()
-            backend = read_byte_level(folder) if byte_level else _from_sentencepiece(folder, settings, special)
+            words = (folder / WORDS).is_file() and not (folder / "tokenizer.model").is_file()
+            if byte_level:
+                backend = read_byte_level(folder, gpt2=_class_of(settings) == "GPT2Tokenizer")
+            elif words:
+                backend = read_word_pieces(folder, settings)
+            else:
+                backend = _from_sentencepiece(folder, settings, special)
             for text, token_id in sorted(added.items(), key=lambda item: int(item[1])):
                 _add(
                     backend,

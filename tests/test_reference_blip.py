@@ -1,6 +1,7 @@
 """The reference suite's part for BLIP-2 and InstructBLIP: the goldens anew, variants, questions, full-size names and shapes."""
 
 import copy
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from reference import GOLDEN
 from mlx_vlm_mini import load
 from mlx_vlm_mini.families import blip2
 from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.reference
 
@@ -118,3 +120,27 @@ def test_full_size_tensors_equal_the_reference(name):
     planned = plan(without_data(hf, shapes))  # refuses what is missing, superfluous or of another shape
     assert planned.unused == () and set(planned.ours.values()) == set(shapes)
     assert sum(int(np.prod(shape)) for shape in shapes.values()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_words_of_vocab_txt_equal_the_reference(tmp_path):
+    """As BertTokenizer reads them, with the token that InstructBLIP adds."""
+    from transformers import BertTokenizer
+
+    folder = tmp_path / "words"
+    folder.mkdir()
+    words = json.loads((GOLDEN / "instructblip-vicuna" / "qformer_tokenizer" / "tokenizer.json").read_text())
+    vocabulary = sorted(words["model"]["vocab"], key=words["model"]["vocab"].__getitem__)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "bos_token": "[DEC]"})
+    )
+    expected = BertTokenizer(vocab=words["model"]["vocab"], bos_token="[DEC]")
+    ours = load_tokenizer(folder)
+    for text in [
+        *texts(200, seed=6),
+        "What's this, [SEP] or [DEC]?",
+        "ÀÉ 日本語 naïve",
+        "a" * 120,
+        "  tabs\tand\u200b",
+    ]:
+        assert ours.encode(text) == expected(text)["input_ids"], text

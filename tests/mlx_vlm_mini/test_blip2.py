@@ -262,7 +262,38 @@ def test_a_folder_without_the_second_tokenizer(copy_of):
         load(folder)
 
 
+def test_the_second_tokenizer_from_its_words_alone(copy_of, vicuna):
+    """vocab.txt, as slow tokenizers are saved."""
+    folder = copy_of(VICUNA)
+    file = folder / INSTRUCTIONS / "tokenizer.json"
+    words = json.loads(file.read_text())["model"]["vocab"]
+    file.unlink()
+    text = "\n".join(sorted(words, key=words.__getitem__)) + "\n"
+    (folder / INSTRUCTIONS / "vocab.txt").write_text(text)
+    for question in (QUESTION, "  Ünlike THE first,  the second!?", "a\tb", "photo " * 5):
+        one, other = (each(question, [PHOTO]).images[0] for each in (load(folder)[1], vicuna[1]))
+        assert one.instruction.tolist() == other.instruction.tolist()
+    (folder / INSTRUCTIONS / "vocab.txt").write_text(text.replace("[SEP]", "[SEQ]"))
+    with pytest.raises(CheckpointError, match=r"vocab.txt lacks \[SEP\]"):
+        load(folder)
+
+
 # --- OPT
+
+
+def test_its_tokenizer_from_vocabulary_and_merges(copy_of, opt):
+    """GPT-2's words, which are not Qwen2's: numbers stay whole."""
+    folder = copy_of(OPT)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(content["model"]["vocab"], ensure_ascii=False))
+    merges = "".join(" ".join(pair) + "\n" for pair in content["model"]["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    added = {str(token.pop("id")): token for token in content["added_tokens"]}
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", added_tokens_decoder=added)
+    for question in (QUESTION, "Question: how many? Answer:", "It's 1234\n\n  ok", "naïve \u0065\u0301"):
+        one, other = (each(question, [PHOTO]) for each in (load(folder)[1], opt[1]))
+        assert one.input_ids.tolist() == other.input_ids.tolist()
 
 
 def test_positions_end(opt):
