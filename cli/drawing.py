@@ -76,4 +76,8 @@ def draw_answer(
     png = io.BytesIO()
     draw_detections(image, found).save(png, "PNG")
     file.write_bytes(png.getvalue())
-    return [{"label": each.label, "box": each.box, "mask_codes": each.mask_codes} for each in found]
+    return [
+        {"label": each.label, "box": each.box, "mask_codes": each.mask_codes}
+        | ({"corners": each.corners} if each.corners else {})
+        for each in found
+    ]

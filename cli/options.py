@@ -46,7 +46,9 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         *ORIGINAL_OPTIONS,
         click.option(
-            "--max-tiles", type=click.IntRange(1), help="Tiles of an image at most, where a family cuts it (InternVL)."
+            "--max-tiles",
+            type=click.IntRange(1),
+            help="Tiles of an image at most, where a family cuts it (InternVL, SmolVLM, Gemma 3).",
         ),
         click.option("--min-tiles", type=click.IntRange(1), help="Tiles of an image at least."),
         click.option("--dtype", type=DTYPES, help="Type to compute in.  [default: the checkpoint's; float32 on a CPU]"),

@@ -23,6 +23,20 @@ from .status import Status
     help="Share of lines with a handwritten digit (needs scikit-learn).",
 )
 @click.option(
+    "--close",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of lines with one object that fills the picture.",
+)
+@click.option(
+    "--radii",
+    type=(click.FloatRange(0.05, 0.5), click.FloatRange(0.05, 0.5)),
+    default=(0.2, 0.45),
+    show_default=True,
+    help="Least and largest radius of such objects, in shorter sides of the picture.",
+)
+@click.option(
     "--words",
     type=click.IntRange(0),
     default=60,
@@ -35,7 +49,16 @@ from .status import Status
     help="One question a line, with its kind, as `eval` wants it; digits that training never sees.",
 )
 def command(
-    destination: Path, count: int, seed: int, most: int, pairs: float, digits: float, words: int, test: bool
+    destination: Path,
+    count: int,
+    seed: int,
+    most: int,
+    pairs: float,
+    digits: float,
+    close: float,
+    radii: tuple[float, float],
+    words: int,
+    test: bool,
 ) -> None:
     """Write pictures of simple objects and conversations about them into the new folder OUT.
 
@@ -51,7 +74,8 @@ def command(
         raise CheckpointError(f"{destination} exists; name another folder or remove it first")
     with Status() as status:
         write_scenes(
-            destination, count, seed=seed, most=most, pairs=pairs, digits=digits, words=words, test=test,
+            destination, count, seed=seed, most=most, pairs=pairs, digits=digits, close=close, radii=radii, words=words,
+            test=test,
             progress=lambda done, total: status.show(f"drawing: {done} of {total}"),
         )  # fmt: skip
     click.echo(f"{destination / 'scenes.jsonl'}: {count} lines")

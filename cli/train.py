@@ -33,6 +33,7 @@ from .status import Status
 )
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.01, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of the data.")
+@click.option("--in-order", is_flag=True, help="Take the data as it stands, a curriculum, instead of shuffled.")
 @click.option("--checkpoint-every", type=click.IntRange(1), default=200, show_default=True, help="Steps.")
 @click.option("--rank", type=click.IntRange(1), default=8, show_default=True, help="Of LoRA's adapters.")
 @click.option("--scale", type=float, default=20.0, show_default=True, help="Of LoRA's adapters.")

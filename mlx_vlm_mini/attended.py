@@ -22,8 +22,9 @@ class ImageAttention:
     Attributes:
         weights: float32[T, P], or float32[layers, heads, T, P] where nothing was reduced. P are the image's tokens in
             the prompt, with cross-attention its keys. All keys of a query together, text included, have the weight 1;
-            with cross-attention those of all images that it sees. Where query tokens stand for the image (QLLaMA), P
-            are the features that these look at, over which a query's weight is spread as its own looks are.
+            with cross-attention those of all images that it sees. Where query tokens stand for the image (QLLaMA), or
+            a resampler's queries read it (Qwen-VL), P are the features that these look at, over which a query's weight
+            is spread as its own looks are.
         boxes: float64[P, 4], of each its left, top, right and bottom in the picture, see places.py; NaN for tokens
             that show no place of it (newlines, a class token).
         size: the picture's height and width in pixels, as `open_image` opens it.

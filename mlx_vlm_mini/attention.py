@@ -4,6 +4,7 @@ from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from . import exponential
 
@@ -111,6 +112,15 @@ def _attend_in_chunks(queries: mx.array, keys: mx.array, values: mx.array, mask:
     return mx.concatenate(outputs).reshape(B, H, L, D)
 
 
+def logn_factors(offset: int, length: int, base: int) -> mx.array:
+    """Of `length` tokens after `offset` others log n to this base, n counted from 1, at least 1: float[L, 1].
+
+    So that attention to more keys than in pretraining stays as sharp (Qwen; Su Jianlin, spaces.ac.cn/archives/8823).
+    """
+    n = np.arange(offset + 1, offset + length + 1, dtype=np.float64)
+    return mx.array(np.maximum(np.log(n) / np.log(base), 1).astype(np.float32))[:, None]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; `num_kv_heads` below `num_heads` groups the queries (arXiv:2305.13245)."""
 
@@ -126,9 +136,11 @@ class Attention(nn.Module):
         scale: float,
         softcap: float | None = None,
         qk_norm: tuple[int, float] | None = None,
+        logn_length: int | None = None,
     ) -> None:
         """
         Args:
+            logn_length: token n's query is multiplied by log n to this base where that is above 1.
             qk_norm: width and eps of an RMS norm over queries and one over keys: of each head, or of all at once.
         """
         super().__init__()
@@ -136,6 +148,7 @@ class Attention(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.scale = scale
         self.softcap = softcap
+        self.logn_length = logn_length
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
@@ -166,6 +179,8 @@ class Attention(nn.Module):
         if rope is not None:
             offset = 0 if cache is None else cache.offset
             q, k = rope(q, offset=offset), rope(k, offset=offset)
+            if self.logn_length is not None and offset + L > self.logn_length:
+                q = q * logn_factors(offset, L, self.logn_length).astype(q.dtype)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         if isinstance(k, tuple | list):  # quantized; one layer's at a time come back to floating point

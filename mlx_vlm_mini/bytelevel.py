@@ -12,7 +12,7 @@ from .errors import CheckpointError
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 
-_WORDS = (  # contractions, words, single digits, punctuation, line ends, spaces
+WORDS = (  # contractions, words, single digits, punctuation, line ends, spaces
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -37,7 +37,7 @@ def read_byte_level(folder: Path, *, gpt2: bool = False) -> Tokenizer:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -52,8 +52,8 @@ def make_cache(model: VLM, *, kv_bits: int | None = None, rotate: int | None = N
     if rotate is not None:
         if rotate <= 2 * KEEP:
             raise PromptError(f"rotate must be more than {2 * KEEP} tokens, not {rotate}")
-        if config.prefix_lm or config.queries is not None or "sliding_attention" in config.layer_types:
-            both = config.prefix_lm or config.queries is not None
+        both = config.prefix_lm or config.queries is not None
+        if both or config.two_way != "nothing" or "sliding_attention" in config.layer_types:
             own = "reads a prompt both ways" if both else "has layers with a window of their own"
             raise PromptError(f"family '{model.config.family}' {own}, which no rotating cache fits: leave rotate out")
         return model.cache_of(lambda: caches.RotatingKVCache(max_size=rotate, keep=KEEP))
@@ -91,6 +91,12 @@ class TurnCache:
     def _images(self) -> dict[int, ImageCache]:
         return {number: entry for number, entry in enumerate(self.entries) if isinstance(entry, ImageCache)}
 
+    @property
+    def prompt_length(self) -> int | None:
+        """Tokens of the prompt that the sequence began with, as the decoder noted it; None where it was not there."""
+        found: int | None = getattr(self._texts[0], "prompt_length", None)
+        return found
+
     def share(self, wanted: np.ndarray) -> int:
         """Trim to what is shared with a prompt, all but its last token; return its length.
 
@@ -100,9 +106,9 @@ class TurnCache:
         length = min(len(self.held), len(wanted) - 1)
         different = np.flatnonzero((self.held[:length] != wanted[:length]).any(axis=-1))
         length = int(different[0]) if len(different) else length
-        longest = max(len(self.held), len(wanted))
+        kept = self.model.decoder.keeps_keys(self.prompt_length, len(self.held), len(wanted))
         ahead = self.model.decoder.looks_ahead and (self.held[:, 4].any() or wanted[:, 4].any())
-        if self.kv_bits is not None or ahead or self.model.decoder.reads_whole(longest):
+        if self.kv_bits is not None or ahead or not kept:
             length = 0
         self._trim(length)
         return len(self.held)
@@ -169,7 +175,8 @@ class TurnCache:
         for entry in images.values():
             if entry.spans:
                 arrays["images"] = mx.array(np.array(entry.spans, dtype=np.uint64))
-        mx.save_safetensors(str(file), {**arrays, "held": mx.array(self.held)}, {"model": model_fingerprint})
+        metadata = {"model": model_fingerprint, "prompt_length": str(self.prompt_length)}
+        mx.save_safetensors(str(file), {**arrays, "held": mx.array(self.held)}, metadata)
 
     def read(self, file: Path, model_fingerprint: str, digest: str) -> None:
         """Take what `write` wrote of this model.
@@ -181,6 +188,7 @@ class TurnCache:
         if metadata.get("model") != model_fingerprint:
             raise CheckpointError(f"{file} was computed by another model")
         info, config = tensors.get("held"), self.model.config.decoder
+        begun = str(metadata.get("prompt_length"))
         shown, images = tensors.get("images"), self._images
         layers = [i for i in range(len(self.entries)) if shown is not None or i not in images]
         names = [f"layers.{i}.{part}" for i in layers for part in _PARTS]
@@ -209,6 +217,8 @@ class TurnCache:
                 entry.spans = spans
             else:
                 entry.offset = len(held)
+                if begun.isdecimal():
+                    entry.prompt_length = int(begun)
         self.held = held
 
     @staticmethod

@@ -51,9 +51,9 @@ class Chat:
     another picture never gets the answer about the old one. The prompt is the messages as text; an answer is read again
     from the first token that its text does not give. Nothing of a cache is used again where that would not be exact:
     where the prompt sees itself both ways (PaliGemma), where what was said before an image depends on it (Llama 3.2
-    Vision as transformers computes it), where the conversation is or was longer than its rotary angles
-    are fixed for (dynamic and longrope scaling), where the cache is quantized, and where a full rotating one would have
-    to go back.
+    Vision as transformers computes it), where the conversation is or was longer than its rotary angles are fixed for
+    (dynamic and longrope scaling), where the prompt has grown into another step of them (Qwen-VL), where the cache is
+    quantized, and where a full rotating one would have to go back.
 
     Whatever is done while an answer is being given ends it; what was said so far stays, except with `clear`.
 

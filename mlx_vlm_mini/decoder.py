@@ -17,8 +17,9 @@ from .activation import ACTIVATIONS
 from .attention import Attention, Mask, Recorder
 from .config import DecoderConfig, LayerType
 from .cross_attention import CrossAttention, ImageCache, ShownImage, Sight, Span, look
+from .image_blocks import ImageBlock, block_mask
 from .query_attention import QueryAttention, QuerySight
-from .rope import depends_on_length, make_rope
+from .rope import PromptRoPE, depends_on_length, make_rope
 
 
 def causal_mask(num_queries: int, offset: int, window: int | None, prefix: int = 0) -> Mask:
@@ -76,11 +77,12 @@ class OffsetRMSNorm(nn.Module):
         return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
 
 
-def make_norm(config: DecoderConfig) -> nn.Module:
-    norms = config.norms
+def make_norm(config: DecoderConfig, width: int | None = None) -> nn.Module:
+    """A norm of vectors of the hidden size, or of another width."""
+    norms, width = config.norms, width or config.hidden_size
     if norms.rms_norm_offset:
-        return OffsetRMSNorm(config.hidden_size, eps=norms.rms_norm_eps, offset=norms.rms_norm_offset)
-    return nn.RMSNorm(config.hidden_size, eps=norms.rms_norm_eps)
+        return OffsetRMSNorm(width, eps=norms.rms_norm_eps, offset=norms.rms_norm_offset)
+    return nn.RMSNorm(width, eps=norms.rms_norm_eps)
 
 
 class MLP(nn.Module):
@@ -110,8 +112,11 @@ class DecoderLayer(nn.Module):
             o_bias=config.biases.o_bias,
             scale=(config.scales.query_pre_attn_scalar or config.head_dim) ** -0.5,
             softcap=config.scales.attn_logit_softcapping,
-            qk_norm=(config.head_dim, config.norms.rms_norm_eps) if config.norms.qk_norm else None,
+            logn_length=config.scales.logn_length,
         )
+        if config.norms.qk_norm:
+            self.self_attn.q_norm = make_norm(config, config.head_dim)
+            self.self_attn.k_norm = make_norm(config, config.head_dim)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
@@ -205,6 +210,8 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = make_rope(config)
+        if config.window is not None and config.window.sliding_rope_theta is not None:
+            self.sliding_rope = make_rope(config, config.window.sliding_rope_theta)
 
     def embed(self, input_ids: mx.array) -> mx.array:
         """int[B, L] -> float[B, L, C]: the tokens' embeddings, scaled where the config says so."""
@@ -213,12 +220,32 @@ class Decoder(nn.Module):
         scale = self.config.scales.embed_scale
         return embeddings if scale == 1 else embeddings * mx.array(scale, dtype=embeddings.dtype)
 
+    def rope_of(self, kind: LayerType, prompt: int) -> Any:
+        """Rotary positions of a kind of layers, of a sequence that begins with a prompt of so many tokens."""
+        near = kind == "sliding_attention" and "sliding_rope" in self
+        return self.sliding_rope if near else self.rope_after(prompt)
+
     def reads_whole(self, length: int) -> bool:
         """Whether the keys of a prompt of this length depend on all of it.
 
         Then it cannot be read in pieces, nor can keys that were cached for a shorter one be used again.
         """
         return self.config.prefix_lm or depends_on_length(self.config, length)
+
+    def rope_after(self, prompt: int) -> Any:
+        """Rotary positions of a sequence that begins with a prompt of so many tokens."""
+        return self.rope.begun(prompt) if isinstance(self.rope, PromptRoPE) else self.rope
+
+    def keeps_keys(self, begun: int | None, held: int, length: int) -> bool:
+        """Whether cached keys are those that a prompt of `length` tokens would give again.
+
+        Args:
+            begun: tokens of the prompt that the cached sequence began with; None where that is not known.
+            held: tokens in the cache.
+        """
+        if begun is not None and isinstance(self.rope, PromptRoPE):
+            return self.rope.step(begun) == self.rope.step(length)
+        return not self.reads_whole(max(held, length))
 
     @property
     def least_chunk(self) -> int:
@@ -246,6 +273,7 @@ class Decoder(nn.Module):
         spans: Sequence[Span] = (),
         whole: bool = False,
         features: mx.array | None = None,
+        blocks: Sequence[ImageBlock] = (),
     ) -> dict[LayerType, Any]:
         """What `length` tokens after `offset` cached ones may look at, by kind of layer: a `Mask`, of cross-attention
         layers a `Sight` or None, of layers with query tokens a `QuerySight`.
@@ -254,7 +282,13 @@ class Decoder(nn.Module):
             prefix: as in a call.
             spans, whole: see `look`.
             features: float[1, P, C], what query tokens look at; None where none are among these tokens.
+            blocks: images whose tokens see one another; none of them begins in these tokens and ends behind them.
         """
+        if any(block.end > offset and block.start < offset + length for block in blocks):
+            return {
+                "full_attention": block_mask(length, offset, None, blocks),
+                "sliding_attention": block_mask(length, offset, self.config.sliding_window, blocks),
+            }
         if not self.config.prefix_lm:
             prefix = 0 if features is None else self.least_chunk
         elif prefix is None:
@@ -273,7 +307,7 @@ class Decoder(nn.Module):
         cache: Sequence[Any] | None = None,
         attentions: Recorder | None = None,
         prefix: int | None = None,
-        images: Sequence[ShownImage] = (),
+        images: Sequence[ShownImage | ImageBlock] = (),
     ) -> mx.array:
         """Run the layers and the final norm; `logits` turns rows of the result into scores.
 
@@ -283,30 +317,37 @@ class Decoder(nn.Module):
                 appended to it.
             attentions: where given, each layer appends its weights float[B, H, L, S], see `Recorder`; S are the tokens,
                 in cross-attention layers the keys of all images.
-            prefix: tokens of the sequence's beginning that see one another, where the config says `prefix_lm`. By
-                default those of the call that begins the sequence.
+            prefix: the prompt's tokens: they see one another where the config says `prefix_lm`, and decide on rotary
+                positions that go by the prompt. By default those of the call that begins the sequence.
             images: new ones, for cross-attention layers; also those whose tokens only later calls read. Or the one
-                that query tokens look at, which are all in this call, the first of it.
+                that query tokens look at, which are all in this call, the first of it. Or images whose tokens see one
+                another, none of which is read in two calls.
 
         Returns:
             float[B, L, C].
         """
         caches: list[Any] = [None] * len(self.layers) if cache is None else list(cache)
         spans: tuple[Span, ...] = ()
+        shown = [image for image in images if isinstance(image, ShownImage)]
+        blocks = [image for image in images if isinstance(image, ImageBlock)]
         for number, kind in enumerate(self.config.layer_types):
             if kind == "cross_attention":
-                caches[number] = self.show(number, images, caches[number])
+                caches[number] = self.show(number, shown, caches[number])
                 spans = caches[number].spans
         first = next(each for each in caches if not isinstance(each, ImageCache))  # all are as long
         offset = 0 if first is None else first.offset
-        features = images[0].features[None] if images and self.config.queries is not None else None
-        masks = self.masks(embeddings.shape[1], offset, prefix, spans, attentions is not None, features)
+        features = shown[0].features[None] if shown and self.config.queries is not None else None
+        masks = self.masks(embeddings.shape[1], offset, prefix, spans, attentions is not None, features, blocks)
         if hasattr(first, "max_size"):
             rotating = rotating_mask(embeddings.shape[1], offset, first.max_size, first.keep)
             masks |= {"full_attention": rotating, "sliding_attention": rotating}
+        if prefix is None:
+            prefix = getattr(first, "prompt_length", 0) if offset else embeddings.shape[1]
+        if first is not None:  # the cache remembers it, as the keys that it holds were turned by it
+            first.prompt_length = prefix
         x = embeddings
         for layer, kind, layer_cache in zip(self.layers, self.config.layer_types, caches, strict=True):
-            x = layer(x, mask=masks[kind], rope=self.rope, cache=layer_cache, attentions=attentions)
+            x = layer(x, mask=masks[kind], rope=self.rope_of(kind, prefix), cache=layer_cache, attentions=attentions)
         return self.norm(x)
 
     def logits(self, hidden: mx.array) -> mx.array:

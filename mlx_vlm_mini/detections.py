@@ -5,6 +5,10 @@ and right in 1024ths of the image's sides; for a mask sixteen tokens `<seg000>` 
 turns into 64x64 pixels, stretched over the box; the label. Several objects are separated by " ; ".
 Source: big_vision's demo (paligemma_parse.py) for boxes, its segmentation evaluator for masks. Its training data was
 binned in 1023rds; the demo's rule, which everybody follows, is at most a 1024th of the side beside that.
+
+Qwen-VL's form (arXiv:2308.12966, section 2.2; README.md of github.com/QwenLM/Qwen-VL): `<ref>label</ref>`, and behind
+it `<box>(x1,y1),(x2,y2)</box>`, left top and right bottom, or `<quad>` with four corners, in 1000ths of the image's
+sides. Several in a row share the label in front of them; a place may have none.
 """
 
 import re
@@ -18,6 +22,11 @@ MASK_CODES = 16  # tokens a mask
 
 _OBJECT = re.compile(r"((?:<loc\d{4}>){4})\s*((?:<seg\d{3}>)*)\s*([^;<>]*)")
 _NUMBER = re.compile(r"\d+")
+_POINT = r"\s*\(\s*\d{1,4}\s*,\s*\d{1,4}\s*\)\s*"
+_TAGS = re.compile(
+    rf"<ref>(?P<label>[^<]*)</ref>|<box>(?P<box>{_POINT},{_POINT})</box>"
+    rf"|<quad>(?P<quad>{_POINT}(?:,{_POINT}){{3}})</quad>"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +38,7 @@ class Detection:
         box: left, top, right and bottom in pixels, right and bottom exclusive; as the answer says it, which may be
             empty or inside out.
         points: x and y in pixels.
+        corners: of a region with four, x and y in pixels; `box` is then the one around them.
         mask: bool[height, width] of the whole image.
         mask_codes: the answer's mask before it is decoded.
     """
@@ -36,6 +46,7 @@ class Detection:
     label: str
     box: tuple[int, int, int, int] | None = None
     points: tuple[tuple[float, float], ...] = ()
+    corners: tuple[tuple[int, int], ...] = ()
     mask: np.ndarray | None = None
     mask_codes: tuple[int, ...] = ()
 
@@ -51,7 +62,7 @@ def find_detections(
         decode_masks: int[N, 16] codes -> float[N, 64, 64], above 0 inside: a `MaskDecoder`. Without one `mask_codes`
             are given and no `mask`.
     """
-    found = []
+    found = _find_tags(text, height, width)
     for match in _OBJECT.finditer(text):
         places, codes = ([int(number) for number in _NUMBER.findall(group)] for group in match.groups()[:2])
         if max(places) > 1023:
@@ -68,6 +79,28 @@ def find_detections(
             )
         )
     return found if decode_masks is None else _with_masks(found, height, width, decode_masks)
+
+
+def _find_tags(text: str, height: int, width: int) -> list[Detection]:
+    """What Qwen-VL's tags say; fractions of pixels are cut off, as its own code does."""
+    found, label, end = [], "", 0
+    for match in _TAGS.finditer(text):
+        if text[end : match.start()].strip():
+            label = ""  # was of something before
+        end = match.end()
+        if match["label"] is not None:
+            label = " ".join(match["label"].split())
+            continue
+        places = [int(number) for number in _NUMBER.findall(match["box"] or match["quad"])]
+        if max(places) > 1000:
+            continue
+        x, y = ([int(place / 1000 * side) for place in places[axis::2]] for axis, side in ((0, width), (1, height)))
+        if match["box"] is not None:
+            found.append(Detection(label, box=(x[0], y[0], x[1], y[1])))
+        else:
+            corners = tuple(zip(x, y, strict=True))
+            found.append(Detection(label, box=(min(x), min(y), max(x), max(y)), corners=corners))
+    return found
 
 
 def _with_masks(

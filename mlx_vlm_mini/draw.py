@@ -38,7 +38,10 @@ def draw_detections(image: ImageSource, detections: Sequence[Detection]) -> Imag
     draw = ImageDraw.Draw(canvas)
     line = max(1, round(min(canvas.size) / 200))
     for detection, colour in zip(detections, colours, strict=True):
-        if detection.box is not None:
+        if detection.corners:
+            for width, shade in ((line + 2, (0, 0, 0)), (line, colour)):
+                draw.polygon(detection.corners, outline=shade, width=width)
+        elif detection.box is not None:
             _outline(draw, _upright(detection.box), line, colour)
         for x, y in detection.points:
             for radius, shade in ((3 * line + 1, (0, 0, 0)), (3 * line, colour)):

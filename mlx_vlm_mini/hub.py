@@ -18,7 +18,7 @@ _HUB_FILE = re.compile(
     r"(?P<revision>[^/]+)/(?P<file>[^?#]+)"
 )
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 """Everything but the weights: configs, tokenizers, chat templates."""
 INSTRUCTIONS = "qformer_tokenizer"
 """A folder in InstructBLIP's, with its Q-Former's tokenizer."""

@@ -1,4 +1,5 @@
-"""The inspector: an answer's attention over its images, by self-attention or cross-attention, recorded explicitly.
+"""The inspector: an answer's attention over its images, by self-attention or cross-attention, recorded explicitly;
+where a resampler stands between patches and tokens, through its own attention back to the patches.
 
 Only the answer's queries are computed explicitly, behind a prompt that was read as always; rollout needs those of the
 whole prompt, and keeps of a layer what flowed there from the images. Source of the rollout: Abnar and Zuidema, 2020
@@ -24,7 +25,7 @@ from .places import join
 from .preprocess import frames
 from .processor import PreparedImage, Processor
 from .prompt import Message, Prompt, images_of, text_of, to_messages
-from .rope import depends_on_length
+from .rope import turns_while_answering
 from .stream import Chunk, Options, stream_inputs
 from .tokenizer import TextStream
 
@@ -282,7 +283,7 @@ def _record(
     embeddings = _embed(model, inputs, tokens, features, first)
     again = model.show(inputs, first, partial(features.encode, encode=model.encode))
     # Where angles depend on the length, each token's are those of the length that it was read at.
-    step = 1 if depends_on_length(model.config.decoder, first + len(tokens)) else len(tokens)
+    step = 1 if turns_while_answering(model.config.decoder, first + len(tokens)) else len(tokens)
     logits, weights = [], []
     for start in range(0, len(tokens), step):
         part = embeddings[:, start : start + step]
@@ -297,7 +298,7 @@ def _record(
 def _roll_out(model: VLM, inputs: Inputs, tokens: Sequence[int], features: Features) -> tuple[mx.array, np.ndarray]:
     """The same, computed of the whole sequence: float32[T, N]."""
     length, decoder = len(inputs.slots), model.decoder
-    if depends_on_length(model.config.decoder, length + len(tokens)):
+    if turns_while_answering(model.config.decoder, length + len(tokens)):
         raise PromptError(
             f"rollout needs keys that stay as they are, and this model turns them anew at {length} tokens: shorten the "
             "prompt, or choose another reduction"

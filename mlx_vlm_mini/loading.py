@@ -12,7 +12,7 @@ from .assembly import open_model
 from .checkpoint import DTYPES, Checkpoint, read_json
 from .config import VLMConfig
 from .errors import CheckpointError
-from .families import Family, find_family
+from .families import Family, find_family, qwen_vl
 from .hub import INSTRUCTIONS
 from .model import VLM
 from .preprocess import TILINGS, ImageSettings, image_settings
@@ -20,6 +20,8 @@ from .processor import Processor
 from .prompt import find_chat_template
 from .tokenizer import Tokenizer, load_tokenizer
 from .weights import build, load_weights, match_names
+
+GENERATION = "generation_config.json"
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
 
@@ -49,8 +51,11 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, VLMConfig]:
         CheckpointError: the family is unknown, or config.json does not describe a model of it.
     """
     family = find_family(checkpoint.config)
+    hf, file = checkpoint.config, checkpoint.folder / GENERATION
+    if family is qwen_vl and file.is_file():  # it alone says whether the model was trained on conversations
+        hf = {**hf, "generation_config": read_json(file)}
     try:
-        return family, family.config(checkpoint.config)
+        return family, family.config(hf)
     except (TypeError, KeyError, AttributeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{checkpoint.folder}/config.json is malformed: {error!r}") from None
 
@@ -69,16 +74,21 @@ def plan(checkpoint: Checkpoint) -> Plan:
     return Plan(checkpoint, family, config, ours, tuple(unused), build(config, ours, checkpoint))
 
 
-def eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, end_token: str | None = None) -> frozenset[int]:
-    """The ids that end an answer: of `end_token`, else of generation_config.json, else of config.json, else of the
-    tokenizer's `eos_token`."""
+def eos_token_ids(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, end_token: str | tuple[str, ...] | None = None
+) -> frozenset[int]:
+    """The ids that end an answer: of `end_token`, one or several, else of generation_config.json, else of config.json,
+    else of the tokenizer's `eos_token`."""
     if end_token is not None:
-        end = tokenizer.token_to_id(end_token)
-        if end is None:
-            raise CheckpointError(f"{checkpoint.folder}: the tokenizer lacks {end_token}, which ends an answer")
-        return frozenset([end])
+        ends: set[int] = set()
+        for each in (end_token,) if isinstance(end_token, str) else end_token:
+            end = tokenizer.token_to_id(each)
+            if end is None:
+                raise CheckpointError(f"{checkpoint.folder}: the tokenizer lacks {each}, which ends an answer")
+            ends.add(end)
+        return frozenset(ends)
     text = checkpoint.config.get("text_config") or {}
-    file = checkpoint.folder / "generation_config.json"
+    file = checkpoint.folder / GENERATION
     for source in (read_json(file) if file.is_file() else {}, checkpoint.config, text):
         found = source.get("eos_token_id")
         if found is not None:
@@ -131,6 +141,7 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
     tokenizer, prescribed = load_tokenizer(checkpoint.folder), config.prescribed
     found = find_chat_template(checkpoint.folder) if prescribed is None else prescribed.chat_template
     if prescribed is not None:
+        tokenizer.show(prescribed.shown_tokens)
         _add_prescribed(tokenizer, prescribed.extra_tokens, config, checkpoint.folder)
     qformer = config.projector.qformer
     reads = qformer is not None and qformer.instruction is not None
@@ -182,7 +193,7 @@ def load(
         revision: branch, tag or commit on the Hub.
         dtype: type to compute in; by default the checkpoint's on a GPU and float32 on a CPU.
         min_tiles, max_tiles: tiles of an image, without its thumbnail, in families that cut one into a grid of its
-            shape (InternVL); by default as the checkpoint says.
+            shape (InternVL, SmolVLM) or in crops (Gemma 3); by default as the checkpoint says.
         vision_tower: of an original LLaVA checkpoint, in place of the one that its config.json names.
         conversation: of an original LLaVA checkpoint, its prompt's name in place of the one that belongs to its name.
 

@@ -18,10 +18,13 @@ from .contrast import Contrast
 from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
 from .errors import CheckpointError, PromptError
+from .image_blocks import ImageBlock, find_blocks
 from .opt import OPTDecoder
+from .pooling import PooledProjector
 from .projector import Projector, pixel_shuffle
 from .qformer import QFormer
 from .query_attention import Looks, QuerySight
+from .resampler import Resampler
 from .tiled_vision import TiledVisionTransformer
 from .vision import VisionTransformer
 
@@ -86,7 +89,11 @@ class VLM(nn.Module):
         self.config = config
         tower = VisionTransformer if config.vision.tiled is None else TiledVisionTransformer
         self.vision: Any = tower(config.vision)
-        self.projector: Any = (Projector if config.projector.qformer is None else QFormer)(config.projector)
+        pooled, resampled = config.projector.pool is not None, config.projector.resampler is not None
+        projector = PooledProjector if pooled else Resampler if resampled else Projector
+        self.projector: Any = (projector if config.projector.qformer is None else QFormer)(config.projector)
+        if config.text_alone:
+            self.vision, self.projector = nn.Module(), nn.Module()
         text = config.decoder
         self.decoder = OPTDecoder(text) if isinstance(text, OPTConfig) else Decoder(text)
         if config.has_newline:
@@ -173,8 +180,8 @@ class VLM(nn.Module):
         """
         count = self.config.vision.features_at(image.pixel_values.shape[1])
         numbers = mx.arange(image.rows * count).reshape(image.rows, count, 1)
-        if self.config.projector.shuffle is not None:
-            numbers = pixel_shuffle(numbers, self.config.projector.shuffle)
+        if self.config.projector.joined is not None:
+            numbers = pixel_shuffle(numbers, self.config.projector.joined)
         newline = mx.full(numbers.shape[-1:], -1) if self.config.has_newline else None
         corners = [(0, 0)] if self.config.most_tiles is None else list(product((0, 1), (0, 1)))
         found = [np.array(self._arrange(numbers, newline, image, corner)) for corner in corners]
@@ -261,12 +268,14 @@ class VLM(nn.Module):
 
     def show(
         self, inputs: Inputs, start: int = 0, encode: Callable[[InputImage], mx.array] | None = None
-    ) -> list[ShownImage]:
-        """What cross-attention layers or query tokens look at of the images whose tokens stand at `start` or behind;
-        nothing where there are none of these. Arguments and errors as of `embed`."""
+    ) -> list[ShownImage | ImageBlock]:
+        """What cross-attention layers or query tokens look at of the images whose tokens stand at `start` or behind, or
+        where those tokens are that see one another; else nothing. Arguments and errors as of `embed`."""
+        if self.config.decoder.two_way == "images":
+            return [*find_blocks(inputs.slots, start)]
         if self.config.decoder.cross_attention is None and self.config.decoder.queries is None:
             return []
-        shown = []
+        shown: list[ShownImage | ImageBlock] = []
         places = np.flatnonzero(inputs.slots)[:: self.decoder.least_chunk]  # where each image's slots begin
         for position, image in zip(places.tolist(), inputs.images, strict=True):
             if position >= start:
@@ -297,16 +306,19 @@ class VLM(nn.Module):
     @property
     def mixes(self) -> bool:
         """Whether an image's slots show mixtures of all its features (`mixing`)."""
-        return self.config.takes_one_image
+        return self.config.takes_one_image or self.config.projector.resampler is not None
 
     def mixing(self, image: InputImage, encode: Callable[[InputImage], mx.array] | None = None) -> np.ndarray | None:
         """How an image's slots are mixed of the vision tower's features: float32[tokens, P], rows that sum to 1; None
         where slots show features of their own (`sources`).
 
-        Of query tokens it is the mean over heads and layers of what they look at.
+        Of query tokens it is the mean over heads and layers of what they look at, of a resampler's the mean over heads.
         """
         if not self.mixes:
             return None
+        if self.config.projector.resampler is not None:
+            features = self.vision(mx.array(image.pixel_values).astype(self.dtype))
+            return np.array(self.projector.weights(features)[0])
         qformer = self.config.projector.qformer
         looks = Looks(len(self.query_tokens) if qformer is None else qformer.num_query_tokens)
         if qformer is None:

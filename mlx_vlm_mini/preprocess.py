@@ -14,9 +14,13 @@ from PIL import Image
 
 from .anyres import Tiling, cut_frames, read_pinpoints
 from .canvas import Canvas, canvas_frames
+from .crops import Crops, crop_frames
 from .errors import CheckpointError, ImageError
 from .places import Frame
+from .splits import Splits, split_frames
 from .tiles import Tiles, tile_frames
+
+Cuts = Tiling | Tiles | Canvas | Splits | Crops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,7 @@ class ImageSettings:
     rescale_factor: float | None
     image_mean: tuple[float, ...] | None
     image_std: tuple[float, ...] | None
-    tiling: Tiling | Tiles | Canvas | None
+    tiling: Cuts | None
     """How an image is cut first, what stands above then being done to each piece; None: it stays whole."""
     among: "ImageSettings | None" = None
     """How an image is prepared that is not the conversation's only one (LLaVA-OneVision); None: no differently."""
@@ -74,14 +78,27 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "resample": 2, "do_pad": True, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5),
         "max_image_tiles": 4,
     },
+    "Idefics3": {
+        **_CLIP_DEFAULTS, "size": {"longest_edge": 1456}, "do_center_crop": False, "crop_size": None, "resample": 1,
+        "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5),
+        "max_image_size": {"longest_edge": 364}, "do_image_splitting": True,
+    },
+    "Gemma3": {
+        **_CLIP_DEFAULTS, "size": {"height": 224, "width": 224}, "do_center_crop": False, "crop_size": None,
+        "resample": 2, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), "do_pan_and_scan": False,
+        "pan_and_scan_min_crop_size": 256, "pan_and_scan_max_num_crops": 4,
+        "pan_and_scan_min_ratio_to_activate": 1.2,
+    },
     "InternVLChat": {  # no class of transformers: what the family's own code does, by the names of GotOcr2's settings
         **_CLIP_DEFAULTS, "size": {"height": 448, "width": 448}, "do_center_crop": False, "crop_size": None,
         "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
         "min_patches": 1, "max_patches": 12, "use_thumbnail": False,
     },
 }  # fmt: skip
-TILINGS: dict[str, type[Tiling | Tiles | Canvas]] = {
+_DEFAULTS["SmolVLM"] = _DEFAULTS["Idefics3"]
+TILINGS: dict[str, type[Cuts]] = {
     "LlavaNext": Tiling, "LlavaOnevision": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas,
+    "Idefics3": Splits, "SmolVLM": Splits, "Gemma3": Crops,
 }  # fmt: skip
 """Image processors that cut an image, and how."""
 
@@ -118,15 +135,19 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
     normalize, padded = values["do_normalize"], kind in ("Llava", "InternVLChat") and values["do_pad"]
     if kind == "Mllama" and not (values["do_resize"] and values["do_pad"]):
         raise CheckpointError("preprocessor_config.json: a canvas of tiles needs do_resize and do_pad")
-    cuts: dict[str, Callable[[Mapping[str, Any]], Tiling | Tiles | Canvas]] = {
+    resized = TILINGS.get(kind) not in (Canvas, Splits)  # which see to sizes themselves
+    cuts: dict[str, Callable[[Mapping[str, Any]], Cuts]] = {
         "LlavaNext": _tiling,
         "LlavaOnevision": _tiling,
         "GotOcr2": _tiles,
         "InternVLChat": _tiles,
         "Mllama": _canvas,
+        "Idefics3": _splits,
+        "SmolVLM": _splits,
+        "Gemma3": _crops,
     }
     settings = ImageSettings(
-        size=_as_size(values["size"], square=False) if values["do_resize"] and kind != "Mllama" else None,
+        size=_as_size(values["size"], square=False) if values["do_resize"] and resized else None,
         resample=values["resample"],
         crop_size=(crop["height"], crop["width"]) if crop is not None else None,
         pad_color=tuple(int(x * 255) for x in mean) if padded else None,
@@ -177,6 +198,27 @@ def _tiles(values: Mapping[str, Any]) -> Tiles:
         min_tiles=values["min_patches"],
         max_tiles=values["max_patches"],
         thumbnail=bool(values["use_thumbnail"]),
+    )
+
+
+def _splits(values: Mapping[str, Any]) -> Splits:
+    longest, tile = (_as_size(values[key], square=False).get("longest_edge") for key in ("size", "max_image_size"))
+    if tile is None or (longest is None and values["do_resize"]):
+        raise CheckpointError(
+            "preprocessor_config.json: split images need size and max_image_size as longest_edge, not "
+            f"{values['size']!r} and {values['max_image_size']!r}"
+        )
+    if tile**2 > _MOST_PIXELS:
+        raise CheckpointError(f"preprocessor_config.json: tiles of {tile} pixels a side are too large")
+    split = bool(values["do_image_splitting"])
+    return Splits(tile_size=tile, longest_edge=longest if values["do_resize"] else None, split=split)
+
+
+def _crops(values: Mapping[str, Any]) -> Crops:
+    return Crops(
+        min_size=values["pan_and_scan_min_crop_size"],
+        min_ratio=_as_number(values["pan_and_scan_min_ratio_to_activate"], "pan_and_scan_min_ratio_to_activate"),
+        max_crops=values["pan_and_scan_max_num_crops"] if values["do_pan_and_scan"] else 1,
     )
 
 
@@ -246,6 +288,10 @@ def frames(size: tuple[int, int], settings: ImageSettings) -> list[Frame]:
         pieces = tile_frames(size, settings.tiling)
     elif isinstance(settings.tiling, Canvas):
         pieces = canvas_frames(size, settings.tiling)
+    elif isinstance(settings.tiling, Splits):
+        pieces = split_frames(size, settings.tiling)
+    elif isinstance(settings.tiling, Crops):
+        pieces = crop_frames(size, settings.tiling)
     return [_frame(frame, height, width, settings) for frame, (height, width) in pieces]
 
 

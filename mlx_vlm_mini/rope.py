@@ -19,6 +19,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor",),
     "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor"),
+    "prompt_ntk": ("original_max_position_embeddings",),  # our name
 }
 _NUMBERS = (
     "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale",
@@ -78,6 +79,30 @@ class LongRoPE(nn.Module):
         )
 
 
+class PromptRoPE(nn.Module):
+    """Positions whose base grows in steps with the prompt's length, and stays for the whole answer (Qwen).
+
+    A prompt of 1 to 2 times the length of pretraining has step 3, one of 2 to 4 times 7, and so on; a shorter one 1.
+    Source: modeling_qwen.py of Qwen/Qwen-VL-Chat on the Hub.
+    """
+
+    def __init__(self, dims: int, base: float, length: int) -> None:
+        super().__init__()
+        self.dims, self.base, self.length = dims, base, length
+        self._begun: dict[int, RoPE] = {}
+
+    def step(self, prompt: int) -> int:
+        """The factor of a prompt of so many tokens."""
+        return int(max(2 ** math.ceil(math.log(max(prompt, 1) / self.length, 2) + 1) - 1, 1))
+
+    def begun(self, prompt: int) -> RoPE:
+        """The positions of a sequence that begins with a prompt of so many tokens."""
+        step = self.step(prompt)
+        if step not in self._begun:
+            self._begun[step] = RoPE(self.dims, self.base * step ** (self.dims / (self.dims - 2)))
+        return self._begun[step]
+
+
 def rope_type(scaling: Mapping[str, Any] | None) -> str:
     """The scaling's name: `rope_type`, `type` in older configs; Phi-3's `su` is `longrope`."""
     name = str((scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default")
@@ -93,8 +118,14 @@ def depends_on_length(config: DecoderConfig, length: int) -> bool:
     limit = {
         "dynamic": config.max_position_embeddings,
         "longrope": scaling.get("original_max_position_embeddings") or config.max_position_embeddings,
+        "prompt_ntk": scaling.get("original_max_position_embeddings"),
     }.get(rope_type(scaling))
     return limit is not None and length > limit
+
+
+def turns_while_answering(config: DecoderConfig, length: int) -> bool:
+    """Whether each token of an answer that ends at this length may be turned otherwise than those before it were."""
+    return rope_type(config.rope_scaling) != "prompt_ntk" and depends_on_length(config, length)
 
 
 def longest_context(config: DecoderConfig) -> int:
@@ -103,12 +134,18 @@ def longest_context(config: DecoderConfig) -> int:
     return int(config.max_position_embeddings * stretch)
 
 
-def make_rope(config: DecoderConfig) -> Any:
-    """What turns float[B, H, L, D] by its positions: called with `(x, offset=tokens before x)`.
+def make_rope(config: DecoderConfig, own: float | None = None) -> Any:
+    """What turns float[B, H, L, D] by its positions: called with `(x, offset=tokens before x)`; or a `PromptRoPE`,
+    which gives that for a prompt.
+
+    Args:
+        own: a base in place of the config's, without its scaling.
 
     Raises:
         CheckpointError: the scaling is unknown or incomplete.
     """
+    if own is not None:
+        return RoPE(config.head_dim, own)
     scaling, dims, base = dict(config.rope_scaling or {}), config.head_dim, config.rope_theta
     name = rope_type(scaling)
     if name not in _NEEDS:
@@ -125,6 +162,8 @@ def make_rope(config: DecoderConfig) -> Any:
         scaling["original_max_position_embeddings"] = config.max_position_embeddings
     if name == "longrope":
         return LongRoPE(dims, base, scaling, config.max_position_embeddings)
+    if name == "prompt_ntk":
+        return PromptRoPE(dims, base, scaling["original_max_position_embeddings"])
     if name in ("default", "linear"):
         return RoPE(dims, base, stretch=scaling["factor"] if name == "linear" else 1.0)
     if name == "dynamic":

@@ -3,8 +3,9 @@
 transformers' AutoTokenizer would import torch wherever it is installed; the file alone decides here.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from tokenizers.processors import TemplateProcessing
 from .bytelevel import MERGES, VOCABULARY, read_byte_level
 from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
+from .ranks import RANKS, read_tiktoken
 from .sentencepiece import Prefix, build_backend, read_sentencepiece
 from .wordpieces import WORDS, read_word_pieces
 
 _CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
     "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "QWenTokenizer": {"eos_token": "<|endoftext|>"},
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
 }
 _SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer", "InternLM2Tokenizer")
@@ -93,6 +96,15 @@ class Tokenizer:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def show(self, tokens: Collection[str]) -> None:
+        """Make these tokens text as others are, which `decode` gives, where they are special ones."""
+        added = self.backend.get_added_tokens_decoder().values()
+        if any(each.special and each.content in tokens for each in added):
+            content = json.loads(self.backend.to_str())
+            for each in content["added_tokens"]:
+                each["special"] = each["special"] and each["content"] not in tokens
+            self.backend = Backend.from_str(json.dumps(content))
+
     def token_to_id(self, token: str) -> int | None:
         """Id of a token, None where there is no such token."""
         found: int | None = self.backend.token_to_id(token)
@@ -142,8 +154,8 @@ def _text_of(token: Any) -> str | None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json (or vocab.json and merges.txt, vocab.txt, or tokenizer.model), tokenizer_config.json,
-    special_tokens_map.json and added_tokens.json.
+    """Read tokenizer.json (or qwen.tiktoken, vocab.json and merges.txt, vocab.txt, or tokenizer.model),
+    tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
     Raises:
         CheckpointError: there is no tokenizer, or one of the files is broken.
@@ -162,6 +174,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         if file.is_file():
             backend = _from_json(file)
+        elif (folder / RANKS).is_file():
+            backend = read_tiktoken(folder / RANKS)
         else:
             byte_level = (folder / VOCABULARY).is_file() and (folder / MERGES).is_file()
             words = (folder / WORDS).is_file() and not (folder / "tokenizer.model").is_file()

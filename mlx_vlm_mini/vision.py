@@ -5,7 +5,7 @@ front, SigLIP (arXiv:2303.15343) a bias in the patch projection, InternViT (arXi
 norms of queries and keys, and positions for any size. Modules are named as timm names them.
 """
 
-from math import inf, nextafter
+from math import inf, isqrt, nextafter
 from typing import Protocol
 
 import mlx.core as mx
@@ -92,6 +92,17 @@ class Block(nn.Module):
         return x + (added * self.ls2 if "ls2" in self else added)
 
 
+def resample(positions: mx.array, side: int) -> mx.array:
+    """A square grid's positions as those of one with another side, bicubic: float[P, C] -> float[side**2, C]."""
+    stored = isqrt(len(positions))
+    if side == stored:
+        return positions
+    scale = nextafter(side / stored, inf)  # so that Upsample, which cuts fractions off, makes no row too few
+    upsample = nn.Upsample(scale_factor=scale, mode="cubic", align_corners=False)
+    grid = upsample(positions.astype(mx.float32).reshape(1, stored, stored, -1))  # (1, side, side, C)
+    return grid.reshape(side**2, -1).astype(positions.dtype)
+
+
 class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -122,10 +133,7 @@ class VisionTransformer(nn.Module):
                 "preprocessor_config.json does not fit config.json"
             )
         first, rest = self.pos_embed[: -(stored**2)], self.pos_embed[-(stored**2) :]
-        scale = nextafter(wanted / stored, inf)  # so that Upsample, which cuts fractions off, makes no row too few
-        resample = nn.Upsample(scale_factor=scale, mode="cubic", align_corners=False)
-        grid = resample(rest.astype(mx.float32).reshape(1, stored, stored, -1))  # (1, wanted, wanted, C)
-        return mx.concatenate([first, grid.reshape(wanted**2, -1).astype(first.dtype)])
+        return mx.concatenate([first, resample(rest, wanted)])
 
     def __call__(self, pixel_values: mx.array, attentions: Recorder | None = None) -> mx.array:
         """Encode images.

@@ -254,7 +254,11 @@ def join_rows(parts: Sequence[mx.array], blocks: int) -> mx.array:
 
 def count_blocks(theirs: str, weights: Weights, config: VLMConfig) -> int:
     """How many times a fused tensor holds a share of each of its parts."""
-    return config.decoder.num_key_value_heads if isinstance(_find(theirs, weights)[0], PerHead) else 1
+    target = _find(theirs, weights)[0]
+    if not isinstance(target, PerHead):
+        return 1
+    in_vision = target[0].startswith("vision.")
+    return config.vision.num_attention_heads if in_vision else config.decoder.num_key_value_heads
 
 
 def load_weights(

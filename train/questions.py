@@ -8,7 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from .scenes import COLORS, NUMBERS, SHAPES, Digit, Scene, Thing, draw, draw_digit, random_digit, random_scene
+from .scenes import (
+    CLOSE,
+    COLORS,
+    NUMBERS,
+    SHAPES,
+    Digit,
+    Scene,
+    Thing,
+    draw,
+    draw_digit,
+    random_close_up,
+    random_digit,
+    random_scene,
+)
 
 Question = tuple[str, str]
 """A question and its answer."""
@@ -41,11 +54,13 @@ class Asker:
     def describe(self, scene: Scene) -> Question:
         """Every thing with size, colour, shape and place, in reading order."""
         things = [f"{_article(f'{thing.size} {thing.name}')} {scene.place(thing)}" for thing in scene.things]
-        question = self.say(
+        return self.ask_all(), _sentence(_list(things))
+
+    def ask_all(self) -> str:
+        return self.say(
             "Describe the picture.", "What do you see?", "What is in this image?", "Describe what you see.",
             "What does the picture show?", "What is in the picture?",
         )  # fmt: skip
-        return question, _sentence(_list(things))
 
     def how_many(self, nouns: str, count: int, where: str = "") -> Question:
         question = self.say(
@@ -104,6 +119,17 @@ class Asker:
         for name in (one.name, absent.name, f"{other[1]} {other[0]}"):
             asked.append(("presence", [self.presence(name, name in names)]))
         return asked
+
+    def about_close_up(self, scene: Scene) -> list[Exchange]:
+        """What can be asked about a thing that fills its picture: nothing of its size and place."""
+        thing = scene.things[0]
+        other = f"{thing.color} {self.say(*SHAPES)}"
+        return [
+            ("describe", [(self.ask_all(), _sentence(_article(thing.name)))]),
+            ("colour", [self.color(thing.shape, thing)]),
+            ("shape", [self.shape(thing.color, thing)]),
+            ("presence", [self.presence(other, other == thing.name)]),
+        ]
 
     def follow_up(self, scene: Scene, thing: Thing) -> list[Question]:
         """A question about a thing that one can name, and one that calls it "it"."""
@@ -189,6 +215,8 @@ def write_scenes(
     most: int = 4,
     pairs: float = 0.2,
     digits: float = 0.0,
+    close: float = 0.0,
+    radii: tuple[float, float] = CLOSE,
     words: int = 60,
     test: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -202,6 +230,8 @@ def write_scenes(
         most: things in a picture at most.
         pairs: share of lines that show two pictures and compare them.
         digits: share of lines that show a handwritten digit; they need scikit-learn.
+        close: share of lines that show a lone thing which fills much of its picture.
+        radii: of these things, from the smallest to the largest, in shorter sides of the picture.
         words: of a dialogue, about; 0 leaves one question alone, of a scene the description.
         test: one question a line, with its kind, as `eval` wants it, the kinds of one picture equally often, and digits
             that training never sees. Else many questions in one dialogue, as training wants it: what is scarce there
@@ -212,19 +242,30 @@ def write_scenes(
     with (folder / "scenes.jsonl").open("w", encoding="utf-8") as lines:
         for number in range(first, first + count):
             rng = np.random.default_rng([seed, number])
-            line = _line(rng, folder, f"images/{number:06}", most, pairs, digits, None if test else words)
+            line = _line(rng, folder, f"images/{number:06}", most, pairs, digits, close, radii, None if test else words)
             lines.write(json.dumps(line) + "\n")
             if progress is not None:
                 progress(number + 1 - first, count)
 
 
 def _line(
-    rng: np.random.Generator, folder: Path, name: str, most: int, pairs: float, digits: float, words: int | None
+    rng: np.random.Generator,
+    folder: Path,
+    name: str,
+    most: int,
+    pairs: float,
+    digits: float,
+    close: float,
+    radii: tuple[float, float],
+    words: int | None,
 ) -> dict[str, Any]:
     asker, sort = Asker(rng), rng.random()
     if sort < digits:
         digit = random_digit(rng, held_out=words is None)
         pictures, asked = [draw_digit(digit, rng)], asker.digit(digit)
+    elif sort > 1 - close:
+        scene = random_close_up(rng, radii=radii)
+        pictures, asked = [draw(scene, rng)], asker.about_close_up(scene)
     else:
         scenes = [random_scene(rng, most=most) for _ in range(1 + (sort < digits + pairs))]
         pictures = [draw(scene, rng) for scene in scenes]

@@ -52,6 +52,7 @@ class Settings:
         seed: of the order of the examples, and of fresh adapters.
         checkpoint_every: steps between checkpoints, and between validations.
         rank, scale: of the adapters.
+        in_order: examples come as they stand in the data, which then is a curriculum; else in passes shuffled anew.
         optimizer: `adamw`, or `muon` for the matrices between hidden states and AdamW for the rest.
     """
 
@@ -68,6 +69,7 @@ class Settings:
     rank: int = 8
     scale: float = 20.0
     optimizer: OptimizerName = "adamw"
+    in_order: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "rank"):
@@ -133,9 +135,11 @@ def answers_right(targets: np.ndarray, likeliest: np.ndarray) -> tuple[int, int]
     return count - len(np.unique(wrong)), count
 
 
-def order(step: int, count: int, size: int, seed: int) -> list[int]:
-    """Indices of a step's examples: an endless row of shuffled passes over all, cut into steps."""
+def order(step: int, count: int, size: int, seed: int | None) -> list[int]:
+    """Indices of a step's examples: an endless row of passes over all, cut into steps; without a seed not shuffled."""
     positions = range(step * size, (step + 1) * size)
+    if seed is None:
+        return [position % count for position in positions]
     passes = {position // count for position in positions}
     shuffled = {number: np.random.default_rng([seed, number]).permutation(count) for number in passes}
     return [int(shuffled[position // count][position % count]) for position in positions]
@@ -161,14 +165,16 @@ class Trainer:
         *,
         valid: Sequence[Example] = (),
     ) -> None:
+        if model.config.text_alone:
+            raise CheckpointError(f"family '{model.config.family}' reads no images, and is not trained here")
         if model.config.image_grid_pinpoints is not None:
             raise CheckpointError(f"family '{model.config.family}' cuts images into tiles, which cannot be trained yet")
         if model.config.projector.shuffle is not None:
             raise CheckpointError(f"family '{model.config.family}' joins image features, which cannot be trained yet")
         if model.config.decoder.cross_attention is not None or model.config.takes_one_image:
             raise CheckpointError(f"family '{model.config.family}' has cross-attention, which cannot be trained yet")
-        if model.config.decoder.prefix_lm:
-            raise CheckpointError(f"family '{model.config.family}' is a prefix-LM, which cannot be trained yet")
+        if model.config.decoder.two_way != "nothing":
+            raise CheckpointError(f"family '{model.config.family}' sees later tokens, too, which cannot be trained yet")
         self.model, self.processor, self.settings = model, processor, settings
         self.examples, self.valid = examples, valid
         self.folder = folder
@@ -242,7 +248,8 @@ class Trainer:
 
     def _batches(self, step: int) -> list[Batch]:
         settings = self.settings
-        chosen = order(step, len(self.examples), settings.batch_size * settings.accumulate, settings.seed)
+        seed = None if settings.in_order else settings.seed
+        chosen = order(step, len(self.examples), settings.batch_size * settings.accumulate, seed)
         size = -(-settings.batch_size // max(len(self._streams), 1))
         encoded = [encode(self.processor, self.examples[index]) for index in chosen]
         encoded.sort(key=lambda each: len(each.input_ids))  # the sum over a step is the same, the padding shorter

@@ -21,18 +21,20 @@ from .decoder import (
     NormConfig,
     OPTConfig,
     ScaleConfig,
+    TwoWay,
+    WindowConfig,
 )
-from .projector import ProjectorConfig, ShuffleConfig
+from .projector import PoolConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
 from .qformer import InstructionConfig, QFormerConfig
 from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, TiledConfig, VisionConfig, VisionNorm
 
 __all__ = [
     "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig", "CrossAttentionConfig",
-    "DecoderConfig", "InstructionConfig", "LayerType", "NormConfig", "OPTConfig", "Prescribed", "ProjectorConfig",
-    "QFormerConfig", "QueryConfig", "ScaleConfig",
-    "ShuffleConfig", "TileMerge",
-    "TiledConfig", "VLMConfig", "VisionConfig", "VisionNorm",
+    "DecoderConfig", "InstructionConfig", "LayerType", "NormConfig", "OPTConfig", "PoolConfig", "Prescribed",
+    "ProjectorConfig", "QFormerConfig", "QueryConfig", "ResamplerConfig",
+    "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "VisionNorm",
+    "WindowConfig",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
@@ -45,8 +47,8 @@ class Prescribed:
     image_token: str
     chat_template: str
     """Jinja; whatever template the folder has, it is not the one that the model was trained with."""
-    end_token: str | None
-    """Ends an answer; None: what the folder's files say does."""
+    end_token: str | tuple[str, ...] | None
+    """Ends an answer; any of several does; None: what the folder's files say does."""
     image_processor: Mapping[str, Any]
     """In the form of preprocessor_config.json."""
     files_first: bool = False
@@ -55,6 +57,8 @@ class Prescribed:
     """`image_token` is in no vocabulary: the text is cut there, and each piece becomes tokens by itself."""
     stop: str | None = None
     """Text that ends an answer, too."""
+    shown_tokens: tuple[str, ...] = ()
+    """Tokens that an answer's text shows, though the tokenizer may call them special."""
     extra_tokens: tuple[str, ...] = ()
     """Of the prompt; where the tokenizer lacks them, they take the next free ids in this order."""
 
@@ -68,7 +72,7 @@ class VLMConfig:
     projector: ProjectorConfig
     decoder: DecoderConfig
     image_token_id: int | None
-    """None where `prescribed` names the token instead."""
+    """None where `prescribed` names the token instead, and where there are no images."""
     image_grid_pinpoints: tuple[tuple[int, int], ...] | None
     """Heights and widths in pixels that an image's tiles may fill (`anyres`); None: all features are shown."""
     tile_merge: TileMerge | None = None
@@ -79,6 +83,10 @@ class VLMConfig:
     """Tiles whose features an image's grid may have: a grid a fifth larger is shrunk, and an image that is not alone is
     not cut (LLaVA-OneVision). None: whatever its tiles give (LLaVA-NeXT)."""
     prescribed: Prescribed | None = None
+    image_place: str | None = None
+    """What the chat template writes where an image stands; None: the image token."""
+    text_alone: bool = False
+    """There is no tower and no projector, and `vision` and `projector` mean nothing."""
     contrast: ContrastConfig | None = None
 
     def __post_init__(self) -> None:
@@ -88,7 +96,7 @@ class VLMConfig:
                 f"config.json: tiles need a feature for each of their {patches} patches, and vision_config with "
                 f"vision_feature_select_strategy gives {self.vision.num_features}"
             )
-        named = self.image_token_id is None and self.prescribed is not None
+        named = self.image_token_id is None and (self.prescribed is not None or self.text_alone)
         if not named and (not isinstance(self.image_token_id, int) or self.image_token_id < 0):
             raise CheckpointError(f"config.json: the image token must be a token id, not {self.image_token_id!r}")
         shuffle = self.projector.shuffle
@@ -111,6 +119,12 @@ class VLMConfig:
     def takes_one_image(self) -> bool:
         """Whether prompts hold exactly one image, for which query tokens stand."""
         return self.decoder.queries is not None or self.projector.qformer is not None
+
+    @property
+    def tokens_of_row(self) -> int:
+        """Embeddings of a row of pixels, of the tower's own size."""
+        joined = self.projector.joined
+        return self.vision.num_features // (1 if joined is None else joined.factor**2)
 
     @property
     def has_newline(self) -> bool:

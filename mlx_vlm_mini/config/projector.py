@@ -1,10 +1,11 @@
 """Config of the projector."""
 
 from dataclasses import dataclass
+from math import isqrt
 
 from mlx_vlm_mini.errors import CheckpointError
 
-from .checks import Activation, check_flags, check_sizes
+from .checks import Activation, check_flags, check_positive, check_sizes
 from .qformer import QFormerConfig
 
 
@@ -18,6 +19,34 @@ class ShuffleConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, "factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """Means of squares of `factor` x `factor` neighbouring features (Gemma 3), an RMS norm, a matrix; `pooling.py`."""
+
+    factor: int
+    norm_offset: float
+    """As the decoder's `rms_norm_offset`."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResamplerConfig:
+    """Learned queries that read the features by cross-attention, in front of the linear layer (Qwen-VL)."""
+
+    num_queries: int
+    """Embeddings of an image, a square number: the queries have places on a grid over it."""
+    num_heads: int
+    norm_eps: float
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "num_queries", "num_heads")
+        check_positive(self, "norm_eps")
+        if isqrt(self.num_queries) ** 2 != self.num_queries:
+            raise CheckpointError(f"config.json: the resampler's {self.num_queries} queries do not fill a square")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +65,10 @@ class ProjectorConfig:
     bias: bool
     shuffle: ShuffleConfig | None = None
     norm_eps: float | None = None
+    resampler: ResamplerConfig | None = None
     qformer: QFormerConfig | None = None
+    pool: PoolConfig | None = None
+    """In place of all that; one layer."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "input_size", "hidden_size", *(["num_layers"] if self.num_layers != 0 else []))
@@ -46,3 +78,13 @@ class ProjectorConfig:
                 f"config.json: features of {self.input_size} numbers are no embeddings of {self.hidden_size}: "
                 "a projector is needed"
             )
+        if self.resampler is not None and self.hidden_size % self.resampler.num_heads:
+            raise CheckpointError(
+                f"config.json: embeddings of {self.hidden_size} numbers cannot be cut into {self.resampler.num_heads} "
+                "heads of the resampler"
+            )
+
+    @property
+    def joined(self) -> ShuffleConfig | None:
+        """Which features become one embedding, shuffled or averaged; None: each is one."""
+        return self.shuffle if self.pool is None else ShuffleConfig(factor=self.pool.factor, transposed=False)

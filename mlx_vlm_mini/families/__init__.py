@@ -12,6 +12,9 @@ from mlx_vlm_mini.preprocess import ImageSettings
 
 from . import (
     blip2,
+    gemma3,
+    gemma3_text,
+    idefics3,
     internvl,
     internvl_chat,
     llava,
@@ -22,6 +25,7 @@ from . import (
     mllama,
     paligemma,
     qllama,
+    qwen_vl,
 )
 from .maps import Weights
 
@@ -51,6 +55,9 @@ class Family(Protocol):
 FAMILIES: dict[str, Family] = {
     "blip-2": blip2,
     "instructblip": blip2,
+    "gemma3": gemma3,
+    "gemma3_text": gemma3_text,
+    "idefics3": idefics3,
     "internvl": internvl,
     "internvl_chat": internvl_chat,
     "llava": llava,
@@ -60,6 +67,8 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": llava_onevision,
     "mllama": mllama,
     "paligemma": paligemma,
+    "qwen": qwen_vl,
+    "smolvlm": idefics3,
 }
 
 

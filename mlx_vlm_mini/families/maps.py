@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 
 class PerHead(tuple[str, ...]):
-    """A tuple of a map whose tensor holds, for each key and value head, its queries, its key and its value."""
+    """A tuple of a map whose tensor holds, for each key and value head, its queries, its key and its value; in a vision
+    tower for each head."""
 
     __slots__ = ()
 
@@ -119,3 +120,41 @@ def mllama_decoder(prefix: str) -> Weights:
     modules = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
     names = [*(f"cross_attn.{module}" for module in modules), "cross_attn_attn_gate", "cross_attn_mlp_gate"]
     return {f"{prefix}layers.{{}}.{name}": "decoder.layers.{}." + name for name in names}
+
+
+def qwen_vision(prefix: str) -> Weights:
+    """Qwen-VL's tower, queries, keys and values of each head together, and its resampler."""
+    block, ours, pool = prefix + "transformer.resblocks.{}.", "vision.blocks.{}.", prefix + "attn_pool."
+    return {
+        prefix + "positional_embedding": "vision.pos_embed",
+        prefix + "conv1": "vision.patch_embed",
+        prefix + "ln_pre": "vision.norm_pre",
+        block + "ln_1": ours + "norm1",
+        block + "attn.in_proj": PerHead(ours + f"attn.{name}_proj" for name in "qkv"),
+        block + "attn.out_proj": ours + "attn.o_proj",
+        block + "ln_2": ours + "norm2",
+        block + "mlp.c_fc": ours + "mlp.fc1",
+        block + "mlp.c_proj": ours + "mlp.fc2",
+        **{pool + name: "projector." + name for name in ("query", "pos_embed", "kv_proj", "ln_q", "ln_kv")},
+        **{f"{pool}attn.{name}": f"projector.attn.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj")},
+        prefix + "ln_post": "projector.ln_post",
+        prefix + "proj": "projector.proj",
+    }
+
+
+def qwen_decoder(prefix: str) -> Weights:
+    """The first Qwen, without its head."""
+    layer, ours = prefix + "h.{}.", "decoder.layers.{}."
+    return {
+        prefix + "wte": "decoder.embed_tokens",
+        prefix + "ln_f": "decoder.norm",
+        layer + "ln_1": ours + "input_layernorm",
+        layer + "attn.c_attn": _QKV,
+        layer + "attn.c_proj": _ATTENTION + "o_proj",
+        layer + "attn.rotary_emb.inv_freq": None,
+        prefix + "rotary_emb.inv_freq": None,
+        layer + "ln_2": ours + "post_attention_layernorm",
+        layer + "mlp.w1": _MLP + "up_proj",
+        layer + "mlp.w2": _MLP + "gate_proj",
+        layer + "mlp.c_proj": _MLP + "down_proj",
+    }

@@ -42,8 +42,8 @@ def opt_decoder(hf: Mapping[str, Any]) -> OPTConfig:
         rope_scaling=None,
         biases=BiasConfig(qkv_bias=True, o_bias=True, mlp_bias=True),
         layer_types=("full_attention",) * layers,
-        sliding_window=None,
-        prefix_lm=False,
+        window=None,
+        two_way="nothing",
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from checkpoints import PHOTO, edit_json, with_paths
 from llava_original import SPECS as ORIGINALS
+from qwen_vl_oracle import SPECS as QWEN
 from reference import CASES, GOLDEN, SPECS, STEPS
 
 from mlx_vlm_mini import load, stream_generate
@@ -30,7 +31,7 @@ def logprobs(folder: Path) -> np.ndarray:
     return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("name", sorted({**SPECS, **ORIGINALS}))
+@pytest.mark.parametrize("name", sorted({**SPECS, **ORIGINALS, **QWEN}))
 def test_converted_equals_the_reference(name, tmp_path):
     """And converted again: a folder in MLX's format is a source like any other."""
     convert(GOLDEN / name, tmp_path / "once")
@@ -38,7 +39,7 @@ def test_converted_equals_the_reference(name, tmp_path):
     with np.load(GOLDEN / name / "expected.npz") as expected:
         for folder in (tmp_path / "once", tmp_path / "twice"):
             model, processor = load(folder)
-            for case in {**SPECS, **ORIGINALS}[name].cases:
+            for case in {**SPECS, **ORIGINALS, **QWEN}[name].cases:
                 tokens = expected[f"{case}/token_ids"].tolist()
                 chunks = list(stream_generate(model, processor, with_paths(CASES[case]), max_tokens=STEPS))
                 assert [chunk.token for chunk in chunks] == tokens

@@ -469,17 +469,18 @@ def expected_outputs(name: str, golden: Path = GOLDEN) -> dict[str, np.ndarray]:
     }
 
 
-def regenerate(names: Sequence[str]) -> None:
-    for name in names or SPECS:
+def regenerate(names: Sequence[str], specs: Any, save: Any, expected_outputs: Any) -> None:
+    """Make checkpoints of `specs` anew, of all where no names are given, and what their oracle answers."""
+    for name in names or specs:
         folder = GOLDEN / name
         shutil.rmtree(folder, ignore_errors=True)
-        save(SPECS[name], folder)
+        save(specs[name], folder)
         expected = expected_outputs(name)
         np.savez_compressed(folder / "expected.npz", **expected)
         print(name, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) // 1024, "KiB")
-        for case in SPECS[name].cases:
+        for case in specs[name].cases:
             print("  ", case, len(expected[f"{case}/prompt_ids"]), "tokens ->", *expected[f"{case}/token_ids"])
 
 
 if __name__ == "__main__":
-    regenerate(sys.argv[1:])
+    regenerate(sys.argv[1:], SPECS, save, expected_outputs)

@@ -19,8 +19,8 @@ from mlx_vlm_mini.inspection import _record, _Rows, encode_answer
 from mlx_vlm_mini.prompt import to_messages
 
 FAMILIES = (
-    "llava-clip-llama", "llava-clip-mistral", "llava-next-clip-mistral", "internvl-qwen2", "internvl-chat-phi3",
-    "llava-onevision", "llava-original-v0", "paligemma2-gemma2",
+    "llava-clip-llama", "llava-clip-mistral", "llava-next-clip-mistral", "internvl-qwen2", "internvl-chat-phi3", "idefics3-words",
+    "gemma3-hub", "llava-onevision", "llava-original-v0", "paligemma2-gemma2",
 )  # fmt: skip
 ROPES = [
     {"rope_type": "dynamic", "factor": 3.0},
@@ -45,7 +45,7 @@ def explicit(model, processor, tokens):
     length = len(inputs.slots)
     embeddings = mx.concatenate([model.embed(inputs), model.decoder.embed(mx.array([tokens]))[:, :-1]], axis=1)
     weights: list[mx.array] = []
-    hidden = model.decoder(embeddings, None, weights, length)
+    hidden = model.decoder(embeddings, None, weights, length, model.show(inputs))
     return np.stack([np.array(each[0]) for each in weights]), np.array(model.decoder.logits(hidden)[0]), inputs
 
 
@@ -75,7 +75,7 @@ def test_each_token_is_explained_by_the_query_that_predicts_it(loaded, monkeypat
     first, slots = len(inputs.slots) - 1, np.flatnonzero(inputs.slots)
     rows = _Rows(slots, [0], [0], "mean")
     cache = model.make_cache()
-    prefill(model.decoder, model.embed(inputs), cache)
+    prefill(model.decoder, model.embed(inputs), cache, images=model.show(inputs))
     recorded, _ = _record(model, inputs, tokens, cache, Features(), rows)
     np.testing.assert_allclose(recorded, fused(model, inputs, tokens)[first:], atol=1e-5)
     own = np.concatenate([image.weights for image in found.images], axis=-1)
@@ -93,7 +93,8 @@ def test_each_token_is_explained_by_the_query_that_predicts_it(loaded, monkeypat
 def fused(model, inputs, tokens):
     """Logits float[S, vocab_size] of prompt and answer by the fused attention, all at once."""
     embeddings = mx.concatenate([model.embed(inputs), model.decoder.embed(mx.array([tokens]))[:, :-1]], axis=1)
-    return np.array(model.decoder.logits(model.decoder(embeddings, prefix=len(inputs.slots)))[0])
+    hidden = model.decoder(embeddings, prefix=len(inputs.slots), images=model.show(inputs))
+    return np.array(model.decoder.logits(hidden)[0])
 
 
 def _log_softmax(logits):

@@ -11,15 +11,17 @@ from blip_cases import SPECS as BLIPS
 from checkpoints import with_paths
 from llava_original import SPECS as ORIGINALS
 from qllama_cases import SPECS as QUERIES
+from qwen_vl_oracle import SPECS as QWEN
 from reference import CASES, GOLDEN, STEPS
 from reference import SPECS as OTHERS
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.cross_attention import ShownImage
 from mlx_vlm_mini.generation import decode, prefill
 from mlx_vlm_mini.stream import stream_generate
 
 TOLERANCE = 1e-4
-SPECS = {**OTHERS, **ORIGINALS, **QUERIES, **BLIPS}
+SPECS = {**OTHERS, **ORIGINALS, **QUERIES, **BLIPS, **QWEN}
 CASES_OF_GOLDENS = [(name, case) for name in sorted(SPECS) for case in sorted(SPECS[name].cases)]
 every_case = pytest.mark.parametrize(("golden", "case"), CASES_OF_GOLDENS, indirect=["golden"], scope="module")
 
@@ -125,7 +127,7 @@ def test_explicit_attention_equals_the_fused_one(golden):
     fused = model.decoder(embeddings, images=images)
     np.testing.assert_allclose(np.array(explicit), np.array(fused), atol=TOLERANCE)
     length, config = embeddings.shape[1], model.config.decoder
-    keys = {"cross_attention": sum(image.span.held for image in images)}
+    keys = {"cross_attention": sum(image.span.held for image in images if isinstance(image, ShownImage))}
     assert [layer.shape for layer in weights] == [
         (1, config.num_attention_heads, length, keys.get(kind, length)) for kind in config.layer_types
     ]

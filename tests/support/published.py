@@ -6,7 +6,10 @@ convert_colpali_weights_to_hf.py; LLaVA-NeXT's token ids and vocabularies (the d
 to a multiple of 64) from convert_llava_next_weights_to_hf.py; LLaVA-OneVision's from convert_llava_onevision_weights_to_hf.py,
 as are its towers; PaliGemma 2 from convert_paligemma2_weights_to_hf.py; sizes of
 Vicuna-13B, Mistral-7B, Yi-34B and Llama-3-8B from copies of their configs; Llama 3.2 Vision from sku_list.py of
-meta-llama/llama-models and convert_mllama_weights_to_hf.py of transformers. None was downloaded from the Hub itself.
+meta-llama/llama-models and convert_mllama_weights_to_hf.py of transformers; Qwen-VL's from a copy of its config.json, and its
+tensors' names and shapes from vllm-project/vllm (tests/golden/qwen_vl_oracle.py); SmolVLM-256M, SmolVLM2-500M, Gemma 3 4B and
+27B from copies of their configs in public repositories' tests; SmolVLM 2.2B, Idefics3-8B and Gemma 3 12B from memory. None was
+downloaded from the Hub itself.
 """
 
 from math import prod
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx.utils import tree_flatten
+from qwen_vl_oracle import shapes_of
 
 from mlx_vlm_mini.anyres import most_tokens
 from mlx_vlm_mini.checkpoint import Checkpoint, TensorInfo
@@ -141,6 +145,71 @@ def _mllama(text: dict[str, Any], image_size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+SIGLIP_512 = {
+    "hidden_size": 768, "image_size": 512, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
+    "patch_size": 16,
+}  # fmt: skip
+SIGLIP_384 = {**SIGLIP_SO400M, "image_size": 384}
+SMOLLM2 = {  # hidden size, MLP, layers, heads, heads of keys and values, vocabulary, rope_theta
+    "256M": (576, 1536, 30, 9, 3, 49280, 1e5),
+    "500M": (960, 2560, 32, 15, 5, 49280, 1e5),
+    "2.2B": (2048, 8192, 24, 32, 32, 49155, 273768.0),
+}
+LLAMA31_ROPE = {
+    "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}  # fmt: skip
+
+
+def _smolvlm(name: str, model_type: str) -> dict[str, Any]:
+    hidden, mlp, layers, heads, kv_heads, vocab, theta = SMOLLM2[name]
+    large = name == "2.2B"
+    kind = {"idefics3": "idefics3", "smolvlm": "smolvlm_vision"}[model_type]
+    return {
+        "model_type": model_type, "image_token_id": 49153 if large else 49190, "scale_factor": 3 if large else 4,
+        "text_config": {
+            "model_type": "llama", "head_dim": 64, "hidden_size": hidden, "intermediate_size": mlp,
+            "max_position_embeddings": 16384 if large else 8192, "num_attention_heads": heads, "num_hidden_layers": layers,
+            "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5, "rope_theta": theta, "vocab_size": vocab,
+        },
+        "tie_word_embeddings": False,
+        "vision_config": {**(SIGLIP_384 if large else SIGLIP_512), "model_type": kind},
+    }  # fmt: skip
+
+
+GEMMA3: dict[str, dict[str, Any]] = {
+    "4b": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34},
+    "12b": {
+        "hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+    },
+    "27b": {
+        "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32,
+        "num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168,
+    },
+}  # fmt: skip
+
+
+def _gemma3(text: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model_type": "gemma3", "boi_token_index": 255999, "eoi_token_index": 256000, "image_token_index": 262144,
+        "mm_tokens_per_image": 256,
+        "text_config": {
+            "model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024, **text,
+        },
+        "vision_config": {**SIGLIP_SO400M, "image_size": 896},
+    }  # fmt: skip
+
+
+QWEN_VL = {
+    "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "hidden_size": 4096, "intermediate_size": 22016,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "kv_channels": 128, "layer_norm_epsilon": 1e-6,
+    "max_position_embeddings": 8192, "no_bias": True, "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 2048,
+    "use_dynamic_ntk": True, "use_logn_attn": True, "vocab_size": 151936, "tie_word_embeddings": False,
+    "visual": {
+        "heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48, "mlp_ratio": 4.9231, "output_dim": 4096,
+        "patch_size": 14, "width": 1664},
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": _llava("llava", VICUNA_7B, pad_token_id=32001),
     "llava-hf/llava-1.5-13b-hf": _llava("llava", VICUNA_13B, pad_token_id=32001),
@@ -152,15 +221,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _onevision(896, 4864, 24, 14, 2, 152000),
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": _onevision(3584, 18944, 28, 28, 4, 152128),
     "llava-hf/llava-onevision-qwen2-72b-ov-hf": _onevision(8192, 29568, 80, 64, 8, 152128),
+    "HuggingFaceTB/SmolVLM-256M-Instruct": _smolvlm("256M", "idefics3"),
+    "HuggingFaceTB/SmolVLM-500M-Instruct": _smolvlm("500M", "idefics3"),
+    "HuggingFaceTB/SmolVLM-Instruct": _smolvlm("2.2B", "idefics3"),
+    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": _smolvlm("256M", "smolvlm"),
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": _smolvlm("500M", "smolvlm"),
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": _smolvlm("2.2B", "smolvlm"),
+    "HuggingFaceM4/Idefics3-8B-Llama3": {
+        "model_type": "idefics3", "image_token_id": 128257, "scale_factor": 2,
+        "text_config": {
+            **LLAMA3_8B, "max_position_embeddings": 131072, "rope_scaling": LLAMA31_ROPE, "vocab_size": 128259,
+        },
+        "tie_word_embeddings": False,
+        "vision_config": {**SIGLIP_SO400M, "image_size": 364, "model_type": "idefics3"},
+    },
     **{f"google/paligemma-3b-pt-{side}": _paligemma(GEMMA_2B, side) for side in (224, 448, 896)},
     **{
         f"google/paligemma2-{name}-pt-{side}": _paligemma(_gemma2(*sizes), side)
         for name, sizes in GEMMA2.items()
         for side in (224, 448, 896)
     },
+    **{f"google/gemma-3-{name}-it": _gemma3(text) for name, text in GEMMA3.items()},
     "meta-llama/Llama-3.2-11B-Vision": _mllama(LLAMA32_11B, 448),
     "meta-llama/Llama-3.2-11B-Vision-Instruct": _mllama(LLAMA32_11B, 560),
     "meta-llama/Llama-3.2-90B-Vision-Instruct": _mllama(LLAMA32_90B, 560),
+    "Qwen/Qwen-VL-Chat": QWEN_VL,
 }  # fmt: skip
 
 
@@ -174,6 +259,8 @@ def without_data(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
 def published(name: str) -> Checkpoint:
     """A published checkpoint without data: the tensors that our model asks for, by the Hub's names and in its layout."""
     config = CONFIGS[name]
+    if config["model_type"] == "qwen":
+        return without_data(config, shapes_of(config))
     family = find_family(config)
     ours = family.config(config)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -193,8 +280,12 @@ def image_tokens(config: VLMConfig) -> str:
     vision = config.vision
     if vision.tiled is not None:
         return f"1, up to {vision.num_features * vision.tiled.max_tiles:,} keys"
+    if config.projector.shuffle is not None:  # of a square of 4 x 4 tiles, as their image processors say, and the whole
+        return f"up to {17 * vision.num_features // config.projector.shuffle.factor**2:,}"
+    if config.projector.resampler is not None:
+        return f"{config.projector.resampler.num_queries}"
     if config.image_grid_pinpoints is None:
-        return f"{vision.num_features:,}"
+        return f"{config.tokens_of_row:,}"
     side = vision.image_size // vision.patch_size
     tiles: dict[str, Any] = {"tile_size": vision.image_size, "side": side, "most_tiles": config.most_tiles}
     return f"up to {most_tokens(config.image_grid_pinpoints, **tiles):,}"
@@ -216,7 +307,7 @@ def table() -> str:
         checkpoint = published(name)
         planned = plan(checkpoint)
         counts = dict.fromkeys(("vision", "projector", "decoder"), 0)
-        for ours, theirs in planned.ours.items():
+        for theirs, ours in {theirs: ours for ours, theirs in planned.ours.items()}.items():  # a fused one counts once
             part = ours.partition(".")[0]
             counts[part if part in counts else "projector"] += checkpoint.num_weights(theirs)
         sizes = [sum(info.nbytes for info in checkpoint.tensors.values())]

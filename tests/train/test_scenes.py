@@ -10,11 +10,23 @@ from PIL import Image
 from mlx_vlm_mini.errors import VLMError
 from mlx_vlm_mini.train import scenes as scenes_module
 from mlx_vlm_mini.train.questions import Asker, write_scenes
-from mlx_vlm_mini.train.scenes import SIZES, Digit, Scene, Thing, draw, draw_digit, random_digit, random_scene
+from mlx_vlm_mini.train.scenes import (
+    COLORS,
+    SIZES,
+    Digit,
+    Scene,
+    Thing,
+    draw,
+    draw_digit,
+    random_close_up,
+    random_digit,
+    random_scene,
+)
 
 TWO = Scene(
-    (Thing("circle", "red", "large", 0.3, 0.3), Thing("square", "blue", "small", 1.5, 0.8)), 200, 100, (128,) * 3, 0.0
-)
+    (Thing("circle", "red", "large", 0.3, 0.3, 0.21), Thing("square", "blue", "small", 1.5, 0.8, 0.12)),
+    200, 100, (128,) * 3, 0.0,
+)  # fmt: skip
 
 
 def asker(*seed: int) -> Asker:
@@ -33,9 +45,29 @@ def test_a_scene_is_described_as_it_is_drawn():
 def test_shapes_cover_their_share_of_the_picture():
     """Areas, in squared radii, of what is drawn: a circle of 0.9, a square's corners at 1, and so on."""
     for shape, area in {"circle": np.pi * 0.81, "square": 2.0, "triangle": 3**0.5 * 0.75, "star": 1.234}.items():
-        scene = Scene((Thing(shape, "white", "large", 0.5, 0.5),), 400, 400, (0, 0, 0), 0.0)
+        scene = Scene((Thing(shape, "white", "large", 0.5, 0.5, SIZES["large"]),), 400, 400, (0, 0, 0), 0.0)
         image = np.asarray(draw(scene, np.random.default_rng(1))).astype(float)[..., 0]
         assert image.sum() / image.max() / (SIZES["large"] * 400) ** 2 == pytest.approx(area, rel=0.02), shape
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_close_ups_fill_their_picture_and_are_asked_nothing_of_size_and_place(number):
+    rng = np.random.default_rng([7, number])
+    scene = random_close_up(rng, radii=(0.2, 0.45) if number % 2 else (0.35, 0.36))
+    (thing,) = scene.things
+    side = min(scene.width, scene.height)
+    assert 0.2 <= thing.radius <= 0.45 if number % 2 else 0.35 <= thing.radius <= 0.36
+    assert thing.radius <= thing.x <= scene.width / side - thing.radius
+    pixels = np.asarray(draw(scene, rng)).astype(float)
+    painted = np.linalg.norm(pixels - COLORS[thing.color], axis=-1) < 45
+    area = {"circle": np.pi * 0.81, "square": 2.0, "triangle": 3**0.5 * 0.75, "star": 1.234}[thing.shape]
+    assert painted.mean() == pytest.approx(area * (thing.radius * side) ** 2 / painted.size, rel=0.15)
+    for kind, [(question, answer)] in Asker(rng).about_close_up(scene):
+        right = {"describe": thing.name, "colour": thing.color, "shape": thing.shape}.get(kind)
+        if right is None:
+            assert answer == ("Yes." if f"{thing.name}?" in question or f"{thing.name} here" in question else "No.")
+        else:
+            assert answer.lower().removesuffix(".").removeprefix("an ").removeprefix("a ") == right
 
 
 @pytest.mark.parametrize("number", range(100))

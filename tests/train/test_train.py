@@ -146,6 +146,7 @@ def test_every_pass_shows_every_example_once():
     shown = [index for step in steps for index in step]
     assert sorted(shown[:10]) == sorted(shown[10:]) == list(range(10)) and shown[:10] != shown[10:]
     assert order(3, 10, 4, 7) == steps[3] != order(3, 10, 4, 8)
+    assert [order(step, 10, 4, None) for step in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
 
 
 def test_text_that_is_no_text_is_refused(tmp_path, llava):
@@ -184,7 +185,10 @@ def test_it_learns_to_tell_two_pictures_apart(tmp_path):
     ("name", "message"),
     [
         ("llava-next-clip-mistral", "family 'llava_next' cuts images into tiles"),
-        ("paligemma-gemma", "family 'paligemma' is a prefix-LM"),
+        ("paligemma-gemma", "family 'paligemma' sees later tokens, too"),
+        ("gemma3-hub", "family 'gemma3' sees later tokens, too"),
+        ("gemma3-text", "family 'gemma3_text' reads no images"),
+        ("idefics3-markers", "family 'idefics3' joins image features"),
     ],
 )
 def test_families_that_cannot_be_trained_are_refused(name, message, tmp_path):
