@@ -23,7 +23,7 @@ def drawing_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--draw",
             metavar="FILE.png",
             type=click.Path(dir_okay=False, path_type=Path),
-            help="Write the image with the boxes and masks that the answer names.",
+            help="Write the image with the boxes, points and masks that the answer names.",
         ),
     ):
         function = option(function)
@@ -58,14 +58,17 @@ def find_mask_decoder(given: str | None, model: str | None) -> "MaskDecoder | No
 
 
 def draw_answer(
-    text: str, image: "Image.Image", file: Path, decode_masks: "MaskDecoder | None"
+    text: str, image: "Image.Image", file: Path, decode_masks: "MaskDecoder | None", scale: tuple[int, int] | None
 ) -> list[dict[str, Any]]:
-    """Write the image with what the answer names, unchanged where that is nothing; say what was found, JSON-ready."""
+    """Write the image with what the answer names, unchanged where that is nothing; say what was found, JSON-ready.
+
+    `text` has the answer's special tokens, and `scale` is `Processor.answer_scale`'s.
+    """
     from mlx_vlm_mini.detections import find_detections
     from mlx_vlm_mini.draw import draw_detections
     from mlx_vlm_mini.mask_decoder import ADDRESS, FILE
 
-    found = find_detections(text, height=image.height, width=image.width, decode_masks=decode_masks)
+    found = find_detections(text, height=image.height, width=image.width, decode_masks=decode_masks, scale=scale)
     if not found:
         click.echo(f"the answer names no boxes: {file} is the image as it was", err=True)
     elif decode_masks is None and any(each.mask_codes for each in found):
@@ -78,6 +81,7 @@ def draw_answer(
     file.write_bytes(png.getvalue())
     return [
         {"label": each.label, "box": each.box, "mask_codes": each.mask_codes}
+        | ({"points": each.points} if each.points else {})
         | ({"corners": each.corners} if each.corners else {})
         for each in found
     ]

@@ -122,8 +122,9 @@ def command(
         click.echo()
     drawn = {}
     if draw is not None and not interrupted:
-        text = "".join(chunk.text for chunk in chunks)
-        drawn["detections"] = draw_answer(text, opened[0], draw, decode_masks)
+        text = processor.tokenizer.decode([chunk.token for chunk in chunks], skip_special_tokens=False)
+        scale = processor.answer_scale((opened[0].height, opened[0].width))
+        drawn["detections"] = draw_answer(text, opened[0], draw, decode_masks, scale)
     if as_json:
         said = _as_object(chunks, {"load_s": load_s}, interrupted)
         click.echo(json.dumps({"images": images} | said | drawn, ensure_ascii=False))

@@ -39,7 +39,8 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def gathered(*arguments: Any, **options: Any) -> Any:
-        names = ("revision", "dtype", "min_tiles", "max_tiles", "vision_tower", "conversation")
+        limits = ("min_tiles", "max_tiles", "min_pixels", "max_pixels")
+        names = ("revision", "dtype", *limits, "vision_tower", "conversation")
         return function(*arguments, loading={name: options.pop(name) for name in names}, **options)
 
     command: Callable[..., Any] = gathered
@@ -50,6 +51,12 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=click.IntRange(1),
             help="Tiles of an image at most, where a family cuts it (InternVL, SmolVLM, Gemma 3).",
         ),
+        click.option(
+            "--max-pixels",
+            type=click.IntRange(1),
+            help="Height times width of an image at most, where a family takes any size (Qwen2-VL).",
+        ),
+        click.option("--min-pixels", type=click.IntRange(1), help="Height times width of an image at least."),
         click.option("--min-tiles", type=click.IntRange(1), help="Tiles of an image at least."),
         click.option("--dtype", type=DTYPES, help="Type to compute in.  [default: the checkpoint's; float32 on a CPU]"),
         click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub."),

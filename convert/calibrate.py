@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
+from mlx_vlm_mini.axes import PlacedImage, add_taps
 from mlx_vlm_mini.cross_attention import ShownImage
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.image_blocks import ImageBlock
@@ -153,7 +154,7 @@ class Walk:
         self.samples = samples
         self.dtype = dtype
         self.hidden: list[mx.array] = []
-        self.shown: list[list[ShownImage]] = []
+        self.shown: list[list[ShownImage] | list[PlacedImage]] = []
         self.blocks: list[list[ImageBlock]] = []
         self._say = say or (lambda _: None)
 
@@ -188,10 +189,11 @@ class Walk:
 
     def features(self) -> list[np.ndarray]:
         """Of each sample the embeddings of its pictures, float32[P, C]; between `embed` and the first layer."""
-        if any(self.shown):
+        looked_at = [[image for image in shown if isinstance(image, ShownImage)] for shown in self.shown]
+        if any(looked_at):
             return [
                 np.concatenate([np.array(image.features.astype(mx.float32)) for image in shown])
-                for shown in self.shown
+                for shown in looked_at
                 if shown
             ]
         found = []
@@ -212,13 +214,16 @@ class Walk:
         decoder = self.plan.model.decoder
         layer, kind = decoder.layers[number], decoder.config.layer_types[number]
         outputs = []
-        for x, sample, shown, blocks in zip(hidden, self.samples, self.shown, self.blocks, strict=True):
+        for x, sample, images, blocks in zip(hidden, self.samples, self.shown, self.blocks, strict=True):
+            shown = [image for image in images if isinstance(image, ShownImage)]
+            placed = [image for image in images if isinstance(image, PlacedImage)]
             features = shown[0].features[None] if shown and decoder.config.queries is not None else None
             spans = [image.span for image in shown]
             masks = decoder.masks(sample.length, prefix=sample.start, spans=spans, features=features, blocks=blocks)
             cache = decoder.show(number, shown, None) if kind == "cross_attention" else None
-            rope = decoder.rope_of(kind, sample.start)
-            outputs.append(layer(x, mask=masks[kind], rope=rope, cache=cache, attentions=None))
+            rope = decoder.ropes(placed, 0, sample.length, sample.start)[kind]
+            x = layer(x, mask=masks[kind], rope=rope, cache=cache, attentions=None)
+            outputs.append(add_taps(x, number, placed, 0))
             mx.eval(outputs[-1])
         return outputs
 

@@ -317,7 +317,14 @@ def compensate_model(
     walk = Walk(plan, samples, compute_dtype(plan), say)
     walk.load_front()
     images = [image for sample in samples for image in sample.inputs.images]
-    if images:  # all pictures in one call, so that each layer is finished when the next one reads
+    if images and plan.config.vision.grid is not None:  # of different sizes, so one by one, before any layer is rounded
+        gather = _Gather()
+        with watch(model, {path for path in wanted if not path.startswith("decoder.")}, gather.add):
+            for image in images:
+                mx.eval(model.embed_images(mx.array(image.pixel_values)))
+        for path, seen in gather.seen().items():
+            finish(path, seen)
+    elif images:  # all pictures in one call, so that each layer is finished when the next one reads
         front = {path for path in wanted if not path.startswith("decoder.")}
         with watch(model, front, finish_at_once):
             if plan.config.vision.tiled is not None:

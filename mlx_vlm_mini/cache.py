@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
+from .axes import forget
 from .borrow import borrow
 from .checkpoint import DTYPES, TensorInfo, read_header
 from .cross_attention import ImageCache, Span
@@ -137,6 +138,7 @@ class TurnCache:
             entry.trim(entry.offset - length)
         for images in self._images.values():
             images.cut(length)
+        forget(self._texts[0], length)
         self.held = self.held[:length]
 
     def fork(self) -> "TurnCache":

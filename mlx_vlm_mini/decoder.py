@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from .activation import ACTIVATIONS
 from .attention import Attention, Mask, Recorder
+from .axes import PlacedImage, SectionedRoPE, add_taps, remember
 from .config import DecoderConfig, LayerType
 from .cross_attention import CrossAttention, ImageCache, ShownImage, Sight, Span, look
 from .image_blocks import ImageBlock, block_mask
@@ -212,6 +213,8 @@ class Decoder(nn.Module):
         self.rope = make_rope(config)
         if config.window is not None and config.window.sliding_rope_theta is not None:
             self.sliding_rope = make_rope(config, config.window.sliding_rope_theta)
+        if (config.rope_scaling or {}).get("mrope_section") is not None:
+            self.rope = SectionedRoPE(self.rope, config)
 
     def embed(self, input_ids: mx.array) -> mx.array:
         """int[B, L] -> float[B, L, C]: the tokens' embeddings, scaled where the config says so."""
@@ -219,11 +222,6 @@ class Decoder(nn.Module):
         embeddings = self.embed_tokens(input_ids).astype(self.norm.weight.dtype)
         scale = self.config.scales.embed_scale
         return embeddings if scale == 1 else embeddings * mx.array(scale, dtype=embeddings.dtype)
-
-    def rope_of(self, kind: LayerType, prompt: int) -> Any:
-        """Rotary positions of a kind of layers, of a sequence that begins with a prompt of so many tokens."""
-        near = kind == "sliding_attention" and "sliding_rope" in self
-        return self.sliding_rope if near else self.rope_after(prompt)
 
     def reads_whole(self, length: int) -> bool:
         """Whether the keys of a prompt of this length depend on all of it.
@@ -307,7 +305,7 @@ class Decoder(nn.Module):
         cache: Sequence[Any] | None = None,
         attentions: Recorder | None = None,
         prefix: int | None = None,
-        images: Sequence[ShownImage | ImageBlock] = (),
+        images: Sequence[ShownImage | ImageBlock | PlacedImage] = (),
     ) -> mx.array:
         """Run the layers and the final norm; `logits` turns rows of the result into scores.
 
@@ -321,7 +319,8 @@ class Decoder(nn.Module):
                 positions that go by the prompt. By default those of the call that begins the sequence.
             images: new ones, for cross-attention layers; also those whose tokens only later calls read. Or the one
                 that query tokens look at, which are all in this call, the first of it. Or images whose tokens see one
-                another, none of which is read in two calls.
+                another, none of which is read in two calls. Or, as `PlacedImage`s, all of the prompt, which the cache
+                remembers.
 
         Returns:
             float[B, L, C].
@@ -345,10 +344,21 @@ class Decoder(nn.Module):
             prefix = getattr(first, "prompt_length", 0) if offset else embeddings.shape[1]
         if first is not None:  # the cache remembers it, as the keys that it holds were turned by it
             first.prompt_length = prefix
+        placed = remember([image for image in images if isinstance(image, PlacedImage)], first)
+        ropes = self.ropes(placed, offset, embeddings.shape[1], prefix)
         x = embeddings
-        for layer, kind, layer_cache in zip(self.layers, self.config.layer_types, caches, strict=True):
-            x = layer(x, mask=masks[kind], rope=self.rope_of(kind, prefix), cache=layer_cache, attentions=attentions)
+        for number, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
+            x = layer(x, mask=masks[kind], rope=ropes[kind], cache=caches[number], attentions=attentions)
+            x = add_taps(x, number, placed, offset)
         return self.norm(x)
+
+    def ropes(self, images: Sequence[PlacedImage], offset: int, length: int, prompt: int) -> dict[LayerType, Any]:
+        """By kind of layer what turns `length` tokens behind `offset` others of a sequence with these images, which
+        begins with a prompt of so many tokens."""
+        among = images and isinstance(self.rope, SectionedRoPE)
+        usual = self.rope.among(images, offset, length) if among else self.rope_after(prompt)
+        sliding = self.sliding_rope if "sliding_rope" in self else usual
+        return {kind: sliding if kind == "sliding_attention" else usual for kind in self.config.layer_types}
 
     def logits(self, hidden: mx.array) -> mx.array:
         """float[B, L, C] -> float[B, L, vocab_size]."""

@@ -9,6 +9,7 @@ from .assembly import open_model
 from .checkpoint import Checkpoint
 from .config import VLMConfig
 from .families import Family
+from .grid import Grid
 from .loading import find_image_settings, load_processor, plan, read_config
 from .splits import LONGEST, Splits, choose_split
 from .tiles import Tiles, count_tiles
@@ -63,6 +64,8 @@ def describe(
     pinpoints, side = config.image_grid_pinpoints, vision.image_size // vision.patch_size
     if vision.tiled is not None:
         image_tokens = {"image_tokens": 1, "tile_keys": vision.num_features, "max_tiles": vision.tiled.max_tiles}
+    elif vision.grid is not None:
+        image_tokens = _tokens_of_grid(checkpoint, family, config)
     elif config.projector.shuffle is not None:
         image_tokens = _tokens_of_tiles(checkpoint, family, config)
     elif config.projector.pool is not None:
@@ -75,7 +78,8 @@ def describe(
     shapes: dict[str, dict[str, Any]] = {
         "vision": {
             "hidden_size": vision.hidden_size, "layers": vision.num_hidden_layers, "heads": vision.num_attention_heads,
-            "image_size": _image_size(checkpoint, family, config), "patch_size": vision.patch_size, **image_tokens,
+            **({"image_size": _image_size(checkpoint, family, config)} if vision.grid is None else {}),
+            "patch_size": vision.patch_size, **image_tokens,
         },
         "projector": {"hidden_size": config.projector.hidden_size, "layers": config.projector.num_layers},
         "decoder": {
@@ -125,6 +129,15 @@ def _tokens_of_image(checkpoint: Checkpoint, family: Family, config: VLMConfig) 
     if settings is None:
         return config.vision.num_features
     return family.image_text(config, settings, "\0", (1, 1)).count("\0")
+
+
+def _tokens_of_grid(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> dict[str, int]:
+    """Pixels of images, and tokens of the largest, where the image settings say them."""
+    settings = find_image_settings(checkpoint.folder, family, config)
+    if settings is None or not isinstance(settings.tiling, Grid):
+        return {}
+    grid = settings.tiling
+    return {"min_pixels": grid.min_pixels, "max_pixels": grid.max_pixels, "max_image_tokens": grid.max_tokens}
 
 
 def _tokens_of_tiles(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> dict[str, int]:

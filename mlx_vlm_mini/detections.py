@@ -9,8 +9,16 @@ binned in 1023rds; the demo's rule, which everybody follows, is at most a 1024th
 Qwen-VL's form (arXiv:2308.12966, section 2.2; README.md of github.com/QwenLM/Qwen-VL): `<ref>label</ref>`, and behind
 it `<box>(x1,y1),(x2,y2)</box>`, left top and right bottom, or `<quad>` with four corners, in 1000ths of the image's
 sides. Several in a row share the label in front of them; a place may have none.
+
+Qwen2-VL's form (arXiv:2409.12191, section 2.2): `<|object_ref_start|>label<|object_ref_end|>` and
+`<|box_start|>(x1,y1),(x2,y2)<|box_end|>`, left top and right bottom in 1000ths of the sides. Its special tokens are not
+in an answer's text; where nothing but labels and boxes is left of it, these are read all the same.
+
+Qwen2.5-VL's and 3-VL's form (cookbooks of github.com/QwenLM/Qwen3-VL): JSON objects with `bbox_2d` [x1, y1, x2, y2] or
+`point_2d` [x, y], and a `label`; in pixels of the picture as the model saw it, in 3-VL in 1000ths of its sides.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +35,13 @@ _TAGS = re.compile(
     rf"<ref>(?P<label>[^<]*)</ref>|<box>(?P<box>{_POINT},{_POINT})</box>"
     rf"|<quad>(?P<quad>{_POINT}(?:,{_POINT}){{3}})</quad>"
 )
+_CORNERS = r"\((\d{1,4}),\s*(\d{1,4})\),\s*\((\d{1,4}),\s*(\d{1,4})\)"
+_MARKED = re.compile(
+    rf"(?:<\|object_ref_start\|>([^<]*)<\|object_ref_end\|>\s*)?<\|box_start\|>\s*{_CORNERS}\s*<\|box_end\|>"
+)
+_BARE = re.compile(rf"([^()]*){_CORNERS}")
+_JSON = re.compile(r"\{[^{}]*\}")
+_THOUSANDTHS = (1000, 1000)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +67,12 @@ class Detection:
 
 
 def find_detections(
-    text: str, *, height: int, width: int, decode_masks: Callable[[np.ndarray], np.ndarray] | None = None
+    text: str,
+    *,
+    height: int,
+    width: int,
+    decode_masks: Callable[[np.ndarray], np.ndarray] | None = None,
+    scale: tuple[int, int] | None = None,
 ) -> list[Detection]:
     """The objects that an answer gives places to, in its order.
 
@@ -61,8 +81,11 @@ def find_detections(
         height, width: of the image in pixels, as it was opened.
         decode_masks: int[N, 16] codes -> float[N, 64, 64], above 0 inside: a `MaskDecoder`. Without one `mask_codes`
             are given and no `mask`.
+        scale: height and width of the image in the numbers of an answer in JSON, see `Processor.answer_scale`; None:
+            they are 1000ths.
     """
-    found = _find_tags(text, height, width)
+    found = _find_tags(text, height, width) + _find_marked(text, height, width)
+    found += _find_json(text, height, width, scale or _THOUSANDTHS)
     for match in _OBJECT.finditer(text):
         places, codes = ([int(number) for number in _NUMBER.findall(group)] for group in match.groups()[:2])
         if max(places) > 1023:
@@ -101,6 +124,53 @@ def _find_tags(text: str, height: int, width: int) -> list[Detection]:
             corners = tuple(zip(x, y, strict=True))
             found.append(Detection(label, box=(min(x), min(y), max(x), max(y)), corners=corners))
     return found
+
+
+def _find_marked(text: str, height: int, width: int) -> list[Detection]:
+    matches = list(_MARKED.finditer(text))
+    if not matches and re.fullmatch(rf"(?:{_BARE.pattern})+\s*", text):
+        matches = list(_BARE.finditer(text))
+    found = []
+    for label, *corners in (match.groups() for match in matches):
+        box = _box([int(number) for number in corners], height, width, _THOUSANDTHS)
+        found.append(Detection(" ".join((label or "").split()), box=box))
+    return found
+
+
+def _box(corners: Sequence[float], height: int, width: int, scale: tuple[int, int]) -> tuple[int, int, int, int]:
+    left, top, right, bottom = (
+        round(place / whole * side)
+        for place, whole, side in zip(corners, scale[::-1] * 2, (width, height) * 2, strict=True)
+    )
+    return left, top, right, bottom
+
+
+def _find_json(text: str, height: int, width: int, scale: tuple[int, int]) -> list[Detection]:
+    """Objects one by one, so that an answer that was cut off gives those that are whole."""
+    found = []
+    for match in _JSON.finditer(text):
+        try:
+            said = json.loads(match[0])
+        except ValueError:
+            continue
+        name = said.get("label", said.get("text_content"))
+        label = " ".join(name.split()) if isinstance(name, str) else ""
+        box, point = _numbers(said.get("bbox_2d"), 4), _numbers(said.get("point_2d"), 2)
+        if box is not None:
+            found.append(Detection(label, box=_box(box, height, width, scale)))
+        elif point is not None:
+            place = (point[0] / scale[1] * width, point[1] / scale[0] * height)
+            found.append(Detection(label, points=(place,)))
+    return found
+
+
+def _numbers(value: object, count: int) -> list[float] | None:
+    """A list of so many numbers of a size that a picture may have."""
+    if not isinstance(value, list) or len(value) != count:
+        return None
+    if not all(isinstance(each, int | float) and not isinstance(each, bool) and abs(each) < 1e6 for each in value):
+        return None
+    return value
 
 
 def _with_masks(

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from .axes import PlacedImage
 from .cross_attention import ImageCache, ShownImage
 from .decoder import Decoder
 from .image_blocks import ImageBlock, cut_between
@@ -47,7 +48,7 @@ def prefill(
     embeddings: mx.array,
     cache: Sequence[Any],
     *,
-    images: Sequence[ShownImage | ImageBlock] = (),
+    images: Sequence[ShownImage | ImageBlock | PlacedImage] = (),
     step: int = PREFILL_STEP,
     progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
@@ -55,7 +56,8 @@ def prefill(
 
     Args:
         embeddings: float[1, L, C], the prompt's or the part of it that the cache lacks.
-        images: for cross-attention layers, those that the cache lacks; or those whose tokens see one another.
+        images: for cross-attention layers, those that the cache lacks; or those whose tokens see one another; as
+            `model.show` gives them.
         step: tokens a chunk. Not applied where the prompt's keys depend on all of it, nor inside such an image.
         progress: called with tokens done and tokens in all.
 

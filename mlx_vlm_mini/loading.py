@@ -183,6 +183,8 @@ def load(
     dtype: DTypeName | None = None,
     min_tiles: int | None = None,
     max_tiles: int | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     vision_tower: str | Path | None = None,
     conversation: str | None = None,
 ) -> tuple[VLM, Processor]:
@@ -194,6 +196,8 @@ def load(
         dtype: type to compute in; by default the checkpoint's on a GPU and float32 on a CPU.
         min_tiles, max_tiles: tiles of an image, without its thumbnail, in families that cut one into a grid of its
             shape (InternVL, SmolVLM) or in crops (Gemma 3); by default as the checkpoint says.
+        min_pixels, max_pixels: height times width of an image, in families that take any size (Qwen2-VL); by default as
+            the checkpoint says.
         vision_tower: of an original LLaVA checkpoint, in place of the one that its config.json names.
         conversation: of an original LLaVA checkpoint, its prompt's name in place of the one that belongs to its name.
 
@@ -215,6 +219,8 @@ def load(
     processor = load_processor(checkpoint, planned.family, planned.config)
     if min_tiles is not None or max_tiles is not None:
         processor.limit_tiles(min_tiles, max_tiles)
+    if min_pixels is not None or max_pixels is not None:
+        processor.limit_pixels(min_pixels, max_pixels)
     chosen: Any = getattr(mx, dtype) if dtype is not None else compute_dtype(planned)
     load_weights(planned.model, planned.ours, checkpoint, chosen, planned.family.WEIGHTS)
     return planned.model, processor

@@ -11,17 +11,20 @@ import numpy as np
 
 from .anyres import pack
 from .attention import Recorder
+from .axes import PlacedImage
 from .borrow import borrow
 from .canvas import Canvas, choose_canvas
-from .config import OPTConfig, VLMConfig
+from .config import OPTConfig, ProjectorConfig, VLMConfig
 from .contrast import Contrast
 from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
 from .errors import CheckpointError, PromptError
+from .grid_vision import GridVisionTransformer
 from .image_blocks import ImageBlock, find_blocks
+from .merger import PatchMerger
 from .opt import OPTDecoder
 from .pooling import PooledProjector
-from .projector import Projector, pixel_shuffle
+from .projector import Projector, join_squares, pixel_shuffle
 from .qformer import QFormer
 from .query_attention import Looks, QuerySight
 from .resampler import Resampler
@@ -69,8 +72,26 @@ class Inputs:
 
     @property
     def pixel_values(self) -> mx.array | None:
-        """float32[B, height, width, 3]: the rows of all images in order, copied; None for text alone."""
+        """float32[B, height, width, 3]: the rows of all images in order, copied; None for text alone.
+
+        Raises:
+            PromptError: the images have different sizes.
+        """
+        if len({image.pixel_values.shape[1:] for image in self.images}) > 1:
+            raise PromptError("the images have different sizes: each has pixel_values of its own")
         return mx.array(np.concatenate([image.pixel_values for image in self.images])) if self.images else None
+
+
+def _make_projector(config: ProjectorConfig) -> nn.Module:
+    kinds: dict[Any, Any] = {
+        Resampler: config.resampler,
+        PooledProjector: config.pool,
+        PatchMerger: config.merger,
+        QFormer: config.qformer,
+    }
+    kind = next((kind for kind, settings in kinds.items() if settings is not None), Projector)
+    projector: nn.Module = kind(config)
+    return projector
 
 
 class VLM(nn.Module):
@@ -88,10 +109,8 @@ class VLM(nn.Module):
         super().__init__()
         self.config = config
         tower = VisionTransformer if config.vision.tiled is None else TiledVisionTransformer
-        self.vision: Any = tower(config.vision)
-        pooled, resampled = config.projector.pool is not None, config.projector.resampler is not None
-        projector = PooledProjector if pooled else Resampler if resampled else Projector
-        self.projector: Any = (projector if config.projector.qformer is None else QFormer)(config.projector)
+        self.vision: Any = (tower if config.vision.grid is None else GridVisionTransformer)(config.vision)
+        self.projector: Any = _make_projector(config.projector)
         if config.text_alone:
             self.vision, self.projector = nn.Module(), nn.Module()
         text = config.decoder
@@ -178,6 +197,11 @@ class VLM(nn.Module):
         Raises:
             PromptError, CheckpointError: as `arrange`.
         """
+        merge = self.config.projector.shuffle
+        if self.config.vision.grid is not None and merge is not None:
+            rows, columns = (side // self.config.vision.patch_size for side in image.pixel_values.shape[1:3])
+            numbers = mx.arange(rows * columns).reshape(1, rows, columns, 1)
+            return np.array(join_squares(numbers, merge.factor).flatten(0, 2))
         count = self.config.vision.features_at(image.pixel_values.shape[1])
         numbers = mx.arange(image.rows * count).reshape(image.rows, count, 1)
         if self.config.projector.joined is not None:
@@ -262,20 +286,26 @@ class VLM(nn.Module):
             missing -= image.tokens
         if not arranged:
             return embeddings
-        features = mx.concatenate(arranged[::-1])[-len(positions) :]
+        features = mx.concatenate(arranged[::-1])[-len(positions) :, : embeddings.shape[-1]]
         embeddings[:, mx.array(positions)] = features.astype(embeddings.dtype)
         return embeddings
 
     def show(
         self, inputs: Inputs, start: int = 0, encode: Callable[[InputImage], mx.array] | None = None
-    ) -> list[ShownImage | ImageBlock]:
-        """What cross-attention layers or query tokens look at of the images whose tokens stand at `start` or behind, or
-        where those tokens are that see one another; else nothing. Arguments and errors as of `embed`."""
+    ) -> list[ShownImage | ImageBlock | PlacedImage]:
+        """What the decoder has to know of the images besides their embeddings, for tokens from `start` on.
+
+        Of patch grids all images' places, and what else is added to the tokens of those that reach behind `start`. With
+        cross-attention layers or query tokens what these look at, of images whose tokens stand at `start` or behind; or
+        where those tokens are that see one another. Else nothing. Arguments and errors as of `embed`.
+        """
+        if self.config.vision.grid is not None:
+            return [*self._place(inputs, start, encode or self.encode)]
         if self.config.decoder.two_way == "images":
             return [*find_blocks(inputs.slots, start)]
         if self.config.decoder.cross_attention is None and self.config.decoder.queries is None:
             return []
-        shown: list[ShownImage | ImageBlock] = []
+        shown: list[ShownImage | ImageBlock | PlacedImage] = []
         places = np.flatnonzero(inputs.slots)[:: self.decoder.least_chunk]  # where each image's slots begin
         for position, image in zip(places.tolist(), inputs.images, strict=True):
             if position >= start:
@@ -283,6 +313,17 @@ class VLM(nn.Module):
                 seen = image.rows * self.config.vision.num_features
                 shown.append(ShownImage(Span(position, seen, len(features)), features))
         return shown
+
+    def _place(self, inputs: Inputs, start: int, encode: Callable[[InputImage], mx.array]) -> list[PlacedImage]:
+        placed, slots = [], np.flatnonzero(inputs.slots)
+        for image in inputs.images:
+            own, slots = slots[: image.tokens], slots[image.tokens :]
+            rows, columns = (side // self.config.vision.image_size for side in image.pixel_values.shape[1:3])
+            taps = None
+            if own[-1] >= start and len(self.config.vision.feature_layers) > 1:
+                taps = encode(image).reshape(image.tokens, -1, self.config.decoder.hidden_size)[:, 1:].swapaxes(0, 1)
+            placed.append(PlacedImage(int(own[0]), rows, columns, taps))
+        return placed
 
     def query(self, features: mx.array, text: mx.array | None = None, looks: Recorder | None = None) -> mx.array:
         """What the query tokens become that look at an image, without a cache.

@@ -16,11 +16,12 @@ from .anyres import Tiling, cut_frames, read_pinpoints
 from .canvas import Canvas, canvas_frames
 from .crops import Crops, crop_frames
 from .errors import CheckpointError, ImageError
+from .grid import Grid
 from .places import Frame
 from .splits import Splits, split_frames
 from .tiles import Tiles, tile_frames
 
-Cuts = Tiling | Tiles | Canvas | Splits | Crops
+Cuts = Tiling | Tiles | Canvas | Splits | Crops | Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "pan_and_scan_min_crop_size": 256, "pan_and_scan_max_num_crops": 4,
         "pan_and_scan_min_ratio_to_activate": 1.2,
     },
+    "Qwen2VL": {
+        **_CLIP_DEFAULTS, "size": {}, "do_center_crop": False, "crop_size": None,
+        "min_pixels": None, "max_pixels": None, "patch_size": 14, "merge_size": 2,
+    },
     "InternVLChat": {  # no class of transformers: what the family's own code does, by the names of GotOcr2's settings
         **_CLIP_DEFAULTS, "size": {"height": 448, "width": 448}, "do_center_crop": False, "crop_size": None,
         "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
@@ -96,11 +101,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _DEFAULTS["SmolVLM"] = _DEFAULTS["Idefics3"]
+_DEFAULTS["Qwen2_5_VL"] = _DEFAULTS["Qwen2VL"]  # a name that its first files have
 TILINGS: dict[str, type[Cuts]] = {
     "LlavaNext": Tiling, "LlavaOnevision": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas,
-    "Idefics3": Splits, "SmolVLM": Splits, "Gemma3": Crops,
+    "Idefics3": Splits, "SmolVLM": Splits, "Gemma3": Crops, "Qwen2VL": Grid, "Qwen2_5_VL": Grid,
 }  # fmt: skip
 """Image processors that cut an image, and how."""
+_FIT = (Canvas, Grid, Splits)  # which resize an image themselves
 
 
 def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
@@ -135,7 +142,8 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
     normalize, padded = values["do_normalize"], kind in ("Llava", "InternVLChat") and values["do_pad"]
     if kind == "Mllama" and not (values["do_resize"] and values["do_pad"]):
         raise CheckpointError("preprocessor_config.json: a canvas of tiles needs do_resize and do_pad")
-    resized = TILINGS.get(kind) not in (Canvas, Splits)  # which see to sizes themselves
+    if TILINGS.get(kind) is Grid and not values["do_resize"]:
+        raise CheckpointError("preprocessor_config.json: images in patches need do_resize")
     cuts: dict[str, Callable[[Mapping[str, Any]], Cuts]] = {
         "LlavaNext": _tiling,
         "LlavaOnevision": _tiling,
@@ -145,9 +153,11 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         "Idefics3": _splits,
         "SmolVLM": _splits,
         "Gemma3": _crops,
+        "Qwen2VL": _grid,
+        "Qwen2_5_VL": _grid,
     }
     settings = ImageSettings(
-        size=_as_size(values["size"], square=False) if values["do_resize"] and resized else None,
+        size=_as_size(values["size"], square=False) if values["do_resize"] and TILINGS.get(kind) not in _FIT else None,
         resample=values["resample"],
         crop_size=(crop["height"], crop["width"]) if crop is not None else None,
         pad_color=tuple(int(x * 255) for x in mean) if padded else None,
@@ -189,6 +199,17 @@ def _canvas(values: Mapping[str, Any]) -> Canvas:
     if canvas.tile_size**2 * canvas.max_tiles > _MOST_PIXELS:
         raise CheckpointError(f"preprocessor_config.json: tiles of {canvas.tile_size} pixels a side are too large")
     return canvas
+
+
+def _grid(values: Mapping[str, Any]) -> Grid:
+    """The limits, in pixels of an image, go by three names; the first that is there counts."""
+    size, limits = values["size"], []
+    if not isinstance(size, Mapping):
+        raise CheckpointError(f"preprocessor_config.json: {size!r} names no limits of pixels")
+    for key, edge, default in (("min_pixels", "shortest_edge", 56**2), ("max_pixels", "longest_edge", 1280 * 28**2)):
+        named = (values[key], size.get(edge), size.get(key))
+        limits.append(next((value for value in named if value is not None), default))
+    return Grid(patch_size=values["patch_size"], merge=values["merge_size"], min_pixels=limits[0], max_pixels=limits[1])
 
 
 def _tiles(values: Mapping[str, Any]) -> Tiles:
@@ -253,6 +274,10 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
     Returns:
         float32[height, width, 3].
     """
+    if isinstance(settings.tiling, Grid):
+        height, width = settings.tiling.fit((image.height, image.width))
+        _check_pixels(image, width, height)
+        image = image.resize((width, height), resample=Image.Resampling(settings.resample))
     if settings.pad_color is not None:
         _check_pixels(image, max(image.size), max(image.size))
         image = _pad_to_square(image, settings.pad_color)
@@ -292,6 +317,9 @@ def frames(size: tuple[int, int], settings: ImageSettings) -> list[Frame]:
         pieces = split_frames(size, settings.tiling)
     elif isinstance(settings.tiling, Crops):
         pieces = crop_frames(size, settings.tiling)
+    elif isinstance(settings.tiling, Grid):
+        fitted = settings.tiling.fit(size)
+        pieces = [(Frame().resize(size[::-1], fitted[::-1]), fitted)]
     return [_frame(frame, height, width, settings) for frame, (height, width) in pieces]
 
 

@@ -13,6 +13,7 @@ from .config import VLMConfig
 from .crops import Crops
 from .errors import CheckpointError, PromptError
 from .families import Family
+from .grid import Grid
 from .image import ImageSource, Picture, open_image, read_image
 from .model import InputImage, Inputs
 from .preprocess import ImageSettings
@@ -127,6 +128,31 @@ class Processor:
             max_tiles=tiles.max_tiles if most is None else most,
         )
         self.image_settings = replace(self.image_settings, tiling=tiles)
+
+    def limit_pixels(self, fewest: int | None = None, most: int | None = None) -> None:
+        """Make images of other sizes than the checkpoint says, in pixels of height times width; None leaves a limit as
+        it is.
+
+        Raises:
+            CheckpointError: the family's images have a fixed size, or the limits make no sense.
+        """
+        grid = None if self.image_settings is None else self.image_settings.tiling
+        if self.image_settings is None or not isinstance(grid, Grid):
+            raise CheckpointError(f"family '{self.config.family}' has no limits of pixels: leave them out")
+        grid = replace(
+            grid,
+            min_pixels=grid.min_pixels if fewest is None else fewest,
+            max_pixels=grid.max_pixels if most is None else most,
+        )
+        self.image_settings = replace(self.image_settings, tiling=grid)
+
+    def answer_scale(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Height and width of an image of `size`, height and width in pixels, in the numbers of answers that say places
+        in JSON; None where these are 1000ths."""
+        grid = None if self.image_settings is None else self.image_settings.tiling
+        if isinstance(grid, Grid) and getattr(self.family, "ANSWERS_IN_PIXELS", False):
+            return grid.fit(size)
+        return None
 
     def prepare(self, source: ImageSource | Picture | PreparedImage) -> PreparedImage:
         """Open an image and make its pixels ready.

@@ -14,6 +14,20 @@ from .activation import ACTIVATIONS
 from .config import ProjectorConfig, ShuffleConfig
 
 
+def join_squares(features: mx.array, n: int) -> mx.array:
+    """Join each square of n x n neighbouring features, row by row within it.
+
+    Args:
+        features: float[B, rows, columns, C], multiples of n of each.
+
+    Returns:
+        float[B, rows / n, columns / n, n * n * C].
+    """
+    B, rows, columns, C = features.shape
+    x = features.reshape(B, rows // n, n, columns // n, n, C)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows // n, columns // n, n * n * C)
+
+
 def pixel_shuffle(features: mx.array, shuffle: ShuffleConfig) -> mx.array:
     """Join each square of neighbouring features, row by row within it: a grid that many times smaller and wider.
 

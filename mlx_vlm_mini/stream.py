@@ -182,8 +182,10 @@ def stream_inputs(
         stats.encoded_images += 1
         return model.encode(image)
 
+    kept = Features() if features is None else features
+
     def find(image: InputImage) -> mx.array:
-        return encode(image) if features is None else features.encode(image, encode)
+        return kept.encode(image, encode)
 
     if options.seed is not None:
         mx.random.seed(options.seed)

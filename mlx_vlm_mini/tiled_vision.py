@@ -6,6 +6,7 @@ behind the last norm; and intermediate states beside what these give.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,8 +27,10 @@ class GatedBlock(Block):
         super().__init__(config)
         self.gate_attn, self.gate_mlp = mx.zeros(1), mx.zeros(1)
 
-    def __call__(self, x: mx.array, attentions: Recorder | None = None, *, mask: Mask = None) -> mx.array:
-        x = x + mx.tanh(self.gate_attn) * self.attn(self.norm1(x), mask=mask, attentions=attentions)
+    def __call__(
+        self, x: mx.array, attentions: Recorder | None = None, *, mask: Mask = None, rope: Any = None
+    ) -> mx.array:
+        x = x + mx.tanh(self.gate_attn) * self.attn(self.norm1(x), mask=mask, rope=rope, attentions=attentions)
         return x + mx.tanh(self.gate_mlp) * self.mlp(self.norm2(x))
 
 

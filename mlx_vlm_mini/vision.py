@@ -6,7 +6,7 @@ norms of queries and keys, and positions for any size. Modules are named as timm
 """
 
 from math import inf, isqrt, nextafter
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,8 +34,13 @@ class PatchEmbed(nn.Module):
         rows, columns = height // p, width // p
         x = pixel_values[:, : rows * p, : columns * p].reshape(B, rows, p, columns, p, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, p * p * 3)  # (B, P, p * p * 3)
-        x = x @ self.weight.reshape(-1, p * p * 3).T  # (B, P, C)
+        x = x @ self.kernel.reshape(-1, p * p * 3).T  # (B, P, C)
         return x + self.bias if "bias" in self else x
+
+    @property
+    def kernel(self) -> mx.array:
+        """float[C, p, p, 3]."""
+        return self.weight
 
 
 class MLPConfig(Protocol):
@@ -62,6 +67,20 @@ class MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class GatedMLP(nn.Module):
+    """The same with a gate (arXiv:2002.05202), modules named as decoders name them."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
 NORMS: dict[VisionNorm, type[nn.LayerNorm | nn.RMSNorm]] = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
 
 
@@ -81,12 +100,14 @@ class Block(nn.Module):
             qk_norm=None if qk_norm_eps is None else (config.hidden_size, qk_norm_eps),
         )
         self.norm2 = norm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(config) if config.blocks.gated_mlp else MLP(config)
         if config.blocks.layer_scale:
             self.ls1, self.ls2 = mx.ones(config.hidden_size), mx.ones(config.hidden_size)
 
-    def __call__(self, x: mx.array, attentions: Recorder | None = None, *, mask: Mask = None) -> mx.array:
-        added = self.attn(self.norm1(x), mask=mask, attentions=attentions)
+    def __call__(
+        self, x: mx.array, attentions: Recorder | None = None, *, mask: Mask = None, rope: Any = None
+    ) -> mx.array:
+        added = self.attn(self.norm1(x), mask=mask, rope=rope, attentions=attentions)
         x = x + (added * self.ls1 if "ls1" in self else added)
         added = self.mlp(self.norm2(x))
         return x + (added * self.ls2 if "ls2" in self else added)

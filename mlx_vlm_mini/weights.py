@@ -16,7 +16,8 @@ from .families.maps import PerHead, Weights
 from .model import VLM
 
 CONVOLUTIONS = frozenset({"vision.patch_embed.weight", "patch_embed.weight"})
-"""Our names of convolution kernels: (out, in, h, w) on the Hub, (out, h, w, in) here and in MLX's files."""
+"""Our names of convolution kernels: (out, in, h, w) on the Hub, (out, h, w, in) here and in MLX's files; of videos
+with time in front of h."""
 
 _BATCHED = frozenset({"vision.class_token", "vision.pos_embed", "query_tokens", "projector.query_tokens"})
 """Our names of tensors that some families store with axes of length 1 in front."""
@@ -195,7 +196,7 @@ def check_tensors(
         names, info = held[theirs], checkpoint.tensors[theirs]
         name, array = names[0], expected[names[0]]
         stored = info.shape
-        if name in CONVOLUTIONS and not checkpoint.is_mlx and len(stored) == 4:
+        if name in CONVOLUTIONS and not checkpoint.is_mlx and len(stored) in (4, 5):
             stored = (stored[0], *stored[2:], stored[1])
         if name in _BATCHED:
             stored = stored[-array.ndim :] if set(stored[: -array.ndim]) <= {1} else stored
@@ -221,13 +222,13 @@ def _their_name(name: str, ours: Mapping[str, str]) -> str:
 
 def to_torch_layout(name: str, array: mx.array) -> mx.array:
     """A tensor of the model, by our name, with convolution kernels as (out, in, h, w)."""
-    return array.transpose(0, 3, 1, 2) if name in CONVOLUTIONS else array
+    return mx.moveaxis(array, -1, 1) if name in CONVOLUTIONS else array
 
 
 def to_mlx_layout(name: str, array: mx.array, checkpoint: Checkpoint) -> mx.array:
     """A tensor, by our name, with convolution kernels as (out, h, w, in)."""
     if name in CONVOLUTIONS and not checkpoint.is_mlx:
-        return array.transpose(0, 2, 3, 1)
+        return mx.moveaxis(array, 1, -1)
     return array
 
 

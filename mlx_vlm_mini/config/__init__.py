@@ -24,17 +24,16 @@ from .decoder import (
     TwoWay,
     WindowConfig,
 )
-from .projector import PoolConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
+from .projector import MergerConfig, PoolConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
 from .qformer import InstructionConfig, QFormerConfig
 from .queries import ContrastConfig, QueryConfig
-from .vision import MOST_TILES, BlockConfig, TiledConfig, VisionConfig, VisionNorm
+from .vision import MOST_TILES, BlockConfig, GridConfig, TiledConfig, VisionConfig, VisionNorm
 
 __all__ = [
     "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig", "CrossAttentionConfig",
-    "DecoderConfig", "InstructionConfig", "LayerType", "NormConfig", "OPTConfig", "PoolConfig", "Prescribed",
-    "ProjectorConfig", "QFormerConfig", "QueryConfig", "ResamplerConfig",
-    "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "VisionNorm",
-    "WindowConfig",
+    "DecoderConfig", "GridConfig", "InstructionConfig", "LayerType", "MergerConfig", "NormConfig", "OPTConfig",
+    "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig", "QueryConfig", "ResamplerConfig", "ScaleConfig",
+    "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "VisionNorm", "WindowConfig",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
@@ -106,6 +105,8 @@ class VLMConfig:
                 f"config.json: the projector reads {self.projector.input_size} numbers, the vision tower gives "
                 f"{self.vision.feature_size} in each of {factor**2} features"
             )
+        if (self.vision.grid is None) != (self.projector.merger is None):
+            raise CheckpointError("config.json: a tower of patch grids and a merger are supported together only")
         if (self.vision.tiled is None) != (self.decoder.cross_attention is None):
             raise CheckpointError("config.json: a tower of tiles and cross-attention are supported together only")
         if self.contrast is not None:

@@ -7,6 +7,7 @@ from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation, check_flags, check_positive, check_sizes
 from .qformer import QFormerConfig
+from .vision import VisionNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,18 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, "factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergerConfig:
+    """Each feature normed, squares of them joined, two layers (Qwen2-VL); see `merger.py`."""
+
+    norm_type: VisionNorm
+    taps: int = 0
+    """Further mergers, for features of earlier blocks, whose norm is of the joined ones (Qwen3-VL)."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, *(["taps"] if self.taps != 0 else []))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +82,8 @@ class ProjectorConfig:
     qformer: QFormerConfig | None = None
     pool: PoolConfig | None = None
     """In place of all that; one layer."""
+    merger: MergerConfig | None = None
+    """In place of what stands above, for grids of patches; it has the other fields' sizes."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "input_size", "hidden_size", *(["num_layers"] if self.num_layers != 0 else []))

@@ -23,9 +23,11 @@ class BlockConfig:
     """Of an RMS norm over the queries of all heads, and one over the keys (InternViT-6B); None: there are none."""
     layer_scale: bool = False
     """Learned factors of what attention and MLP add to the stream (arXiv:2103.17239)."""
+    gated_mlp: bool = False
+    """An MLP of three layers, as decoders have it (Qwen2.5-VL)."""
 
     def __post_init__(self) -> None:
-        check_flags(self, "qkv_bias", "o_bias", "layer_scale")
+        check_flags(self, "qkv_bias", "o_bias", "layer_scale", "gated_mlp")
         if self.norm_type not in get_args(VisionNorm):
             raise CheckpointError(f"config.json: unknown norm_type {self.norm_type!r} of the vision tower")
         if self.qk_norm_eps is not None:
@@ -47,8 +49,26 @@ class TiledConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """An image of any size as a grid of patches, with rotary positions down and across; see `grid_vision.py`."""
+
+    frames: int
+    """Of a video, that a patch spans; a picture is all of them."""
+    window: int | None = None
+    """Patches along a side of the windows that most blocks see (Qwen2.5-VL); None: all see the whole image."""
+    full_blocks: tuple[int, ...] = ()
+    """Blocks that see the whole image all the same."""
+    position_side: int | None = None
+    """Side of the square of learned positions (Qwen3-VL); None: there are none."""
+
+    def __post_init__(self) -> None:
+        optional = ("window", "position_side")
+        check_sizes(self, "frames", *(name for name in optional if getattr(self, name) is not None))
+
+
+@dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A pre-norm vision transformer on a square image.
+    """A pre-norm vision transformer on a square image, or on one of any size where it has a `grid`.
 
     `feature_layers` are the hidden states that the projector reads: 0 is what enters the first block, n what leaves
     block n. Several are concatenated along C. Blocks after the last one named are not built.
@@ -78,6 +98,8 @@ class VisionConfig:
     """Images of another size get the position embeddings resampled (InternViT); otherwise they are refused."""
     tiled: TiledConfig | None = None
     """The image is tiles, `image_size` pixels along a side each; None: it is one square."""
+    grid: GridConfig | None = None
+    """The image has any size, its sides being multiples of `image_size`."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")

@@ -25,6 +25,9 @@ from . import (
     mllama,
     paligemma,
     qllama,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
     qwen_vl,
 )
 from .maps import Weights
@@ -68,6 +71,9 @@ FAMILIES: dict[str, Family] = {
     "mllama": mllama,
     "paligemma": paligemma,
     "qwen": qwen_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen2_vl": qwen2_vl,
+    "qwen3_vl": qwen3_vl,
     "smolvlm": idefics3,
 }
 

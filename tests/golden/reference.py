@@ -20,6 +20,8 @@ import numpy as np
 from mllama_reference import TEMPLATE as MLLAMA
 from mllama_reference import compute_as_meta, is_meta, tiles_of
 from PIL import Image
+from qwen_reference import FAMILIES as QWEN
+from qwen_reference import QWEN2, QWEN3, add_tokens, flatten, images_only, limits_by_their_names, pixels_of
 
 GOLDEN = Path(__file__).parent
 STEPS = 10  # tokens decoded with the cache
@@ -545,6 +547,41 @@ SPECS = {
             pan_and_scan_max_num_crops=3, pan_and_scan_min_ratio_to_activate=1.25)),
         tokenizer="gemma3", chat_template=GEMMA3, template_file="chat_template.jinja",
         rename=memory_names, shards=2, seed=41, family="gemma3", cases=tuple(CASES)),
+    "qwen2-vl": Spec(  # photo.jpg: 8 x 6 tokens, halves rounded to even; shapes.png: 4 x 7; strip.png: 3 x 13
+        vision=("qwen2_vl_vision", dict(
+            depth=2, embed_dim=32, hidden_size=40, mlp_ratio=2, num_heads=2, patch_size=6)),
+        text=("qwen2_vl_text", dict(
+            hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=512, rms_norm_eps=1e-6,
+            rope_parameters={"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 2, 2]})),
+        llava={},
+        image_processor=("Qwen2VL", dict(patch_size=6, size={"shortest_edge": 576, "longest_edge": 100000})),
+        tokenizer="qwen2", chat_template=QWEN2, template_file="chat_template.json",
+        config=flatten, seed=30, family="qwen2_vl", cases=tuple(CASES)),
+    "qwen2.5-vl": Spec(  # windows of 3 x 3 tokens; photo.jpg: 6 x 4, above the limit; shapes.png: 4 x 6; strip.png: 2 x 10
+        vision=("qwen2_5_vl_vision", dict(
+            depth=4, hidden_size=24, intermediate_size=36, num_heads=2, patch_size=6, window_size=40, out_hidden_size=36,
+            fullatt_block_indexes=[1, 3])),
+        text=("qwen2_5_vl_text", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+            max_position_embeddings=512, rope_parameters={"rope_theta": 1e6, "rope_type": "default", "mrope_section": [1, 2, 3]})),
+        llava=dict(tie_word_embeddings=True),
+        image_processor=("Qwen2VL", dict(patch_size=6, size={"shortest_edge": 576, "longest_edge": 4000})),
+        tokenizer="qwen2", chat_template=QWEN2, template_file="chat_template.jinja",
+        shards=2, seed=31, family="qwen2_5_vl", cases=tuple(CASES)),
+    "qwen3-vl": Spec(  # below the limit: photo.jpg 9 x 7 tokens, shapes.png 6 x 10, strip.png 4 x 15; positions of 5 x 5
+        vision=("qwen3_vl_vision", dict(
+            depth=3, hidden_size=24, intermediate_size=40, num_heads=2, patch_size=6, out_hidden_size=32,
+            num_position_embeddings=25, deepstack_visual_indexes=[0, 2])),
+        text=("qwen3_vl_text", dict(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, max_position_embeddings=512,
+            rope_parameters={"rope_theta": 1e4, "rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True})),
+        llava=dict(tie_word_embeddings=False),
+        image_processor=("Qwen2VL", dict(
+            patch_size=6, size={"shortest_edge": 8200, "longest_edge": 100000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
+        tokenizer="qwen2", chat_template=QWEN3, template_file="chat_template.jinja",
+        seed=32, family="qwen3_vl", cases=tuple(CASES)),
 }  # fmt: skip
 CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and for a reference that encodes a message by itself
     "long_text": [user(text_part(" ".join(CORPUS[:3])))],
@@ -692,6 +729,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
     from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     classes = {
@@ -704,6 +742,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
         "Mllama": MllamaImageProcessorPil,
         "Idefics3": Idefics3ImageProcessorPil,
         "Gemma3": Gemma3ImageProcessorPil,
+        "Qwen2VL": Qwen2VLImageProcessorPil,
     }
     return classes[kind](**options)
 
@@ -720,7 +759,7 @@ def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
         spec.family,
         vision_config=AutoConfig.for_model(vision_type, **vision),
         text_config=AutoConfig.for_model(text_type, vocab_size=vocab_size, **text),
-        **{"image_token_id" if spec.family in BY_ID else "image_token_index": image_token_id},
+        **{"image_token_id" if spec.family in (*BY_ID, *QWEN) else "image_token_index": image_token_id},
         **spec.llava,
     )
     model = AutoModelForImageTextToText.from_config(config).eval()
@@ -768,9 +807,10 @@ def save(spec: Spec, folder: Path) -> None:
         from internvl_reference import name_image_tokens
 
         tokenizer = name_image_tokens(tokenizer)
-    image_token = {"internvl": "<IMG_CONTEXT>", "mllama": "<|image|>", "gemma3": "<image_soft_token>"}.get(
-        spec.family, "<image>"
-    )
+    if spec.family in QWEN:
+        tokenizer = add_tokens(tokenizer)
+    own = {"internvl": "<IMG_CONTEXT>", "mllama": "<|image|>", "gemma3": "<image_soft_token>"}
+    image_token = {**own, **dict.fromkeys(QWEN, "<|image_pad|>")}.get(spec.family, "<image>")
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     # Of Llama 3.2 Vision the image token is the first that has an embedding and no score.
     model = make_model(spec, image_token_id if spec.family == "mllama" else len(tokenizer) + 5, image_token_id)
@@ -805,6 +845,10 @@ def save(spec: Spec, folder: Path) -> None:
             make_image_processor(kind, options), tokenizer, chat_template=spec.chat_template,
             image_seq_length=spec.llava["mm_tokens_per_image"],
         )  # fmt: skip
+    elif spec.family in QWEN:
+        processor = images_only(spec.family)(
+            make_image_processor(kind, options), tokenizer, chat_template=spec.chat_template
+        )
     elif spec.family in ("idefics3", "smolvlm"):  # SmolVLM's own, the same for images, wants num2words for videos
         patches = spec.vision[1]["image_size"] // spec.vision[1]["patch_size"] // spec.llava["scale_factor"]
         processor = Idefics3Processor(
@@ -838,6 +882,8 @@ def save(spec: Spec, folder: Path) -> None:
         content = json.loads((folder / "processor_config.json").read_text())
         (folder / "preprocessor_config.json").write_text(json.dumps(content.pop("image_processor"), indent=1))
         (folder / "processor_config.json").write_text(json.dumps(content, indent=1))
+    if spec.config is flatten:
+        limits_by_their_names(folder)
 
 
 def write_tensors(spec: Spec, folder: Path, tensors: dict[str, Any]) -> None:
@@ -955,6 +1001,8 @@ class Reference:
             from onevision_reference import StillImages
 
             self.processor = StillImages.from_pretrained(folder, backend="pil")
+        elif self.model.config.model_type in QWEN:
+            self.processor = images_only(self.model.config.model_type).from_pretrained(folder, backend="pil")
         else:
             self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
         if self.model.config.model_type == "gemma3":  # whose processor asks for no pan and scan, whatever the file says
@@ -1003,11 +1051,14 @@ class Reference:
             inputs = self.processor(text="<image>" * len(opened) + text, images=opened, return_tensors="pt")
         names = (
             "input_ids", "pixel_values", "image_sizes", "attention_mask", "token_type_ids",
-            "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask", "pixel_attention_mask", "batch_num_images",
+            "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask", "pixel_attention_mask", "image_grid_thw",
+            "mm_token_type_ids", "batch_num_images",
         )  # fmt: skip
         inputs = {key: inputs[key] for key in names if key in inputs}
         ids = inputs["input_ids"]
         rows, tokens = [], []
+        if self.model.config.model_type in QWEN:  # else text alone is decoded with the last picture's offset
+            self.model.model.rope_deltas = None
         with torch.no_grad():
             out = self.model(**inputs, use_cache=True)
             read = ids[0, 1:].clamp(max=out.logits.shape[-1] - 1)  # an image token may have no score
@@ -1034,6 +1085,10 @@ class Reference:
         }
         if opened:
             pixels = inputs["pixel_values"].numpy()
+            if "image_grid_thw" in inputs:
+                settings = self.processor.image_processor
+                answer["pixel_values"] = pixels_of(inputs, settings.merge_size, settings.patch_size)
+                return answer
             if pixels.ndim == 6:  # tiles that see one another
                 pixels = tiles_of(inputs).numpy()[..., ::4, ::4]  # a part, for the goldens' size
             elif "pixel_attention_mask" in inputs:  # of all images, one after another

@@ -21,7 +21,9 @@ from mlx_vlm_mini.config import (
     ContrastConfig,
     CrossAttentionConfig,
     DecoderConfig,
+    GridConfig,
     LayerType,
+    MergerConfig,
     NormConfig,
     PoolConfig,
     Prescribed,
@@ -191,7 +193,8 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
     "config",
     [
         BlockConfig, TiledConfig, VisionConfig, ShuffleConfig, PoolConfig, ProjectorConfig, NormConfig, ScaleConfig, BiasConfig,
-        ContrastConfig, CrossAttentionConfig, WindowConfig, DecoderConfig, Prescribed, QueryConfig, VLMConfig,
+        ContrastConfig, CrossAttentionConfig, WindowConfig, DecoderConfig, GridConfig, MergerConfig, Prescribed, QueryConfig,
+        VLMConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_a_reader_and_towers_stay_small(config):

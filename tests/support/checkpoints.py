@@ -120,10 +120,15 @@ def make_wide(name: str, folder: Path, changes: dict[str, Any] | None = None) ->
     for ours, array in tree_flatten(model.parameters()):
         value = mx.random.normal(array.shape) * (0.3 if array.ndim == 1 else array.shape[-1] ** -0.5)
         value = value + (1 if "norm" in ours and ours.endswith("weight") else 0)
-        arrays[ours] = mx.contiguous(value.transpose(0, 3, 1, 2) if value.ndim == 4 else value).astype(mx.bfloat16)
+        arrays[ours] = mx.contiguous(mx.moveaxis(value, -1, 1) if value.ndim > 3 else value).astype(mx.bfloat16)
     # A last block whose output nothing reads is in the file all the same.
-    found = {ours: arrays.get(ours, arrays.get(re.sub(r"\d+", "1", ours, count=1))) for ours in names}
-    tensors = {theirs: mx.concatenate([found[ours] for ours in held]) for theirs, held in fused(names).items()}
+    parts = {
+        theirs: [arrays.get(name, arrays.get(re.sub(r"\d+", "1", name, count=1))) for name in ours]
+        for theirs, ours in fused(names).items()
+    }
+    tensors = {theirs: part[0] if len(part) == 1 else mx.concatenate(part) for theirs, part in parts.items()}
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
     for theirs in planned.unused:  # the last norm of CLIP, which LLaVA does not read
         tensors[theirs] = mx.ones(config["vision_config"]["hidden_size"], dtype=mx.bfloat16)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})

@@ -7,9 +7,10 @@ to a multiple of 64) from convert_llava_next_weights_to_hf.py; LLaVA-OneVision's
 as are its towers; PaliGemma 2 from convert_paligemma2_weights_to_hf.py; sizes of
 Vicuna-13B, Mistral-7B, Yi-34B and Llama-3-8B from copies of their configs; Llama 3.2 Vision from sku_list.py of
 meta-llama/llama-models and convert_mllama_weights_to_hf.py of transformers; Qwen-VL's from a copy of its config.json, and its
-tensors' names and shapes from vllm-project/vllm (tests/golden/qwen_vl_oracle.py); SmolVLM-256M, SmolVLM2-500M, Gemma 3 4B and
-27B from copies of their configs in public repositories' tests; SmolVLM 2.2B, Idefics3-8B and Gemma 3 12B from memory. None was
-downloaded from the Hub itself.
+tensors' names and shapes from vllm-project/vllm (tests/golden/qwen_vl_oracle.py); Qwen2-VL's and later ones' from copies of their
+configs in public repositories, the sizes of 2-VL's recalled; SmolVLM-256M, SmolVLM2-500M, Gemma 3 4B and 27B from copies of their
+configs in public repositories' tests; SmolVLM 2.2B, Idefics3-8B and Gemma 3 12B from memory. None was downloaded from the Hub
+itself.
 """
 
 from math import prod
@@ -24,6 +25,7 @@ from mlx_vlm_mini.checkpoint import Checkpoint, TensorInfo
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.convert.quantize import choose, plan_outputs, spread
 from mlx_vlm_mini.families import find_family
+from mlx_vlm_mini.families.maps import Weights
 from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.weights import CONVOLUTIONS, hub_name
@@ -210,6 +212,43 @@ QWEN_VL = {
         "heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48, "mlp_ratio": 4.9231, "output_dim": 4096,
         "patch_size": 14, "width": 1664},
 }  # fmt: skip
+QWEN2_VL = {  # hidden size, MLP, layers, heads, heads of keys and values, vocabulary, tied head
+    "2B": (1536, 8960, 28, 12, 2, 151936, True),
+    "3B": (2048, 11008, 36, 16, 2, 151936, True),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False),
+    "32B": (5120, 27648, 64, 40, 8, 152064, False),
+    "72B": (8192, 29568, 80, 64, 8, 152064, False),
+}
+QWEN3_VL = {  # the same
+    "2B": (2048, 6144, 28, 16, 8, 151936, True),
+    "4B": (2560, 9728, 36, 32, 8, 151936, True),
+    "8B": (4096, 12288, 36, 32, 8, 151936, False),
+    "32B": (5120, 25600, 64, 64, 8, 151936, False),
+}
+
+
+def _qwen_vl(family: str, size: str) -> dict[str, Any]:
+    """Flat before Qwen3-VL."""
+    *numbers, tied = (QWEN3_VL if family == "qwen3_vl" else QWEN2_VL)[size]
+    keys = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    )  # fmt: skip
+    text = dict(zip(keys, numbers, strict=True)) | {"rms_norm_eps": 1e-6}
+    width = text["hidden_size"]
+    if family == "qwen3_vl":
+        rope = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
+        text |= {"head_dim": 128, "rope_theta": 5e6, "rope_scaling": rope, "model_type": "qwen3_vl_text"}
+        small = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+        vision = {"out_hidden_size": width, **(small if size in ("2B", "4B") else {})}
+        return {"model_type": family, "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+    text |= {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    vision = {"model_type": family, "in_chans": 3, "hidden_size": width}
+    if family == "qwen2_5_vl":
+        mlp = 3456 if size in ("32B", "72B") else 3420
+        vision |= {"hidden_size": 1280, "out_hidden_size": width, "intermediate_size": mlp}
+    return {"model_type": family, **text, "tie_word_embeddings": tied, "vision_config": vision}
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": _llava("llava", VICUNA_7B, pad_token_id=32001),
     "llava-hf/llava-1.5-13b-hf": _llava("llava", VICUNA_13B, pad_token_id=32001),
@@ -246,6 +285,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.2-11B-Vision-Instruct": _mllama(LLAMA32_11B, 560),
     "meta-llama/Llama-3.2-90B-Vision-Instruct": _mllama(LLAMA32_90B, 560),
     "Qwen/Qwen-VL-Chat": QWEN_VL,
+    **{f"Qwen/Qwen2-VL-{size}-Instruct": _qwen_vl("qwen2_vl", size) for size in ("2B", "7B", "72B")},
+    **{f"Qwen/Qwen2.5-VL-{size}-Instruct": _qwen_vl("qwen2_5_vl", size) for size in ("3B", "7B", "32B", "72B")},
+    **{f"Qwen/Qwen3-VL-{size}-Instruct": _qwen_vl("qwen3_vl", size) for size in QWEN3_VL},
 }  # fmt: skip
 
 
@@ -267,17 +309,37 @@ def published(name: str) -> Checkpoint:
     blocks = {}
     for tensor, array in tree_flatten(VLM(ours).parameters()):  # lazy: nothing is computed
         shape = tuple(array.shape)
-        shapes[tensor] = (shape[0], shape[3], *shape[1:3]) if tensor in CONVOLUTIONS else shape
+        shapes[tensor] = (shape[0], shape[-1], *shape[1:-1]) if tensor in CONVOLUTIONS else shape
         if tensor.startswith("vision.blocks.0."):
             blocks[tensor] = shape
     for number in range(ours.vision.depth, ours.vision.num_hidden_layers):  # in the file, though nothing reads them
         shapes |= {tensor.replace(".0.", f".{number}.", 1): shape for tensor, shape in blocks.items()}
-    return without_data(config, {hub_name(tensor, family.WEIGHTS): shape for tensor, shape in shapes.items()})
+    stored: dict[str, tuple[int, ...]] = {}
+    for tensor, shape in shapes.items():
+        name = _stored_name(tensor, family.WEIGHTS, str(config["model_type"]))
+        stored[name] = (stored.get(name, (0,))[0] + shape[0], *shape[1:])
+    return without_data(config, stored)
+
+
+def _stored_name(tensor: str, weights: Weights, model_type: str) -> str:
+    """What one of our tensors, or what it is fused into, is called on the Hub."""
+    later = ("model.visual.", "model.language_model.")  # the Hub's names since Qwen3-VL, that others have in memory
+    chosen = {theirs: ours for theirs, ours in weights.items() if theirs.startswith((*later, "lm_head"))}
+    weights = chosen if model_type == "qwen3_vl" else weights
+    for theirs, ours in weights.items():
+        for part in ours if isinstance(ours, tuple) else ():
+            try:
+                return hub_name(tensor, {theirs: part})
+            except KeyError:
+                continue
+    return hub_name(tensor, weights)
 
 
 def image_tokens(config: VLMConfig) -> str:
     """Of an image, or of one that fills the most tiles."""
     vision = config.vision
+    if vision.grid is not None:
+        return f"1 for {vision.image_size} x {vision.image_size} pixels"
     if vision.tiled is not None:
         return f"1, up to {vision.num_features * vision.tiled.max_tiles:,} keys"
     if config.projector.shuffle is not None:  # of a square of 4 x 4 tiles, as their image processors say, and the whole

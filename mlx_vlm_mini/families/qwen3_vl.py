@@ -1,0 +1,61 @@
+"""Qwen3-VL: a tower with learned positions besides, taps of it for the decoder's first layers, and Qwen3.
+
+Sources: arXiv:2511.21631; models/qwen3_vl of huggingface/transformers. Its three positions a token are interleaved. The
+features of the blocks in `deepstack_visual_indexes` are added to the image tokens behind the decoder's first layers.
+"""
+
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+from mlx_vlm_mini.config import VLMConfig
+from mlx_vlm_mini.errors import CheckpointError
+
+from .maps import Weights
+from .patch_grids import (
+    IMAGE_PROCESSOR,
+    chat_template,
+    grid_model,
+    grid_weights,
+    image_text,
+    pixels,
+    sectioned_decoder,
+)
+
+__all__ = ["CHAT_TEMPLATE", "IMAGE_PROCESSOR", "WEIGHTS", "config", "image_text", "pixels"]
+
+WEIGHTS: Weights = grid_weights(
+    {"linear_fc1": "fc1", "linear_fc2": "fc2"}, {"norm": "norm", "linear_fc1": "layers.0", "linear_fc2": "layers.1"}
+)
+
+CHAT_TEMPLATE = chat_template()
+
+_TEXT = {
+    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 128000,
+    "rope_theta": 5e5,
+}  # fmt: skip
+_VISION = {
+    "depth": 27, "hidden_size": 1152, "hidden_act": "gelu_pytorch_tanh", "intermediate_size": 4304, "num_heads": 16,
+    "in_channels": 3, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 3584,
+    "num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24),
+}  # fmt: skip
+
+
+def config(hf: Mapping[str, Any]) -> VLMConfig:
+    decoder = sectioned_decoder(hf, "qwen3", _TEXT, (24, 20, 20), interleaved=True)
+    values = {**_VISION, **(hf.get("vision_config") or {})}
+    taps, places = tuple(values["deepstack_visual_indexes"]), values["num_position_embeddings"]
+    if taps != tuple(sorted(set(taps))) or len(taps) > decoder.num_hidden_layers:
+        raise CheckpointError(f"config.json: deepstack_visual_indexes {list(taps)} do not fit the decoder's layers")
+    if isqrt(places) ** 2 != places:
+        raise CheckpointError(f"config.json: num_position_embeddings must be a square, not {places}")
+    return grid_model(
+        hf,
+        decoder,
+        "qwen3_vl",
+        {**values, "width": values["hidden_size"], "out": values["out_hidden_size"]},
+        patch_bias=True,
+        taps=taps,
+        position_side=isqrt(places),
+    )
