@@ -73,7 +73,7 @@ SUFFIXES = (".png", ".html", ".npz")
 @sampling_options
 @loading_options
 def command(
-    model: str | None,
+    model: str,
     prompt: str,
     images: tuple[str, ...],
     answer: str | None,
