@@ -232,7 +232,7 @@ class Session:
         if not typed:
             return
         # Pictures stay that the new message does not speak of, and those that cannot be typed.
-        old = [part for part in parts_of(said[0]) if part["type"] == "image"]
+        old = [part for part in parts_of(said[0]) if part["type"] != "text"]
         if any(part["type"] == "image" for part in parts) or not text:
             old = [part for part in old if typed_name(part) is None]
         self._answer(lambda **options: self.chat.edit([*old, *parts], **options))

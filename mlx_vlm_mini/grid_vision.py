@@ -46,9 +46,11 @@ class FramePatchEmbed(PatchEmbed):
         scale = (3 * p * p * frames) ** -0.5
         self.weight = mx.random.uniform(-scale, scale, (config.hidden_size, frames, p, p, 3))
 
-    @property
-    def kernel(self) -> mx.array:
-        return self.weight.astype(mx.float32).sum(axis=1)  # which half precision would round
+    def kernel(self, channels: int) -> mx.array:
+        weight = self.weight.astype(mx.float32)
+        if channels == 3:
+            return weight.sum(axis=1)  # which half precision would round
+        return weight.transpose(0, 2, 3, 1, 4)  # (C, p, p, frames, 3)
 
 
 class GridVisionTransformer(nn.Module):
@@ -74,7 +76,8 @@ class GridVisionTransformer(nn.Module):
         """Encode one image.
 
         Args:
-            pixel_values: float[1, height, width, 3], normalised; whole patches along each side.
+            pixel_values: float[1, height, width, 3], normalised; whole patches along each side. Of a video, one step of
+                time: float[1, height, width, 3 * frames], its frames one behind another.
             attentions: where given, each block appends its weights float[1, H, P, P], or of its windows
                 float[windows, H, P', P'] once for each group of equal ones.
 

@@ -18,6 +18,7 @@ from .preprocess import TILINGS, ImageSettings, image_settings
 from .processor import Processor
 from .prompt import find_chat_template
 from .tokenizer import Tokenizer, load_tokenizer
+from .video import VideoSettings, video_settings
 from .weights import build, load_weights, match_names
 
 GENERATION = "generation_config.json"
@@ -131,6 +132,34 @@ def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> Imag
     return found
 
 
+def find_video_settings(folder: Path, family: Family, config: VLMConfig) -> VideoSettings | None:
+    """How the checkpoint takes videos; None where no file says it, or the family takes none.
+
+    Raises:
+        CheckpointError: a file is broken, or does not fit config.json.
+    """
+    kind, grid = getattr(family, "VIDEO_PROCESSOR", None), config.vision.grid
+    if kind is None or grid is None:
+        return None
+    processor = folder / "processor_config.json"
+    parts = read_json(processor) if processor.is_file() else {}
+    files = [folder / name for name in ("video_preprocessor_config.json", "preprocessor_config.json")]
+    found = parts.get("video_processor") or next((read_json(file) for file in files if file.is_file()), None)
+    found = found or parts.get("image_processor")
+    if found is None:
+        return None
+    try:
+        settings = video_settings(found, kind)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the video processor's settings are malformed: {error!r}") from None
+    if settings.frames != grid.frames:
+        raise CheckpointError(
+            f"{folder}: the video processor joins {settings.frames} frames, config.json {grid.frames}: copy "
+            "video_preprocessor_config.json from the original repository"
+        )
+    return settings
+
+
 def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> Processor:
     """The processor of a checkpoint.
 
@@ -148,6 +177,7 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
         tokenizer=tokenizer,
         chat_template=found or family.CHAT_TEMPLATE,
         image_settings=find_image_settings(checkpoint.folder, family, config),
+        video_settings=find_video_settings(checkpoint.folder, family, config),
         eos_token_ids=eos_token_ids(checkpoint, tokenizer, None if prescribed is None else prescribed.end_token),
     )
 

@@ -34,16 +34,19 @@ class InputImage:
     """One image of a prompt.
 
     Attributes:
-        pixel_values: float32[B, height, width, 3] (numpy), normalised: one row, or one a tile.
+        pixel_values: float32[B, height, width, 3] (numpy), normalised: one row, or one a tile. Of a video
+            float32[T, height, width, 3 * frames]: one row a step of time.
         tokens: its slots in the prompt.
         size: height and width in pixels, as it was opened.
         digest: SHA-256 of its size and all its pixels, by which a cache tells images apart.
+        times: of a video, where its steps stand on the decoder's axis of time.
     """
 
     pixel_values: np.ndarray
     tokens: int
     size: tuple[int, int]
     digest: bytes
+    times: tuple[int, ...] = (0,)
 
     @property
     def rows(self) -> int:
@@ -292,7 +295,11 @@ class VLM(nn.Module):
             taps = None
             if own[-1] >= start and len(self.config.vision.feature_layers) > 1:
                 taps = encode(image).reshape(image.tokens, -1, self.config.decoder.hidden_size)[:, 1:].swapaxes(0, 1)
-            placed.append(PlacedImage(int(own[0]), rows, columns, taps))
+            apart = np.flatnonzero(np.diff(own) > 1) + 1  # text stands between a video's steps (Qwen3-VL)
+            for part in np.split(np.arange(len(own)), apart):
+                shown = None if taps is None else taps[:, part[0] : part[-1] + 1]
+                times = (0,) if len(apart) else image.times
+                placed.append(PlacedImage(int(own[part[0]]), rows, columns, shown, times))
         return placed
 
     def query(self, features: mx.array, text: mx.array | None = None, looks: Recorder | None = None) -> mx.array:

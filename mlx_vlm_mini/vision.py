@@ -30,16 +30,15 @@ class PatchEmbed(nn.Module):
 
     def __call__(self, pixel_values: mx.array) -> mx.array:
         p = self.patch_size
-        B, height, width, _ = pixel_values.shape
+        B, height, width, channels = pixel_values.shape
         rows, columns = height // p, width // p
-        x = pixel_values[:, : rows * p, : columns * p].reshape(B, rows, p, columns, p, 3)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, p * p * 3)  # (B, P, p * p * 3)
-        x = x @ self.kernel.reshape(-1, p * p * 3).T  # (B, P, C)
+        x = pixel_values[:, : rows * p, : columns * p].reshape(B, rows, p, columns, p, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, -1)  # (B, P, p * p * channels)
+        x = x @ self.kernel(channels).reshape(-1, p * p * channels).T  # (B, P, C)
         return x + self.bias if "bias" in self else x
 
-    @property
-    def kernel(self) -> mx.array:
-        """float[C, p, p, 3]."""
+    def kernel(self, channels: int) -> mx.array:
+        """float[C, p, p, channels]."""
         return self.weight
 
 

@@ -60,10 +60,14 @@ class GridConfig:
     """Blocks that see the whole image all the same."""
     position_side: int | None = None
     """Side of the square of learned positions (Qwen3-VL); None: there are none."""
+    tokens_per_second: float | None = None
+    """Places on the decoder's axis of time that a second of a video takes (Qwen2.5-VL); None: a step takes one."""
 
     def __post_init__(self) -> None:
         optional = ("window", "position_side")
         check_sizes(self, "frames", *(name for name in optional if getattr(self, name) is not None))
+        if self.tokens_per_second is not None:
+            check_positive(self, "tokens_per_second")
 
 
 @dataclass(frozen=True, kw_only=True)
