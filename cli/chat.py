@@ -8,7 +8,7 @@ import click
 from .commands import COMMANDS, Session, find_settings, read_picture
 from .completion import complete
 from .look import Look
-from .options import complete_files, loading_options, model_argument, sampling_options
+from .options import check_videos, complete_files, loading_options, model_argument, sampling_options, video_options
 from .reading import open_reader
 from .status import Status
 from .thumbnail import KINDS
@@ -25,6 +25,7 @@ from .thumbnail import KINDS
     help="Shown with the first message. May be repeated.",
     shell_complete=complete_files,
 )
+@video_options
 @click.option("--system", help="System message.")
 @click.option(
     "--thumbnails",
@@ -60,6 +61,7 @@ def command(
     /,
     model: str | None,
     images: tuple[str, ...],
+    videos: list[dict[str, Any]],
     system: str | None,
     thumbnails: str,
     markdown: bool,
@@ -87,6 +89,7 @@ def command(
     pictures = [read_picture(image) for image in images]
     for picture in pictures:  # a wrong path should not cost the time that loading takes
         open_image(picture)
+    check_videos(videos)
 
     from mlx_vlm_mini import Chat, load
 
@@ -108,6 +111,9 @@ def command(
     )
     session.ask = reader.read if reader.edits else None
     session.waiting += [session.show_picture(each, image) for each, image in zip(pictures, images, strict=True)]
+    with Status(plain=plain) as status:
+        status.show("reading the videos")
+        session.waiting += [session.prepare_video(part) for part in videos]
     if reader.interactive:
         click.echo("Type a message, or /help.", err=True)
     while True:

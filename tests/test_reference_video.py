@@ -99,7 +99,7 @@ def test_sizes_are_those_that_transformers_chooses(kind, count, height, width, c
 @pytest.mark.parametrize("size", [(36, 48), (50, 81)])
 def test_whole_processors(name, size, tmp_path):
     """Frames and a picture through transformers' own processor and ours: ids, pixels and answers. Frames that need no
-    resizing are equal; else torchvision's bicubic filter differs from Pillow's by less than two of 255 levels a number."""
+    resizing are equal; else torchvision's bicubic filter differs from Pillow's by at most one of 255 levels."""
     import torch
     from qwen_reference import FAMILIES, images_only
     from transformers import AutoModelForImageTextToText
@@ -141,7 +141,7 @@ def test_whole_processors(name, size, tmp_path):
     patches = inputs["pixel_values_videos"].numpy().reshape(steps, rows // 2, columns // 2, 2, 2, 3, 2, 6, 6)
     pixels = patches.transpose(0, 1, 3, 7, 2, 4, 8, 6, 5).reshape(steps, rows * 6, columns * 6, 6)
     std = min(videos.image_std)
-    tolerance = 1e-5 if size == (36, 48) else 2 / 255 / std
+    tolerance = 1e-5 if size == (36, 48) else 1.01 / 255 / std
     np.testing.assert_allclose(found, pixels, atol=tolerance)
     assert processor(with_paths(messages)).input_ids[0].tolist() == inputs["input_ids"][0].tolist()
     if size == (36, 48):
