@@ -13,6 +13,7 @@ from .checkpoint import DTYPES, Checkpoint, read_json
 from .config import VLMConfig
 from .errors import CheckpointError
 from .families import Family, find_family, qwen_vl
+from .hub import INSTRUCTIONS
 from .model import VLM
 from .preprocess import TILINGS, ImageSettings, image_settings
 from .processor import Processor
@@ -171,10 +172,13 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
     if prescribed is not None:
         tokenizer.show(prescribed.shown_tokens)
         _add_prescribed(tokenizer, prescribed.extra_tokens, config, checkpoint.folder)
+    qformer = config.projector.qformer
+    reads = qformer is not None and qformer.instruction is not None
     return Processor(
         config,
         family,
         tokenizer=tokenizer,
+        instruction_tokenizer=load_tokenizer(checkpoint.folder / INSTRUCTIONS) if reads else None,
         chat_template=found or family.CHAT_TEMPLATE,
         image_settings=find_image_settings(checkpoint.folder, family, config),
         video_settings=find_video_settings(checkpoint.folder, family, config),

@@ -171,7 +171,7 @@ class Trainer:
             raise CheckpointError(f"family '{model.config.family}' cuts images into tiles, which cannot be trained yet")
         if model.config.projector.shuffle is not None:
             raise CheckpointError(f"family '{model.config.family}' joins image features, which cannot be trained yet")
-        if model.config.decoder.cross_attention is not None or model.config.decoder.queries is not None:
+        if model.config.decoder.cross_attention is not None or model.config.takes_one_image:
             raise CheckpointError(f"family '{model.config.family}' has cross-attention, which cannot be trained yet")
         if model.config.decoder.two_way != "nothing":
             raise CheckpointError(f"family '{model.config.family}' sees later tokens, too, which cannot be trained yet")

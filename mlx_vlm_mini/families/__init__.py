@@ -11,6 +11,7 @@ from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
 from . import (
+    blip2,
     gemma3,
     gemma3_text,
     idefics3,
@@ -19,6 +20,7 @@ from . import (
     llava,
     llava_next,
     llava_normed,
+    llava_onevision,
     llava_original,
     mllama,
     paligemma,
@@ -54,6 +56,8 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
+    "blip-2": blip2,
+    "instructblip": blip2,
     "gemma3": gemma3,
     "gemma3_text": gemma3_text,
     "idefics3": idefics3,
@@ -63,6 +67,7 @@ FAMILIES: dict[str, Family] = {
     "llava_llama": llava_original,
     "llava_mistral": llava_original,
     "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
     "mllama": mllama,
     "paligemma": paligemma,
     "qwen": qwen_vl,
