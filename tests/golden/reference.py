@@ -21,7 +21,16 @@ from mllama_reference import TEMPLATE as MLLAMA
 from mllama_reference import compute_as_meta, is_meta, tiles_of
 from PIL import Image
 from qwen_reference import FAMILIES as QWEN
-from qwen_reference import QWEN2, QWEN3, add_tokens, flatten, images_only, limits_by_their_names, pixels_of
+from qwen_reference import (
+    QWEN2,
+    QWEN3,
+    add_tokens,
+    flatten,
+    images_only,
+    limits_by_their_names,
+    neighbours,
+    pixels_of,
+)
 
 GOLDEN = Path(__file__).parent
 STEPS = 10  # tokens decoded with the cache
@@ -760,6 +769,7 @@ def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
         vision_config=AutoConfig.for_model(vision_type, **vision),
         text_config=AutoConfig.for_model(text_type, vocab_size=vocab_size, **text),
         **{"image_token_id" if spec.family in (*BY_ID, *QWEN) else "image_token_index": image_token_id},
+        **(neighbours(image_token_id) if spec.family in QWEN else {}),
         **spec.llava,
     )
     model = AutoModelForImageTextToText.from_config(config).eval()
