@@ -207,7 +207,7 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = make_rope(config)
-        if (config.rope_scaling or {}).get("mrope_section") is not None:
+        if config.has_sections:
             self.rope = SectionedRoPE(self.rope, config)
 
     def embed(self, input_ids: mx.array) -> mx.array:

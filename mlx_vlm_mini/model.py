@@ -19,7 +19,7 @@ from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
 from .errors import CheckpointError, PromptError
 from .grid_vision import GridVisionTransformer
-from .merger import PatchMerger
+from .merger import ChannelMerger, PatchMerger
 from .projector import Projector, join_squares, pixel_shuffle
 from .query_attention import Looks, QuerySight
 from .resampler import Resampler
@@ -91,8 +91,10 @@ class VLM(nn.Module):
         self.config = config
         tower = VisionTransformer if config.vision.tiled is None else TiledVisionTransformer
         self.vision: Any = (tower if config.vision.grid is None else GridVisionTransformer)(config.vision)
-        projector = Projector if config.projector.resampler is None else Resampler
-        self.projector: Any = (projector if config.projector.merger is None else PatchMerger)(config.projector)
+        projector: Any = Projector if config.projector.resampler is None else Resampler
+        if config.projector.merger is not None:
+            projector = ChannelMerger if config.projector.merger.by_channel else PatchMerger
+        self.projector: Any = projector(config.projector)
         self.decoder = Decoder(config.decoder)
         if config.has_newline:
             self.image_newline = mx.zeros(config.decoder.hidden_size)
@@ -167,10 +169,10 @@ class VLM(nn.Module):
             PromptError, CheckpointError: as `arrange`.
         """
         merge = self.config.projector.shuffle
-        if self.config.vision.grid is not None and merge is not None:
+        if self.config.vision.grid is not None:
             rows, columns = (side // self.config.vision.patch_size for side in image.pixel_values.shape[1:3])
             numbers = mx.arange(rows * columns).reshape(1, rows, columns, 1)
-            return np.array(join_squares(numbers, merge.factor).flatten(0, 2))
+            return np.array(join_squares(numbers, 1 if merge is None else merge.factor).flatten(0, 2))
         count = self.config.vision.features_at(image.pixel_values.shape[1])
         numbers = mx.arange(image.rows * count).reshape(image.rows, count, 1)
         if self.config.projector.shuffle is not None:
@@ -256,11 +258,11 @@ class VLM(nn.Module):
     ) -> list[ShownImage] | list[PlacedImage]:
         """What the decoder has to know of the images besides their embeddings, for tokens from `start` on.
 
-        Of patch grids all images' places, and what else is added to the tokens of those that reach behind `start`. With
-        cross-attention layers or query tokens what these look at, of images whose tokens stand at `start` or behind.
-        Else nothing. Arguments and errors as of `embed`.
+        Where tokens have three positions all images' places, and what else is added to the tokens of those that reach
+        behind `start`. With cross-attention layers or query tokens what these look at, of images whose tokens stand at
+        `start` or behind. Else nothing. Arguments and errors as of `embed`.
         """
-        if self.config.vision.grid is not None:
+        if self.config.decoder.has_sections:
             return self._place(inputs, start, encode or self.encode)
         if self.config.decoder.cross_attention is None and self.config.decoder.queries is None:
             return []

@@ -15,7 +15,7 @@ from PIL import Image
 from .anyres import Tiling, cut_frames, read_pinpoints
 from .canvas import Canvas, canvas_frames
 from .errors import CheckpointError, ImageError
-from .grid import Grid
+from .grid import EdgeGrid, Grid, PatchGrid
 from .places import Frame
 from .tiles import Tiles, tile_frames
 
@@ -35,7 +35,7 @@ class ImageSettings:
     rescale_factor: float | None
     image_mean: tuple[float, ...] | None
     image_std: tuple[float, ...] | None
-    tiling: Tiling | Tiles | Canvas | Grid | None
+    tiling: Tiling | Tiles | Canvas | PatchGrid | None
     """How an image is cut first, what stands above then being done to each piece; None: it stays whole."""
 
 
@@ -71,6 +71,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         **_CLIP_DEFAULTS, "size": {}, "do_center_crop": False, "crop_size": None,
         "min_pixels": None, "max_pixels": None, "patch_size": 14, "merge_size": 2,
     },
+    "Pixtral": {
+        **_CLIP_DEFAULTS, "size": {"longest_edge": 1024}, "do_center_crop": False, "crop_size": None,
+        "patch_size": 16, "merge_size": 1,
+    },
     "InternVLChat": {  # no class of transformers: what the family's own code does, by the names of GotOcr2's settings
         **_CLIP_DEFAULTS, "size": {"height": 448, "width": 448}, "do_center_crop": False, "crop_size": None,
         "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
@@ -78,11 +82,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _DEFAULTS["Qwen2_5_VL"] = _DEFAULTS["Qwen2VL"]  # a name that its first files have
-TILINGS: dict[str, type[Tiling | Tiles | Canvas | Grid]] = {
+TILINGS: dict[str, type[Tiling | Tiles | Canvas | PatchGrid]] = {
     "LlavaNext": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas, "Qwen2VL": Grid, "Qwen2_5_VL": Grid,
+    "Pixtral": EdgeGrid,
 }  # fmt: skip
 """Image processors that cut an image, and how."""
-_FIT = (Canvas, Grid)  # which resize an image themselves
+_FIT = (Canvas, Grid, EdgeGrid)  # which resize an image themselves
 
 
 def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
@@ -117,15 +122,16 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
     normalize, padded = values["do_normalize"], kind in ("Llava", "InternVLChat") and values["do_pad"]
     if kind == "Mllama" and not (values["do_resize"] and values["do_pad"]):
         raise CheckpointError("preprocessor_config.json: a canvas of tiles needs do_resize and do_pad")
-    if TILINGS.get(kind) is Grid and not values["do_resize"]:
+    if TILINGS.get(kind) in (Grid, EdgeGrid) and not values["do_resize"]:
         raise CheckpointError("preprocessor_config.json: images in patches need do_resize")
-    cuts: dict[str, Callable[[Mapping[str, Any]], Tiling | Tiles | Canvas | Grid]] = {
+    cuts: dict[str, Callable[[Mapping[str, Any]], Tiling | Tiles | Canvas | PatchGrid]] = {
         "LlavaNext": _tiling,
         "GotOcr2": _tiles,
         "InternVLChat": _tiles,
         "Mllama": _canvas,
         "Qwen2VL": _grid,
         "Qwen2_5_VL": _grid,
+        "Pixtral": _edge_grid,
     }
     return ImageSettings(
         size=_as_size(values["size"], square=False) if values["do_resize"] and TILINGS.get(kind) not in _FIT else None,
@@ -178,6 +184,15 @@ def _grid(values: Mapping[str, Any]) -> Grid:
     return Grid(patch_size=values["patch_size"], merge=values["merge_size"], min_pixels=limits[0], max_pixels=limits[1])
 
 
+def _edge_grid(values: Mapping[str, Any]) -> EdgeGrid:
+    size = _as_size(values["size"], square=True)
+    frame = [size.get("longest_edge", size.get(key)) for key in ("height", "width")]
+    if frame[0] is None or frame[1] is None:
+        raise CheckpointError(f"preprocessor_config.json: {dict(size)} names no longest_edge")
+    patches = {"patch_size": values["patch_size"], "merge": values["merge_size"]}
+    return EdgeGrid(**patches, max_height=frame[0], max_width=frame[1])
+
+
 def _tiles(values: Mapping[str, Any]) -> Tiles:
     """`crop_to_patches` is not read: transformers' InternVL turns it on, whatever a file says."""
     return Tiles(
@@ -219,7 +234,7 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
     Returns:
         float32[height, width, 3].
     """
-    if isinstance(settings.tiling, Grid):
+    if isinstance(settings.tiling, PatchGrid):
         height, width = settings.tiling.fit((image.height, image.width))
         _check_pixels(image, width, height)
         image = image.resize((width, height), resample=Image.Resampling(settings.resample))
@@ -258,7 +273,7 @@ def frames(size: tuple[int, int], settings: ImageSettings) -> list[Frame]:
         pieces = tile_frames(size, settings.tiling)
     elif isinstance(settings.tiling, Canvas):
         pieces = canvas_frames(size, settings.tiling)
-    elif isinstance(settings.tiling, Grid):
+    elif isinstance(settings.tiling, PatchGrid):
         fitted = settings.tiling.fit(size)
         pieces = [(Frame().resize(size[::-1], fitted[::-1]), fitted)]
     return [_frame(frame, height, width, settings) for frame, (height, width) in pieces]

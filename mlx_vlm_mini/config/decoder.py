@@ -137,6 +137,11 @@ class DecoderConfig:
             raise CheckpointError("config.json: the head cannot be tied to an embedding with spare rows")
 
     @property
+    def has_sections(self) -> bool:
+        """Whether a token has three positions, so that it matters where pictures stand (Qwen2-VL)."""
+        return (self.rope_scaling or {}).get("mrope_section") is not None
+
+    @property
     def num_embeddings(self) -> int:
         """Rows of the token embedding."""
         return self.vocab_size + (0 if self.cross_attention is None else self.cross_attention.spare_embeddings)
