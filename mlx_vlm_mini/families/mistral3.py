@@ -35,21 +35,23 @@ _VISION = {"patch_size": 14}  # of a config without vision_config
 
 
 def config(hf: Mapping[str, Any]) -> VLMConfig:
-    text, merge = {"model_type": "mistral", **(hf.get("text_config") or _TEXT)}, hf.get("spatial_merge_size", 2)
+    text, vision = hf.get("text_config"), hf.get("vision_config")
+    text, vision = {"model_type": "mistral", **(_TEXT if text is None else text)}, _VISION if vision is None else vision
     decoder = text_decoder(text, proven=("mistral",), tie_word_embeddings=hf.get("tie_word_embeddings", True))
-    tower = pixtral_tower(hf.get("vision_config") or _VISION, hf.get("vision_feature_layer", -1), merge=merge)
+    shuffle = ShuffleConfig(factor=hf.get("spatial_merge_size", 2), transposed=False)
+    tower = pixtral_tower(vision, hf.get("vision_feature_layer", -1), merge=shuffle.factor)
     if len(tower.feature_layers) > 1:
         raise CheckpointError("config.json: vision_feature_layer must be one layer: the merger has a norm for one")
     return VLMConfig(
         family="mistral3",
         vision=tower,
         projector=ProjectorConfig(
-            input_size=tower.feature_size * merge**2,
+            input_size=tower.feature_size * shuffle.factor**2,
             hidden_size=decoder.hidden_size,
             num_layers=2,
             hidden_act=activation(hf.get("projector_hidden_act", "gelu")),
             bias=hf.get("multimodal_projector_bias", False),
-            shuffle=ShuffleConfig(factor=merge, transposed=False),
+            shuffle=shuffle,
             norm_eps=decoder.norms.rms_norm_eps,
             merger=MergerConfig(norm_type="rms_norm", by_channel=True),
         ),

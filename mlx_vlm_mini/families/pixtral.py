@@ -93,7 +93,8 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
     decoder = text_decoder(hf.get("text_config") or {}, tie_word_embeddings=hf.get("tie_word_embeddings", False))
     if hf.get("vision_feature_select_strategy", "full") != "full":
         raise CheckpointError("config.json: this tower has no class token, so vision_feature_select_strategy is 'full'")
-    tower = pixtral_tower(hf.get("vision_config") or {}, hf.get("vision_feature_layer", -2))
+    layer = -1 if hf.get("model_type") == "pixtral" else -2  # the default of mlx-community's class, or of transformers'
+    tower = pixtral_tower(hf.get("vision_config") or {}, hf.get("vision_feature_layer", layer))
     return VLMConfig(
         family="pixtral",
         vision=tower,
