@@ -413,7 +413,9 @@ def test_masks_equal_the_reference(tmp_path):
     np.testing.assert_allclose(masks, expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", sorted(published.CONFIGS))
+@pytest.mark.parametrize(
+    "name", sorted(name for name in published.CONFIGS if not name.startswith("Qwen/"))
+)  # which have suites of their own
 def test_full_size_tensors_equal_the_reference(name):
     """Names and shapes that the reference's class gives a published config, on the meta device, all find their place."""
     import torch
