@@ -40,6 +40,8 @@ from reference import (
     hub_names,
     old_rope_keys,
     save,
+    sparse_gemma3,
+    sparse_idefics3,
 )
 
 TOLERANCE = 1e-4
@@ -100,6 +102,12 @@ PUBLISHED = {
         "paligemma2-gemma2", stale_hidden_size=50, llava={"projection_dim": 56},
         text={"hidden_size": 56, "query_pre_attn_scalar": 10, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
               "final_logit_softcapping": 30.0},
+    ),
+    "SmolVLM": published("idefics3-markers", config=sparse_idefics3),
+    "gemma-3": published(  # 32 x 32 patches, 256 tokens
+        "gemma3-hub", config=sparse_gemma3, llava={"mm_tokens_per_image": 256},
+        vision=("siglip_vision_model", {**SPECS["gemma3-hub"].vision[1], "image_size": 128}),
+        image_processor=("Gemma3", {"size": {"height": 128, "width": 128}}),
     ),
 }  # fmt: skip
 

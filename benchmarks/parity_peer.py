@@ -64,7 +64,7 @@ def own_inputs(model: Any, processor: Any, case: dict[str, Any]) -> dict[str, An
     return {name: value for name, value in inputs.items() if value is not None}
 
 
-def given_inputs(case: dict[str, Any]) -> dict[str, Any]:
+def given_inputs(case: dict[str, Any], model_type: str) -> dict[str, Any]:
     """The reference's ids and pixels, in the layout that its image processors give."""
     import mlx.core as mx
 
@@ -78,12 +78,13 @@ def given_inputs(case: dict[str, Any]) -> dict[str, Any]:
             most = max(case["tiles"])
             pixels = np.stack([np.pad(each, ((0, most - len(each)), (0, 0), (0, 0), (0, 0))) for each in images])
             inputs["image_sizes"] = mx.array(case["sizes"])
-        inputs["pixel_values"] = mx.array(pixels)
+        inputs["pixel_values"] = mx.array(pixels[None] if model_type in ("idefics3", "smolvlm") else pixels)
     return inputs
 
 
 def main(file: Path) -> None:
     job = json.loads(file.read_text())
+    model_type = json.loads((Path(job["folder"]) / "config.json").read_text())["model_type"]
     report: dict[str, Any] = {"versions": {name: version(name) for name in ("mlx-vlm", "transformers", "mlx")}}
     arrays = {}
     try:
@@ -102,7 +103,7 @@ def main(file: Path) -> None:
         except Exception as error:
             outcome["own"] = first_line(error)
         try:
-            arrays[f"{name}/given"] = answer(model, case["tokens"], given_inputs(case))
+            arrays[f"{name}/given"] = answer(model, case["tokens"], given_inputs(case, model_type))
         except Exception as error:
             outcome["given"] = first_line(error)
     np.savez(file.with_suffix(".npz"), **arrays)

@@ -47,7 +47,9 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         *ORIGINAL_OPTIONS,
         click.option(
-            "--max-tiles", type=click.IntRange(1), help="Tiles of an image at most, where a family cuts it (InternVL)."
+            "--max-tiles",
+            type=click.IntRange(1),
+            help="Tiles of an image at most, where a family cuts it (InternVL, SmolVLM, Gemma 3).",
         ),
         click.option(
             "--max-pixels",

@@ -14,6 +14,7 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_vlm_mini.axes import PlacedImage, add_taps
 from mlx_vlm_mini.cross_attention import ShownImage
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.image_blocks import ImageBlock
 from mlx_vlm_mini.loading import Plan
 from mlx_vlm_mini.model import Inputs
 from mlx_vlm_mini.processor import Processor
@@ -47,13 +48,20 @@ class Sample:
 
 
 def make_sample(processor: Processor, messages: Sequence[Message], answer: str = "") -> Sample:
-    """A sample of messages that end with a question, and of what is to be said then."""
+    """A sample of messages that end with a question, and of what is to be said then; without pictures where the model
+    takes none."""
+    if processor.config.text_alone:
+        messages = [{**message, "content": _texts(message["content"])} for message in messages]
     inputs = processor(messages)
     start = inputs.input_ids.shape[1]
     ids = processor.tokenizer.encode(answer, add_special_tokens=False) if answer else []
     whole = mx.concatenate([inputs.input_ids, mx.array([ids], dtype=mx.int32).reshape(1, -1)], axis=1)
     slots = np.concatenate([inputs.slots, np.zeros(len(ids), dtype=bool)])
     return Sample(replace(inputs, input_ids=whole, slots=slots), start)
+
+
+def _texts(content: Any) -> Any:
+    return content if isinstance(content, str) else [part for part in content if part["type"] == "text"]
 
 
 def scene_samples(processor: Processor, count: int, *, seed: int) -> list[Sample]:
@@ -147,6 +155,7 @@ class Walk:
         self.dtype = dtype
         self.hidden: list[mx.array] = []
         self.shown: list[list[ShownImage] | list[PlacedImage]] = []
+        self.blocks: list[list[ImageBlock]] = []
         self._say = say or (lambda _: None)
 
     def load_front(self) -> None:
@@ -158,10 +167,12 @@ class Walk:
     def enter(self) -> list[mx.array]:
         """What the first layer reads of each sample; what cross-attention layers look at becomes `shown`."""
         model, embedded = self.plan.model, []
-        self.shown = []
+        self.shown, self.blocks = [], []
         for sample in self.samples:
             embedded.append(model.embed(sample.inputs))
-            self.shown.append(model.show(sample.inputs))
+            images = model.show(sample.inputs)
+            self.shown.append([image for image in images if isinstance(image, ShownImage)])
+            self.blocks.append([image for image in images if isinstance(image, ImageBlock)])
             mx.eval(embedded[-1])
         return embedded
 
@@ -203,14 +214,14 @@ class Walk:
         decoder = self.plan.model.decoder
         layer, kind = decoder.layers[number], decoder.config.layer_types[number]
         outputs = []
-        for x, sample, images in zip(hidden, self.samples, self.shown, strict=True):
+        for x, sample, images, blocks in zip(hidden, self.samples, self.shown, self.blocks, strict=True):
             shown = [image for image in images if isinstance(image, ShownImage)]
             placed = [image for image in images if isinstance(image, PlacedImage)]
             features = shown[0].features[None] if shown and decoder.config.queries is not None else None
             spans = [image.span for image in shown]
-            masks = decoder.masks(sample.length, prefix=sample.start, spans=spans, features=features)
+            masks = decoder.masks(sample.length, prefix=sample.start, spans=spans, features=features, blocks=blocks)
             cache = decoder.show(number, shown, None) if kind == "cross_attention" else None
-            rope = decoder.rope_among(placed, 0, sample.length, sample.start)
+            rope = decoder.ropes(placed, 0, sample.length, sample.start)[kind]
             x = layer(x, mask=masks[kind], rope=rope, cache=cache, attentions=None)
             outputs.append(add_taps(x, number, placed, 0))
             mx.eval(outputs[-1])

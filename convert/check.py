@@ -94,7 +94,8 @@ def compare(source: Observed, result: Observed) -> Check:
     with np.errstate(all="ignore"):
         kl = divergence(reference, other)
         chance = float(divergence(reference, np.roll(reference, len(reference) // 2 + 3, axis=0)).mean())
-        cosine = min(float(_cosines(a, b).mean()) for a, b in zip(source.features, result.features, strict=True))
+        pairs = [(a, b) for a, b in zip(source.features, result.features, strict=True) if len(a)]
+        cosine = min((float(_cosines(a, b).mean()) for a, b in pairs), default=1.0)
         influence, source_influence = (_influence(each.logprobs) for each in (result, source))
     problems = []
     if not finite:

@@ -53,8 +53,8 @@ def make_cache(model: VLM, *, kv_bits: int | None = None, rotate: int | None = N
     if rotate is not None:
         if rotate <= 2 * KEEP:
             raise PromptError(f"rotate must be more than {2 * KEEP} tokens, not {rotate}")
-        if config.prefix_lm or config.queries is not None or "sliding_attention" in config.layer_types:
-            both = config.prefix_lm or config.queries is not None
+        both = config.prefix_lm or config.queries is not None
+        if both or config.two_way != "nothing" or "sliding_attention" in config.layer_types:
             own = "reads a prompt both ways" if both else "has layers with a window of their own"
             raise PromptError(f"family '{model.config.family}' {own}, which no rotating cache fits: leave rotate out")
         return model.cache_of(lambda: caches.RotatingKVCache(max_size=rotate, keep=KEEP))

@@ -18,6 +18,7 @@ from .attention import Attention, Mask, Recorder
 from .axes import PlacedImage, SectionedRoPE, add_taps, remember
 from .config import DecoderConfig, LayerType
 from .cross_attention import CrossAttention, ImageCache, ShownImage, Sight, Span, look
+from .image_blocks import ImageBlock, block_mask
 from .query_attention import QueryAttention, QuerySight
 from .rope import PromptRoPE, depends_on_length, make_rope
 
@@ -77,11 +78,12 @@ class OffsetRMSNorm(nn.Module):
         return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
 
 
-def make_norm(config: DecoderConfig) -> nn.Module:
-    norms = config.norms
+def make_norm(config: DecoderConfig, width: int | None = None) -> nn.Module:
+    """A norm of vectors of the hidden size, or of another width."""
+    norms, width = config.norms, width or config.hidden_size
     if norms.rms_norm_offset:
-        return OffsetRMSNorm(config.hidden_size, eps=norms.rms_norm_eps, offset=norms.rms_norm_offset)
-    return nn.RMSNorm(config.hidden_size, eps=norms.rms_norm_eps)
+        return OffsetRMSNorm(width, eps=norms.rms_norm_eps, offset=norms.rms_norm_offset)
+    return nn.RMSNorm(width, eps=norms.rms_norm_eps)
 
 
 class MLP(nn.Module):
@@ -111,9 +113,11 @@ class DecoderLayer(nn.Module):
             o_bias=config.biases.o_bias,
             scale=(config.scales.query_pre_attn_scalar or config.head_dim) ** -0.5,
             softcap=config.scales.attn_logit_softcapping,
-            qk_norm=(config.head_dim, config.norms.rms_norm_eps) if config.norms.qk_norm else None,
             logn_length=config.scales.logn_length,
         )
+        if config.norms.qk_norm:
+            self.self_attn.q_norm = make_norm(config, config.head_dim)
+            self.self_attn.k_norm = make_norm(config, config.head_dim)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
@@ -207,6 +211,8 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = make_rope(config)
+        if config.window is not None and config.window.sliding_rope_theta is not None:
+            self.sliding_rope = make_rope(config, config.window.sliding_rope_theta)
         if config.has_sections:
             self.rope = SectionedRoPE(self.rope, config)
 
@@ -265,6 +271,7 @@ class Decoder(nn.Module):
         spans: Sequence[Span] = (),
         whole: bool = False,
         features: mx.array | None = None,
+        blocks: Sequence[ImageBlock] = (),
     ) -> dict[LayerType, Any]:
         """What `length` tokens after `offset` cached ones may look at, by kind of layer: a `Mask`, of cross-attention
         layers a `Sight` or None, of layers with query tokens a `QuerySight`.
@@ -273,7 +280,13 @@ class Decoder(nn.Module):
             prefix: as in a call.
             spans, whole: see `look`.
             features: float[1, P, C], what query tokens look at; None where none are among these tokens.
+            blocks: images whose tokens see one another; none of them begins in these tokens and ends behind them.
         """
+        if any(block.end > offset and block.start < offset + length for block in blocks):
+            return {
+                "full_attention": block_mask(length, offset, None, blocks),
+                "sliding_attention": block_mask(length, offset, self.config.sliding_window, blocks),
+            }
         if not self.config.prefix_lm:
             prefix = 0 if features is None else self.least_chunk
         elif prefix is None:
@@ -292,7 +305,7 @@ class Decoder(nn.Module):
         cache: Sequence[Any] | None = None,
         attentions: Recorder | None = None,
         prefix: int | None = None,
-        images: Sequence[ShownImage] | Sequence[PlacedImage] = (),
+        images: Sequence[ShownImage | ImageBlock | PlacedImage] = (),
     ) -> mx.array:
         """Run the layers and the final norm; `logits` turns rows of the result into scores.
 
@@ -305,8 +318,9 @@ class Decoder(nn.Module):
             prefix: the prompt's tokens: they see one another where the config says `prefix_lm`, and decide on rotary
                 positions that go by the prompt. By default those of the call that begins the sequence.
             images: new ones, for cross-attention layers; also those whose tokens only later calls read. Or the one
-                that query tokens look at, which are all in this call, the first of it. Or, as `PlacedImage`s, all of
-                the prompt, which the cache remembers.
+                that query tokens look at, which are all in this call, the first of it. Or images whose tokens see one
+                another, none of which is read in two calls. Or, as `PlacedImage`s, all of the prompt, which the cache
+                remembers.
 
         Returns:
             float[B, L, C].
@@ -314,6 +328,7 @@ class Decoder(nn.Module):
         caches: list[Any] = [None] * len(self.layers) if cache is None else list(cache)
         spans: tuple[Span, ...] = ()
         shown = [image for image in images if isinstance(image, ShownImage)]
+        blocks = [image for image in images if isinstance(image, ImageBlock)]
         for number, kind in enumerate(self.config.layer_types):
             if kind == "cross_attention":
                 caches[number] = self.show(number, shown, caches[number])
@@ -321,7 +336,7 @@ class Decoder(nn.Module):
         first = next(each for each in caches if not isinstance(each, ImageCache))  # all are as long
         offset = 0 if first is None else first.offset
         features = shown[0].features[None] if shown and self.config.queries is not None else None
-        masks = self.masks(embeddings.shape[1], offset, prefix, spans, attentions is not None, features)
+        masks = self.masks(embeddings.shape[1], offset, prefix, spans, attentions is not None, features, blocks)
         if hasattr(first, "max_size"):
             rotating = rotating_mask(embeddings.shape[1], offset, first.max_size, first.keep)
             masks |= {"full_attention": rotating, "sliding_attention": rotating}
@@ -330,18 +345,20 @@ class Decoder(nn.Module):
         if first is not None:  # the cache remembers it, as the keys that it holds were turned by it
             first.prompt_length = prefix
         placed = remember([image for image in images if isinstance(image, PlacedImage)], first)
-        rope = self.rope_among(placed, offset, embeddings.shape[1], prefix)
+        ropes = self.ropes(placed, offset, embeddings.shape[1], prefix)
         x = embeddings
         for number, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
-            x = layer(x, mask=masks[kind], rope=rope, cache=caches[number], attentions=attentions)
+            x = layer(x, mask=masks[kind], rope=ropes[kind], cache=caches[number], attentions=attentions)
             x = add_taps(x, number, placed, offset)
         return self.norm(x)
 
-    def rope_among(self, images: Sequence[PlacedImage], offset: int, length: int, prompt: int) -> Any:
-        """What turns `length` tokens behind `offset` others of a sequence with these images, which begins with a prompt
-        of so many tokens."""
+    def ropes(self, images: Sequence[PlacedImage], offset: int, length: int, prompt: int) -> dict[LayerType, Any]:
+        """By kind of layer what turns `length` tokens behind `offset` others of a sequence with these images, which
+        begins with a prompt of so many tokens."""
         among = images and isinstance(self.rope, SectionedRoPE)
-        return self.rope.among(images, offset, length) if among else self.rope_after(prompt)
+        usual = self.rope.among(images, offset, length) if among else self.rope_after(prompt)
+        sliding = self.sliding_rope if "sliding_rope" in self else usual
+        return {kind: sliding if kind == "sliding_attention" else usual for kind in self.config.layer_types}
 
     def logits(self, hidden: mx.array) -> mx.array:
         """float[B, L, C] -> float[B, L, vocab_size]."""

@@ -11,6 +11,7 @@ from .config import VLMConfig
 from .families import Family
 from .grid import EdgeGrid, Grid
 from .loading import find_image_settings, load_processor, plan, read_config
+from .splits import LONGEST, Splits, choose_split
 from .tiles import Tiles, count_tiles
 from .weights import rename
 
@@ -67,6 +68,8 @@ def describe(
         image_tokens = _tokens_of_grid(checkpoint, family, config)
     elif config.projector.shuffle is not None:
         image_tokens = _tokens_of_tiles(checkpoint, family, config)
+    elif config.projector.pool is not None:
+        image_tokens = {"image_tokens": config.tokens_of_row}
     elif pinpoints is None:
         image_tokens = {"image_tokens": _tokens_of_image(checkpoint, family, config)}
     else:  # most where an image fills its tiles
@@ -86,6 +89,8 @@ def describe(
             "vocab_size": decoder.vocab_size, "context": decoder.max_position_embeddings,
         },
     }  # fmt: skip
+    if config.text_alone:
+        shapes = {"decoder": shapes["decoder"]}
     described: dict[str, Any] = {
         "model": str(name),
         "family": config.family,
@@ -95,7 +100,7 @@ def describe(
         "types": "+".join(sorted(types)),
         "quantization": _quantization(checkpoint.quantization),
     }
-    for part in PARTS:
+    for part in shapes:
         count, size = weights[part], sizes[part]
         described[part] = {**shapes[part], **_amounts(count, size)}
     described |= _amounts(sum(weights.values()), sum(sizes.values()))
@@ -103,7 +108,7 @@ def describe(
     if check:
         planned = plan(checkpoint)
         processor = load_processor(checkpoint, planned.family, planned.config)
-        described["image_token"] = processor.image_token
+        described["image_token"] = None if config.text_alone else processor.image_token
         described["tokenizer_size"] = processor.tokenizer.backend.get_vocab_size()
         described["image_settings"] = processor.image_settings is not None
         described["check"] = "every tensor has its place, name and shape"
@@ -141,6 +146,12 @@ def _tokens_of_grid(checkpoint: Checkpoint, family: Family, config: VLMConfig) -
 def _tokens_of_tiles(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> dict[str, int]:
     """Tokens of a tile and of the longest image, where the image settings say how one is cut."""
     settings = find_image_settings(checkpoint.folder, family, config)
+    if settings is not None and isinstance(settings.tiling, Splits):
+        square = (settings.tiling.longest_edge or LONGEST,) * 2
+        tokens, (rows, columns) = (
+            family.image_text(config, settings, "\0", square).count("\0"), choose_split(square, settings.tiling)
+        )  # fmt: skip
+        return {"tile_tokens": tokens // (rows * columns + (rows * columns > 1)), "max_image_tokens": tokens}
     if settings is None or not isinstance(settings.tiling, Tiles):
         return {}
     tower = (1, settings.tiling.max_tiles)  # an image of this shape gets as many tiles as there may be

@@ -10,6 +10,7 @@ import mlx.core as mx
 from .axes import PlacedImage
 from .cross_attention import ImageCache, ShownImage
 from .decoder import Decoder
+from .image_blocks import ImageBlock, cut_between
 
 Sampler = Callable[[mx.array], mx.array]
 """float[1, vocab_size] log-probabilities -> int[1] token ids, as mlx-lm's `make_sampler` makes them."""
@@ -47,7 +48,7 @@ def prefill(
     embeddings: mx.array,
     cache: Sequence[Any],
     *,
-    images: Sequence[ShownImage] | Sequence[PlacedImage] = (),
+    images: Sequence[ShownImage | ImageBlock | PlacedImage] = (),
     step: int = PREFILL_STEP,
     progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
@@ -55,8 +56,9 @@ def prefill(
 
     Args:
         embeddings: float[1, L, C], the prompt's or the part of it that the cache lacks.
-        images: for cross-attention layers, those that the cache lacks; as `model.show` gives them.
-        step: tokens a chunk. Not applied where the prompt's keys depend on all of it.
+        images: for cross-attention layers, those that the cache lacks; or those whose tokens see one another; as
+            `model.show` gives them.
+        step: tokens a chunk. Not applied where the prompt's keys depend on all of it, nor inside such an image.
         progress: called with tokens done and tokens in all.
 
     Returns:
@@ -66,14 +68,15 @@ def prefill(
     held = next(entry.offset for entry in cache if not isinstance(entry, ImageCache))
     step = total if decoder.reads_whole(held + total) else max(step, decoder.least_chunk)
     done = 0
-    while total - done > step:
-        decoder(embeddings[:, done : done + step], cache, images=() if done else images)
+    blocks = [image for image in images if isinstance(image, ImageBlock)]
+    while (end := cut_between(held + done, step, held + total, blocks) - held) < total:
+        decoder(embeddings[:, done:end], cache, images=blocks if done else images)
         mx.eval([entry.state for entry in cache])
-        done += step
+        done = end
         if progress is not None:
             progress(done, total)
         mx.clear_cache()
-    hidden = decoder(embeddings[:, done:], cache, images=() if done else images)
+    hidden = decoder(embeddings[:, done:], cache, images=blocks if done else images)
     return decoder.logits(hidden[:, -1:])[:, 0]
 
 

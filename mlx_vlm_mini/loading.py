@@ -197,7 +197,7 @@ def load(
         revision: branch, tag or commit on the Hub.
         dtype: type to compute in; by default the checkpoint's on a GPU and float32 on a CPU.
         min_tiles, max_tiles: tiles of an image, without its thumbnail, in families that cut one into a grid of its
-            shape (InternVL); by default as the checkpoint says.
+            shape (InternVL, SmolVLM) or in crops (Gemma 3); by default as the checkpoint says.
         min_pixels, max_pixels: height times width of an image, in families that take any size (Qwen2-VL); by default as
             the checkpoint says.
         vision_tower: of an original LLaVA checkpoint, in place of the one that its config.json names.

@@ -13,13 +13,15 @@ from .attention import Recorder
 from .axes import PlacedImage
 from .borrow import borrow
 from .canvas import Canvas, choose_canvas
-from .config import VLMConfig
+from .config import ProjectorConfig, VLMConfig
 from .contrast import Contrast
 from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
 from .errors import CheckpointError, PromptError
 from .grid_vision import GridVisionTransformer
+from .image_blocks import ImageBlock, find_blocks
 from .merger import ChannelMerger, PatchMerger
+from .pooling import PooledProjector
 from .projector import Projector, join_squares, pixel_shuffle
 from .query_attention import Looks, QuerySight
 from .resampler import Resampler
@@ -75,6 +77,13 @@ class Inputs:
         return mx.array(np.concatenate([image.pixel_values for image in self.images])) if self.images else None
 
 
+def _make_projector(config: ProjectorConfig) -> nn.Module:
+    merger = ChannelMerger if config.merger is not None and config.merger.by_channel else PatchMerger
+    kinds = {Resampler: config.resampler, PooledProjector: config.pool, merger: config.merger}
+    kind = next((kind for kind, settings in kinds.items() if settings is not None), Projector)
+    return kind(config)
+
+
 class VLM(nn.Module):
     """A vision-language model.
 
@@ -91,10 +100,9 @@ class VLM(nn.Module):
         self.config = config
         tower = VisionTransformer if config.vision.tiled is None else TiledVisionTransformer
         self.vision: Any = (tower if config.vision.grid is None else GridVisionTransformer)(config.vision)
-        projector: Any = Projector if config.projector.resampler is None else Resampler
-        if config.projector.merger is not None:
-            projector = ChannelMerger if config.projector.merger.by_channel else PatchMerger
-        self.projector: Any = projector(config.projector)
+        self.projector: Any = _make_projector(config.projector)
+        if config.text_alone:
+            self.vision, self.projector = nn.Module(), nn.Module()
         self.decoder = Decoder(config.decoder)
         if config.has_newline:
             self.image_newline = mx.zeros(config.decoder.hidden_size)
@@ -175,8 +183,8 @@ class VLM(nn.Module):
             return np.array(join_squares(numbers, 1 if merge is None else merge.factor).flatten(0, 2))
         count = self.config.vision.features_at(image.pixel_values.shape[1])
         numbers = mx.arange(image.rows * count).reshape(image.rows, count, 1)
-        if self.config.projector.shuffle is not None:
-            numbers = pixel_shuffle(numbers, self.config.projector.shuffle)
+        if self.config.projector.joined is not None:
+            numbers = pixel_shuffle(numbers, self.config.projector.joined)
         newline = mx.full(numbers.shape[-1:], -1) if self.config.has_newline else None
         return np.array(self._arrange(numbers, newline, image))
 
@@ -255,18 +263,21 @@ class VLM(nn.Module):
 
     def show(
         self, inputs: Inputs, start: int = 0, encode: Callable[[InputImage], mx.array] | None = None
-    ) -> list[ShownImage] | list[PlacedImage]:
+    ) -> list[ShownImage | ImageBlock | PlacedImage]:
         """What the decoder has to know of the images besides their embeddings, for tokens from `start` on.
 
         Where tokens have three positions all images' places, and what else is added to the tokens of those that reach
         behind `start`. With cross-attention layers or query tokens what these look at, of images whose tokens stand at
-        `start` or behind. Else nothing. Arguments and errors as of `embed`.
+        `start` or behind; or where those tokens are that see one another. Else nothing. Arguments and errors as of
+        `embed`.
         """
         if self.config.decoder.has_sections:
-            return self._place(inputs, start, encode or self.encode)
+            return [*self._place(inputs, start, encode or self.encode)]
+        if self.config.decoder.two_way == "images":
+            return [*find_blocks(inputs.slots, start)]
         if self.config.decoder.cross_attention is None and self.config.decoder.queries is None:
             return []
-        shown = []
+        shown: list[ShownImage | ImageBlock | PlacedImage] = []
         places = np.flatnonzero(inputs.slots)[:: self.decoder.least_chunk]  # where each image's slots begin
         for position, image in zip(places.tolist(), inputs.images, strict=True):
             if position >= start:

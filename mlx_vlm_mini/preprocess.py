@@ -14,10 +14,14 @@ from PIL import Image
 
 from .anyres import Tiling, cut_frames, read_pinpoints
 from .canvas import Canvas, canvas_frames
+from .crops import Crops, crop_frames
 from .errors import CheckpointError, ImageError
 from .grid import EdgeGrid, Grid, PatchGrid
 from .places import Frame
+from .splits import Splits, split_frames
 from .tiles import Tiles, tile_frames
+
+Cuts = Tiling | Tiles | Canvas | Splits | Crops | PatchGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class ImageSettings:
     rescale_factor: float | None
     image_mean: tuple[float, ...] | None
     image_std: tuple[float, ...] | None
-    tiling: Tiling | Tiles | Canvas | PatchGrid | None
+    tiling: Cuts | None
     """How an image is cut first, what stands above then being done to each piece; None: it stays whole."""
 
 
@@ -67,6 +71,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "resample": 2, "do_pad": True, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5),
         "max_image_tiles": 4,
     },
+    "Idefics3": {
+        **_CLIP_DEFAULTS, "size": {"longest_edge": 1456}, "do_center_crop": False, "crop_size": None, "resample": 1,
+        "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5),
+        "max_image_size": {"longest_edge": 364}, "do_image_splitting": True,
+    },
+    "Gemma3": {
+        **_CLIP_DEFAULTS, "size": {"height": 224, "width": 224}, "do_center_crop": False, "crop_size": None,
+        "resample": 2, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), "do_pan_and_scan": False,
+        "pan_and_scan_min_crop_size": 256, "pan_and_scan_max_num_crops": 4,
+        "pan_and_scan_min_ratio_to_activate": 1.2,
+    },
     "Qwen2VL": {
         **_CLIP_DEFAULTS, "size": {}, "do_center_crop": False, "crop_size": None,
         "min_pixels": None, "max_pixels": None, "patch_size": 14, "merge_size": 2,
@@ -81,13 +96,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "min_patches": 1, "max_patches": 12, "use_thumbnail": False,
     },
 }  # fmt: skip
+_DEFAULTS["SmolVLM"] = _DEFAULTS["Idefics3"]
 _DEFAULTS["Qwen2_5_VL"] = _DEFAULTS["Qwen2VL"]  # a name that its first files have
-TILINGS: dict[str, type[Tiling | Tiles | Canvas | PatchGrid]] = {
-    "LlavaNext": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas, "Qwen2VL": Grid, "Qwen2_5_VL": Grid,
-    "Pixtral": EdgeGrid,
+TILINGS: dict[str, type[Cuts]] = {
+    "LlavaNext": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas, "Idefics3": Splits,
+    "SmolVLM": Splits, "Gemma3": Crops, "Qwen2VL": Grid, "Qwen2_5_VL": Grid, "Pixtral": EdgeGrid,
 }  # fmt: skip
 """Image processors that cut an image, and how."""
-_FIT = (Canvas, Grid, EdgeGrid)  # which resize an image themselves
+_FIT = (Canvas, Grid, EdgeGrid, Splits)  # which resize an image themselves
 
 
 def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
@@ -124,11 +140,14 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         raise CheckpointError("preprocessor_config.json: a canvas of tiles needs do_resize and do_pad")
     if TILINGS.get(kind) in (Grid, EdgeGrid) and not values["do_resize"]:
         raise CheckpointError("preprocessor_config.json: images in patches need do_resize")
-    cuts: dict[str, Callable[[Mapping[str, Any]], Tiling | Tiles | Canvas | PatchGrid]] = {
+    cuts: dict[str, Callable[[Mapping[str, Any]], Cuts]] = {
         "LlavaNext": _tiling,
         "GotOcr2": _tiles,
         "InternVLChat": _tiles,
         "Mllama": _canvas,
+        "Idefics3": _splits,
+        "SmolVLM": _splits,
+        "Gemma3": _crops,
         "Qwen2VL": _grid,
         "Qwen2_5_VL": _grid,
         "Pixtral": _edge_grid,
@@ -203,6 +222,27 @@ def _tiles(values: Mapping[str, Any]) -> Tiles:
     )
 
 
+def _splits(values: Mapping[str, Any]) -> Splits:
+    longest, tile = (_as_size(values[key], square=False).get("longest_edge") for key in ("size", "max_image_size"))
+    if tile is None or (longest is None and values["do_resize"]):
+        raise CheckpointError(
+            "preprocessor_config.json: split images need size and max_image_size as longest_edge, not "
+            f"{values['size']!r} and {values['max_image_size']!r}"
+        )
+    if tile**2 > _MOST_PIXELS:
+        raise CheckpointError(f"preprocessor_config.json: tiles of {tile} pixels a side are too large")
+    split = bool(values["do_image_splitting"])
+    return Splits(tile_size=tile, longest_edge=longest if values["do_resize"] else None, split=split)
+
+
+def _crops(values: Mapping[str, Any]) -> Crops:
+    return Crops(
+        min_size=values["pan_and_scan_min_crop_size"],
+        min_ratio=_as_number(values["pan_and_scan_min_ratio_to_activate"], "pan_and_scan_min_ratio_to_activate"),
+        max_crops=values["pan_and_scan_max_num_crops"] if values["do_pan_and_scan"] else 1,
+    )
+
+
 def _as_size(size: Any, *, square: bool) -> Mapping[str, int]:
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return {"height": size, "width": size} if square else {"shortest_edge": size}
@@ -273,6 +313,10 @@ def frames(size: tuple[int, int], settings: ImageSettings) -> list[Frame]:
         pieces = tile_frames(size, settings.tiling)
     elif isinstance(settings.tiling, Canvas):
         pieces = canvas_frames(size, settings.tiling)
+    elif isinstance(settings.tiling, Splits):
+        pieces = split_frames(size, settings.tiling)
+    elif isinstance(settings.tiling, Crops):
+        pieces = crop_frames(size, settings.tiling)
     elif isinstance(settings.tiling, PatchGrid):
         fitted = settings.tiling.fit(size)
         pieces = [(Frame().resize(size[::-1], fitted[::-1]), fitted)]

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from .config import VLMConfig
+from .crops import Crops
 from .errors import CheckpointError, PromptError
 from .families import Family
 from .grid import Grid
@@ -16,6 +17,7 @@ from .image import ImageSource, Picture, open_image, read_image
 from .model import InputImage, Inputs
 from .preprocess import ImageSettings
 from .prompt import ChatTemplate, Message, Prompt, images_of, to_messages
+from .splits import Splits
 from .tiles import Tiles
 from .tokenizer import Tokenizer
 
@@ -37,6 +39,9 @@ class PreparedImage:
     text: str
     digest: bytes
     origin: Picture
+
+
+_NO_IMAGE = "\ue002"  # in place of the image token of a model that reads text alone
 
 
 def without_data(picture: Picture) -> Picture:
@@ -75,13 +80,15 @@ class Processor:
         named = None if prescribed is None else prescribed.image_token
         token_id = config.image_token_id if named is None else 0 if self._cuts else tokenizer.token_to_id(named)
         token = named if self._cuts or token_id is None else tokenizer.id_to_token(token_id)
+        if config.text_alone:
+            token_id, token = -1, _NO_IMAGE
         if token_id is None or token is None:
             wanted = named or config.image_token_id
             raise CheckpointError(f"config.json gives images the token {wanted}, which the tokenizer does not have")
         if config.image_token_id not in (None, token_id):
             raise CheckpointError(f"config.json gives {token} the id {config.image_token_id}, the tokenizer {token_id}")
         self.image_token, self.image_token_id = token, token_id
-        self.chat_template = ChatTemplate(chat_template, tokenizer.special_tokens, token)
+        self.chat_template = ChatTemplate(chat_template, tokenizer.special_tokens, config.image_place or token)
 
     def limit_tiles(self, fewest: int | None = None, most: int | None = None) -> None:
         """Cut images into other numbers of tiles than the checkpoint says; None leaves a limit as it is.
@@ -90,6 +97,16 @@ class Processor:
             CheckpointError: the family does not cut images so, or the limits make no sense.
         """
         tiles = None if self.image_settings is None else self.image_settings.tiling
+        if self.image_settings is not None and isinstance(tiles, Splits | Crops):
+            if fewest is not None:
+                raise CheckpointError(
+                    f"family '{self.config.family}' has no least number of tiles: leave --min-tiles (min_tiles) out"
+                )
+            limited: Splits | Crops = tiles
+            if most is not None:
+                limited = replace(tiles, max_crops=most) if isinstance(tiles, Crops) else replace(tiles, max_tiles=most)
+            self.image_settings = replace(self.image_settings, tiling=limited)
+            return
         if self.image_settings is None or not isinstance(tiles, Tiles):
             raise CheckpointError(f"family '{self.config.family}' has no limits of tiles: leave them out")
         tiles = replace(
@@ -130,9 +147,12 @@ class Processor:
         Raises:
             ImageError: it cannot be opened.
             CheckpointError: the checkpoint does not say how it takes images.
+            PromptError: the model takes none.
         """
         if isinstance(source, PreparedImage):
             return source
+        if self.config.text_alone:
+            raise PromptError(f"family '{self.config.family}' reads text alone: leave the image out")
         if self.image_settings is None:
             raise CheckpointError(
                 "the checkpoint has neither preprocessor_config.json nor an image_processor in processor_config.json, "

@@ -134,13 +134,18 @@ def longest_context(config: DecoderConfig) -> int:
     return int(config.max_position_embeddings * stretch)
 
 
-def make_rope(config: DecoderConfig) -> Any:
+def make_rope(config: DecoderConfig, own: float | None = None) -> Any:
     """What turns float[B, H, L, D] by its positions: called with `(x, offset=tokens before x)`; or a `PromptRoPE`,
     which gives that for a prompt.
+
+    Args:
+        own: a base in place of the config's, without its scaling.
 
     Raises:
         CheckpointError: the scaling is unknown or incomplete.
     """
+    if own is not None:
+        return RoPE(config.head_dim, own)
     scaling, dims, base = dict(config.rope_scaling or {}), config.head_dim, config.rope_theta
     name = rope_type(scaling)
     if name not in _NEEDS:

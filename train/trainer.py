@@ -165,6 +165,8 @@ class Trainer:
         *,
         valid: Sequence[Example] = (),
     ) -> None:
+        if model.config.text_alone:
+            raise CheckpointError(f"family '{model.config.family}' reads no images, and is not trained here")
         if model.config.image_grid_pinpoints is not None:
             raise CheckpointError(f"family '{model.config.family}' cuts images into tiles, which cannot be trained yet")
         if model.config.projector.shuffle is not None:
@@ -174,8 +176,8 @@ class Trainer:
             raise CheckpointError(f"family '{name}' takes images of any size, which cannot be trained yet")
         if model.config.decoder.cross_attention is not None or model.config.decoder.queries is not None:
             raise CheckpointError(f"family '{model.config.family}' has cross-attention, which cannot be trained yet")
-        if model.config.decoder.prefix_lm:
-            raise CheckpointError(f"family '{model.config.family}' is a prefix-LM, which cannot be trained yet")
+        if model.config.decoder.two_way != "nothing":
+            raise CheckpointError(f"family '{model.config.family}' sees later tokens, too, which cannot be trained yet")
         self.model, self.processor, self.settings = model, processor, settings
         self.examples, self.valid = examples, valid
         self.folder = folder

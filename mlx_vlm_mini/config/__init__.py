@@ -12,16 +12,26 @@ from typing import Any, Literal
 from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation
-from .decoder import BiasConfig, BlindRows, CrossAttentionConfig, DecoderConfig, LayerType, NormConfig, ScaleConfig
-from .projector import MergerConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
+from .decoder import (
+    BiasConfig,
+    BlindRows,
+    CrossAttentionConfig,
+    DecoderConfig,
+    LayerType,
+    NormConfig,
+    ScaleConfig,
+    TwoWay,
+    WindowConfig,
+)
+from .projector import MergerConfig, PoolConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
 from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, GridConfig, TiledConfig, VisionConfig, VisionNorm
 
 __all__ = [
     "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig", "CrossAttentionConfig",
-    "DecoderConfig", "GridConfig", "LayerType", "MergerConfig", "NormConfig", "Prescribed", "ProjectorConfig",
-    "QueryConfig", "ResamplerConfig", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "VLMConfig",
-    "VisionConfig", "VisionNorm",
+    "DecoderConfig", "GridConfig", "LayerType", "MergerConfig", "NormConfig", "PoolConfig", "Prescribed",
+    "ProjectorConfig", "QueryConfig", "ResamplerConfig", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig",
+    "TwoWay", "VLMConfig", "VisionConfig", "VisionNorm", "WindowConfig",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
@@ -59,7 +69,7 @@ class VLMConfig:
     projector: ProjectorConfig
     decoder: DecoderConfig
     image_token_id: int | None
-    """None where `prescribed` names the token instead."""
+    """None where `prescribed` names the token instead, and where there are no images."""
     image_grid_pinpoints: tuple[tuple[int, int], ...] | None
     """Heights and widths in pixels that an image's tiles may fill (`anyres`); None: all features are shown."""
     tile_merge: TileMerge | None = None
@@ -67,6 +77,10 @@ class VLMConfig:
     behind each; `unpad_floor` the same with what is shown rounded down, as the original LLaVA does; `grid` as rows of
     the whole grid; `flat` tile by tile."""
     prescribed: Prescribed | None = None
+    image_place: str | None = None
+    """What the chat template writes where an image stands; None: the image token."""
+    text_alone: bool = False
+    """There is no tower and no projector, and `vision` and `projector` mean nothing."""
     contrast: ContrastConfig | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +90,7 @@ class VLMConfig:
                 f"config.json: tiles need a feature for each of their {patches} patches, and vision_config with "
                 f"vision_feature_select_strategy gives {self.vision.num_features}"
             )
-        named = self.image_token_id is None and self.prescribed is not None
+        named = self.image_token_id is None and (self.prescribed is not None or self.text_alone)
         if not named and (not isinstance(self.image_token_id, int) or self.image_token_id < 0):
             raise CheckpointError(f"config.json: the image token must be a token id, not {self.image_token_id!r}")
         shuffle = self.projector.shuffle
@@ -97,6 +111,12 @@ class VLMConfig:
                     raise CheckpointError(
                         f"config.json: {size} numbers are no multiple of attn_pool_num_heads {self.contrast.pool_heads}"
                     )
+
+    @property
+    def tokens_of_row(self) -> int:
+        """Embeddings of a row of pixels, of the tower's own size."""
+        joined = self.projector.joined
+        return self.vision.num_features // (1 if joined is None else joined.factor**2)
 
     @property
     def has_newline(self) -> bool:

@@ -11,6 +11,7 @@ from .queries import QueryConfig
 
 LayerType = Literal["full_attention", "sliding_attention", "cross_attention", "query_attention"]
 BlindRows = Literal["zero", "attend"]
+TwoWay = Literal["nothing", "prompt", "images"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,20 @@ class CrossAttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WindowConfig:
+    """Of the layers of type `sliding_attention`."""
+
+    sliding_window: int
+    """Keys that such a layer sees, the query's own among them."""
+    sliding_rope_theta: float | None = None
+    """Base of their own, unscaled rotary positions (Gemma 3); None: all layers have the same."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "sliding_window")
+        check_positive(self, *(["sliding_rope_theta"] if self.sliding_rope_theta is not None else []))
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A pre-norm decoder with grouped-query attention, rotary positions and a gated MLP."""
 
@@ -100,11 +115,11 @@ class DecoderConfig:
     """In Hugging Face's form: `rope_type` and what that type needs; None for plain rotary positions."""
     biases: BiasConfig
     layer_types: tuple[LayerType, ...]
-    sliding_window: int | None
-    """Keys that a `sliding_attention` layer sees, the query's own among them."""
+    window: WindowConfig | None
     tie_word_embeddings: bool
-    prefix_lm: bool
-    """The prompt's tokens see one another, later ones too; what follows it is causal."""
+    two_way: TwoWay
+    """What sees later tokens of its kind, too, all else being causal: the tokens of the prompt (PaliGemma), or of an
+    image those of the same one (Gemma 3)."""
     cross_attention: CrossAttentionConfig | None = None
     """Image embeddings do not enter the sequence: layers of a type of their own read them. None: there are none."""
     queries: QueryConfig | None = None
@@ -114,7 +129,9 @@ class DecoderConfig:
         check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         check_sizes(self, "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")
         check_positive(self, "rope_theta")
-        check_flags(self, "tie_word_embeddings", "prefix_lm")
+        check_flags(self, "tie_word_embeddings")
+        if self.two_way not in get_args(TwoWay):
+            raise CheckpointError(f"config.json: unknown two_way {self.two_way!r}")
         check_multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim % 2:
             raise CheckpointError(f"config.json: rotary positions need an even head_dim, not {self.head_dim}")
@@ -125,8 +142,8 @@ class DecoderConfig:
         unknown = set(self.layer_types) - set(get_args(LayerType))
         if unknown:
             raise CheckpointError(f"config.json: unknown layer type {unknown.pop()!r}")
-        if "sliding_attention" in self.layer_types:
-            check_sizes(self, "sliding_window")
+        if "sliding_attention" in self.layer_types and self.window is None:
+            raise CheckpointError("config.json: sliding layers need a sliding_window")
         if ("cross_attention" in self.layer_types) != (self.cross_attention is not None):
             raise CheckpointError("config.json: cross-attention layers and their settings go together")
         if ("query_attention" in self.layer_types) != (self.queries is not None):
@@ -140,6 +157,16 @@ class DecoderConfig:
     def has_sections(self) -> bool:
         """Whether a token has three positions, so that it matters where pictures stand (Qwen2-VL)."""
         return (self.rope_scaling or {}).get("mrope_section") is not None
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Keys that a `sliding_attention` layer sees, where there are such layers."""
+        return None if self.window is None else self.window.sliding_window
+
+    @property
+    def prefix_lm(self) -> bool:
+        """Whether the whole prompt sees itself."""
+        return self.two_way == "prompt"
 
     @property
     def num_embeddings(self) -> int:

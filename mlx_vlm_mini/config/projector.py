@@ -22,6 +22,18 @@ class ShuffleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """Means of squares of `factor` x `factor` neighbouring features (Gemma 3), an RMS norm, a matrix; `pooling.py`."""
+
+    factor: int
+    norm_offset: float
+    """As the decoder's `rms_norm_offset`."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "factor")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergerConfig:
     """Each feature normed, squares of them joined, two layers (Qwen2-VL); see `merger.py`."""
 
@@ -68,6 +80,8 @@ class ProjectorConfig:
     shuffle: ShuffleConfig | None = None
     norm_eps: float | None = None
     resampler: ResamplerConfig | None = None
+    pool: PoolConfig | None = None
+    """In place of all that; one layer."""
     merger: MergerConfig | None = None
     """In place of what stands above, for grids of patches; it has the other fields' sizes."""
 
@@ -84,3 +98,8 @@ class ProjectorConfig:
                 f"config.json: embeddings of {self.hidden_size} numbers cannot be cut into {self.resampler.num_heads} "
                 "heads of the resampler"
             )
+
+    @property
+    def joined(self) -> ShuffleConfig | None:
+        """Which features become one embedding, shuffled or averaged; None: each is one."""
+        return self.shuffle if self.pool is None else ShuffleConfig(factor=self.pool.factor, transposed=False)

@@ -11,6 +11,9 @@ from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
 from . import (
+    gemma3,
+    gemma3_text,
+    idefics3,
     internvl,
     internvl_chat,
     llava,
@@ -53,6 +56,9 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
+    "gemma3": gemma3,
+    "gemma3_text": gemma3_text,
+    "idefics3": idefics3,
     "internvl": internvl,
     "internvl_chat": internvl_chat,
     "llava": llava,
@@ -67,6 +73,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
     "qwen3_vl": qwen3_vl,
+    "smolvlm": idefics3,
 }
 
 

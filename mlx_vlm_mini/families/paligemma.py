@@ -61,7 +61,7 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
         {"model_type": "gemma", **(_TEXT if text is None else text)},
         proven=("gemma", "gemma2"),
         tie_word_embeddings=hf.get("tie_word_embeddings", True),
-        prefix_lm=True,
+        two_way="prompt",
     )
     width = hf.get("projection_dim", 2048)
     if width != decoder.hidden_size:

@@ -16,8 +16,10 @@ from mlx_vlm_mini.config import (
     NormConfig,
     ProjectorConfig,
     ScaleConfig,
+    TwoWay,
     VisionConfig,
     VLMConfig,
+    WindowConfig,
 )
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.rope import rope_type
@@ -65,6 +67,10 @@ _GEMMA2 = {
     "num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
     "sliding_window": 4096, "layer_types": None, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
 }  # fmt: skip
+_GEMMA3 = {
+    **_GEMMA2, "vocab_size": 262208, "max_position_embeddings": 131072, "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+}  # fmt: skip
 _MLLAMA = {
     **_LLAMA, "vocab_size": 128256, "intermediate_size": 14336, "num_hidden_layers": 40, "num_key_value_heads": 8,
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
@@ -72,10 +78,11 @@ _MLLAMA = {
 _GEMMA2_SCALES = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _DECODERS = {
     "llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "qwen3": _QWEN3, "phi3": _PHI3, "internlm2": _INTERNLM2,
-    "gemma": _GEMMA, "gemma2": _GEMMA2, "mllama_text_model": _MLLAMA,
+    "gemma": _GEMMA, "gemma2": _GEMMA2, "gemma3_text": _GEMMA3, "mllama_text_model": _MLLAMA,
 }  # fmt: skip
 _BIAS_KEYS = {  # what says whether queries, keys, values and their output have biases
     "llama": "attention_bias", "qwen3": "attention_bias", "gemma": "attention_bias", "gemma2": "attention_bias",
+    "gemma3_text": "attention_bias",
     "internlm2": "bias",
 }  # fmt: skip
 _SAME_ACTIVATION = {
@@ -142,7 +149,7 @@ def text_decoder(
     *,
     proven: Sequence[str] = ("llama", "mistral", "qwen2"),
     tie_word_embeddings: bool = False,
-    prefix_lm: bool = False,
+    two_way: TwoWay = "nothing",
 ) -> DecoderConfig:
     """A decoder from its part of config.json, of a kind that the family is proven with."""
     model_type = hf.get("model_type", "llama")
@@ -157,8 +164,9 @@ def text_decoder(
     layer_types = _layer_types(model_type, values)
     sliding = "sliding_attention" in layer_types
     biased = model_type in _BIAS_KEYS and values[_BIAS_KEYS[model_type]]
-    gemma = model_type in ("gemma", "gemma2")
-    act = values["hidden_activation"] if model_type == "gemma2" else values["hidden_act"]
+    sandwich = model_type in ("gemma2", "gemma3_text")
+    gemma = model_type == "gemma" or sandwich
+    act = values["hidden_activation"] if sandwich else values["hidden_act"]
     if gemma and act == "gelu":  # what old configs wrote, and the weights were trained with the other
         act = "gelu_pytorch_tanh"
     return DecoderConfig(
@@ -173,13 +181,13 @@ def text_decoder(
         norms=NormConfig(
             rms_norm_eps=values["rms_norm_eps"],
             rms_norm_offset=1.0 if gemma else 0.0,
-            sandwich=model_type == "gemma2",
-            qk_norm=model_type == "qwen3",
+            sandwich=sandwich,
+            qk_norm=model_type in ("qwen3", "gemma3_text"),
         ),
         scales=ScaleConfig(
             embed_scale=values["hidden_size"] ** 0.5 if gemma else 1.0,
             fits_float16=not gemma,
-            **({key: values[key] for key in _GEMMA2_SCALES} if model_type == "gemma2" else {}),
+            **({key: values[key] for key in _GEMMA2_SCALES} if sandwich else {}),
         ),
         max_position_embeddings=values["max_position_embeddings"],
         rope_theta=theta,
@@ -190,9 +198,9 @@ def text_decoder(
             mlp_bias=model_type == "llama" and values["mlp_bias"],
         ),
         layer_types=layer_types,
-        sliding_window=values["sliding_window"] if sliding else None,
+        window=WindowConfig(sliding_window=values["sliding_window"]) if sliding else None,
         tie_word_embeddings=tie_word_embeddings or values["tie_word_embeddings"],
-        prefix_lm=prefix_lm,
+        two_way=two_way,
     )
 
 
@@ -211,6 +219,8 @@ def _layer_types(model_type: str, values: Mapping[str, Any]) -> tuple[LayerType,
     layers, window = values["num_hidden_layers"], values.get("sliding_window")
     if model_type in ("mistral", "phi3") and window is not None:
         return ("sliding_attention",) * layers
+    if model_type == "gemma3_text":
+        return tuple(values["layer_types"])
     if model_type == "gemma2" and window is not None:
         if values["layer_types"] is not None:
             return tuple(values["layer_types"])

@@ -46,6 +46,21 @@ VICUNA = (
     "message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}{{ content['text'] + ' '}}"
     "{% endgeneration %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+IDEFICS3 = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}{% if message['content'][0]['type'] == "
+    "'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}"
+    "{{ line['text'] }}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+GEMMA3 = (
+    "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}{%- set before = messages[0]['content'][0]['text'] + '\n\n' -%}"
+    "{%- set said = messages[1:] -%}{%- else -%}{%- set before = '' -%}{%- set said = messages -%}{%- endif -%}"
+    "{%- for message in said -%}{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}"
+    "{{ '<start_of_turn>' + role + '\n' + (before if loop.first else '') }}{%- for item in message['content'] -%}"
+    "{%- if item['type'] == 'image' -%}{{ '<start_of_image>' }}{%- else -%}{{ item['text'] | trim }}{%- endif -%}"
+    "{%- endfor -%}{{ '<end_of_turn>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for content in message['content'] %}"
     "{% if content['type'] == 'image' %}{{ '<image>' }}{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
@@ -188,6 +203,35 @@ def sparse_mllama(config: dict[str, Any]) -> None:
 
 def transformers_semantics(config: dict[str, Any]) -> None:
     config["semantics"] = "transformers"
+
+
+def sparse_idefics3(config: dict[str, Any]) -> None:
+    """A config as SmolVLM-256M's: what the classes default to is left out, and the vision part's own type is the outer one."""
+    old_rope_keys(config)
+    text, vision = config["text_config"], config["vision_config"]
+    for key in ("hidden_act", "tie_word_embeddings", "rope_scaling"):
+        text.pop(key)
+    for key in ("hidden_act", "layer_norm_eps", "num_channels", "attention_dropout"):
+        vision.pop(key)
+    vision["model_type"] = "idefics3"
+
+
+def sparse_gemma3(config: dict[str, Any]) -> None:
+    """A config as google/gemma-3-4b-it's: what the classes default to is left out, one rope scaling, a pattern of layers."""
+    text, vision = config["text_config"], config["vision_config"]
+    text["rope_scaling"] = {"rope_type": "linear", "factor": text.pop("rope_parameters")["full_attention"]["factor"]}
+    text["sliding_window_pattern"] = text.pop("layer_types").index("full_attention") + 1
+    for key in (
+        "rms_norm_eps", "hidden_activation", "tie_word_embeddings", "max_position_embeddings", "query_pre_attn_scalar",
+        "num_attention_heads", "num_key_value_heads", "attn_logit_softcapping", "final_logit_softcapping",
+    ):  # fmt: skip
+        text.pop(key)
+    for key in ("hidden_act", "layer_norm_eps", "num_channels"):
+        vision.pop(key)
+    for part in (config, text, vision):
+        part.pop("dtype", None)
+    config.pop("tie_word_embeddings", None)
+    config["torch_dtype"] = "float32"
 
 
 def sparse_paligemma(config: dict[str, Any]) -> None:
@@ -395,6 +439,68 @@ SPECS = {
         tokenizer="llama3", chat_template=MLLAMA, template_file="chat_template.jinja",
         rename=mllama_memory_names, config=transformers_semantics, shards=2, seed=25, family="mllama",
         cases=tuple(CASES)),
+    "idefics3-markers": Spec(  # as SmolVLM-256M; photo.jpg: 4 x 3 tiles; shapes.png: 3 x 4; strip.png: 1 x 4
+        vision=("idefics3_vision", dict(
+            hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=3, image_size=16, patch_size=2)),
+        text=("llama", dict(
+            hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+            max_position_embeddings=1024, rms_norm_eps=1e-5, rope_parameters={"rope_theta": 1e5, "rope_type": "default"})),
+        llava=dict(scale_factor=4),
+        image_processor=("Idefics3", dict(size={"longest_edge": 64}, max_image_size={"longest_edge": 16})),
+        tokenizer="smol markers", chat_template=IDEFICS3, template_file="chat_template.json",
+        config=sparse_idefics3, seed=30, family="idefics3", cases=tuple(CASES)),
+    "idefics3-words": Spec(  # as Idefics3-8B: markers are plain text; photo.jpg: 2 x 2 tiles; shapes.png: 2 x 2; strip.png: 1 x 2
+        vision=("idefics3_vision", dict(
+            hidden_size=25, intermediate_size=40, num_hidden_layers=2, num_attention_heads=5, image_size=30, patch_size=5)),
+        text=("llama", dict(
+            hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=1024, rms_norm_eps=1e-4,
+            rope_parameters={"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0, "original_max_position_embeddings": 32})),
+        llava=dict(scale_factor=3),
+        image_processor=("Idefics3", dict(size={"longest_edge": 45}, max_image_size={"longest_edge": 30})),
+        tokenizer="smol words", chat_template=IDEFICS3, template_file="chat_template.jinja",
+        shards=2, seed=31, family="idefics3", cases=(*USUAL, "strip")),
+    "smolvlm-whole": Spec(  # as SmolVLM2, pictures not split
+        vision=("smolvlm_vision", dict(
+            hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, image_size=24, patch_size=4)),
+        text=("llama", dict(
+            hidden_size=40, intermediate_size=64, num_hidden_layers=2, num_attention_heads=5, num_key_value_heads=5,
+            max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True)),
+        llava=dict(scale_factor=2, tie_word_embeddings=True),
+        image_processor=("Idefics3", dict(
+            size={"longest_edge": 40}, max_image_size={"longest_edge": 24}, do_image_splitting=False)),
+        tokenizer="smol markers", chat_template=IDEFICS3, template_file="chat_template.json",
+        seed=32, family="smolvlm", cases=tuple(CASES)),
+    "gemma3-hub": Spec(  # as gemma-3-4b-it: 9 tokens an image and a window of 7; every third layer sees everything
+        vision=("siglip_vision_model", dict(
+            hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=5, image_size=24, patch_size=4,
+            vision_use_head=False)),
+        text=("gemma3_text", dict(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=4,
+            head_dim=8, sliding_window=7, layer_types=([*["sliding_attention"] * 2, "full_attention"] * 2)[:5],
+            rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})),
+        llava=dict(mm_tokens_per_image=9),
+        image_processor=("Gemma3", dict(size={"height": 24, "width": 24})),
+        tokenizer="gemma3", chat_template=GEMMA3, template_file="chat_template.json",
+        rename=hub_names, config=sparse_gemma3, seed=40, family="gemma3", cases=tuple(CASES)),
+    "gemma3-crops": Spec(  # as a 27B saved by transformers 5, with pan and scan: photo.jpg and shapes.png: 2 crops; strip.png: 3
+        vision=("siglip_vision_model", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=3, image_size=16, patch_size=4,
+            vision_use_head=False)),
+        text=("gemma3_text", dict(
+            hidden_size=36, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=10, query_pre_attn_scalar=7, sliding_window=12, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+            layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+            rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e5},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}})),
+        llava=dict(mm_tokens_per_image=4),
+        image_processor=("Gemma3", dict(
+            size={"height": 16, "width": 16}, do_pan_and_scan=True, pan_and_scan_min_crop_size=24,
+            pan_and_scan_max_num_crops=3, pan_and_scan_min_ratio_to_activate=1.25)),
+        tokenizer="gemma3", chat_template=GEMMA3, template_file="chat_template.jinja",
+        rename=memory_names, shards=2, seed=41, family="gemma3", cases=tuple(CASES)),
     "qwen2-vl": Spec(  # photo.jpg: 8 x 6 tokens, halves rounded to even; shapes.png: 4 x 7; strip.png: 3 x 13
         vision=("qwen2_vl_vision", dict(
             depth=2, embed_dim=32, hidden_size=40, mlp_ratio=2, num_heads=2, patch_size=6)),
@@ -516,6 +622,23 @@ def make_tokenizer(kind: str) -> Any:
         return PreTrainedTokenizerFast(
             tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
         )
+    if kind == "gemma3":
+        from transformers import GemmaTokenizer
+
+        words = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        words.normalizer = normalizers.Replace(" ", "▁")
+        words.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        special = ["<pad>", "<eos>", "<bos>", "<unk>", *[f"<0x{byte:02X}>" for byte in range(256)]]
+        lines = [line.replace(". ", ".\n\n").replace("? ", "?\n\n\n") for line in CORPUS]  # newlines are joined
+        words.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=400, special_tokens=special))
+        model = json.loads(words.to_str())["model"]
+        places = {"image": "<image_soft_token>", "boi": "<start_of_image>", "eoi": "<end_of_image>"}
+        gemma = GemmaTokenizer(
+            vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]],
+            extra_special_tokens={f"{name}_token": token for name, token in places.items()},
+        )  # fmt: skip
+        gemma.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+        return gemma
     if kind == "gemma":
         from transformers import GemmaTokenizer
         from transformers.models.paligemma.processing_paligemma import EXTRA_TOKENS
@@ -551,6 +674,18 @@ def make_tokenizer(kind: str) -> Any:
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if kind.startswith("smol"):  # lines end in the corpus, so that two newlines are a token
+        corpus = [line.replace(". ", ".\n\n") for line in CORPUS]
+        words.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=360, initial_alphabet=alphabet))
+        words.add_special_tokens(
+            ["<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+        )
+        if kind == "smol markers":
+            places = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+            words.add_special_tokens(["<global-img>", *places])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=words, bos_token="<|im_start|>", eos_token="<end_of_utterance>", pad_token="<|im_end|>"
+        )
     words.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=360, initial_alphabet=alphabet))
     words.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"])
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -558,7 +693,9 @@ def make_tokenizer(kind: str) -> Any:
 
 def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
     from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
@@ -573,10 +710,15 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
         "LlavaNext": LlavaNextImageProcessorPil,
         "GotOcr2": GotOcr2ImageProcessorPil,
         "Mllama": MllamaImageProcessorPil,
+        "Idefics3": Idefics3ImageProcessorPil,
+        "Gemma3": Gemma3ImageProcessorPil,
         "Qwen2VL": Qwen2VLImageProcessorPil,
         "Pixtral": PixtralImageProcessorPil,
     }
     return classes[kind](**options)
+
+
+BY_ID = ("internvl", "idefics3", "smolvlm")  # whose configs call the image token so
 
 
 def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
@@ -588,7 +730,7 @@ def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
         spec.family,
         vision_config=AutoConfig.for_model(vision_type, **vision),
         text_config=AutoConfig.for_model(text_type, vocab_size=vocab_size, **text),
-        **{"image_token_id" if spec.family in ("internvl", *QWEN) else "image_token_index": image_token_id},
+        **{"image_token_id" if spec.family in (*BY_ID, *QWEN) else "image_token_index": image_token_id},
         **spec.llava,
     )
     model = AutoModelForImageTextToText.from_config(config).eval()
@@ -619,7 +761,14 @@ def fill(model: Any, seed: int, *, gemma: bool = False) -> Any:
 def save(spec: Spec, folder: Path) -> None:
     """Write a checkpoint folder in the layout that the spec asks for."""
     from safetensors.torch import load_file
-    from transformers import LlavaNextProcessor, LlavaProcessor, MllamaProcessor, PaliGemmaProcessor
+    from transformers import (
+        Gemma3Processor,
+        Idefics3Processor,
+        LlavaNextProcessor,
+        LlavaProcessor,
+        MllamaProcessor,
+        PaliGemmaProcessor,
+    )
 
     if spec.family == "internvl_chat":
         return save_chat(spec, folder)
@@ -634,9 +783,8 @@ def save(spec: Spec, folder: Path) -> None:
     pixtral = spec.vision[0] == "pixtral"
     if pixtral:
         tokenizer = add_pixtral(tokenizer)
-    image_token = {"internvl": "<IMG_CONTEXT>", "mllama": "<|image|>", **dict.fromkeys(QWEN, "<|image_pad|>")}.get(
-        spec.family, "[IMG]" if pixtral else "<image>"
-    )
+    own = {"internvl": "<IMG_CONTEXT>", "mllama": "<|image|>", "gemma3": "<image_soft_token>"}
+    image_token = {**own, **dict.fromkeys(QWEN, "<|image_pad|>")}.get(spec.family, "[IMG]" if pixtral else "<image>")
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     # Of Llama 3.2 Vision the image token is the first that has an embedding and no score.
     model = make_model(spec, image_token_id if spec.family == "mllama" else len(tokenizer) + 5, image_token_id)
@@ -662,9 +810,19 @@ def save(spec: Spec, folder: Path) -> None:
             make_image_processor(kind, options), tokenizer, patch_size=spec.vision[1]["patch_size"],
             spatial_merge_size=spec.llava.get("spatial_merge_size", 1), chat_template=spec.chat_template,
         )  # fmt: skip
+    elif spec.family == "gemma3":
+        processor = Gemma3Processor(
+            make_image_processor(kind, options), tokenizer, chat_template=spec.chat_template,
+            image_seq_length=spec.llava["mm_tokens_per_image"],
+        )  # fmt: skip
     elif spec.family in QWEN:
         processor = images_only(spec.family)(
             make_image_processor(kind, options), tokenizer, chat_template=spec.chat_template
+        )
+    elif spec.family in ("idefics3", "smolvlm"):  # SmolVLM's own, the same for images, wants num2words for videos
+        patches = spec.vision[1]["image_size"] // spec.vision[1]["patch_size"] // spec.llava["scale_factor"]
+        processor = Idefics3Processor(
+            make_image_processor(kind, options), tokenizer, image_seq_len=patches**2, chat_template=spec.chat_template
         )
     elif spec.family == "internvl":
         from internvl_reference import ImagesOnly
@@ -815,6 +973,13 @@ class Reference:
             self.processor = PixtralImages.from_pretrained(folder, backend="pil")
         else:
             self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        if self.model.config.model_type == "gemma3":  # whose processor asks for no pan and scan, whatever the file says
+            defaults, images = self.processor.images_kwargs, self.processor.image_processor
+            given = {key: getattr(images, key, None) for key in defaults}
+            self.processor.images_kwargs = {
+                **defaults,
+                **{key: value for key, value in given.items() if value is not None},
+            }
         if is_meta(folder):
             compute_as_meta(self.model)
         self.chat_template = chat_template
@@ -850,7 +1015,8 @@ class Reference:
             inputs = self.processor(text="<image>" * len(opened) + text, images=opened, return_tensors="pt")
         names = (
             "input_ids", "pixel_values", "image_sizes", "attention_mask", "token_type_ids",
-            "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask", "image_grid_thw", "mm_token_type_ids",
+            "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask", "pixel_attention_mask", "image_grid_thw",
+            "mm_token_type_ids",
         )  # fmt: skip
         inputs = {key: inputs[key] for key in names if key in inputs}
         ids = inputs["input_ids"]
@@ -892,6 +1058,8 @@ class Reference:
                 return answer
             if pixels.ndim == 6:  # tiles that see one another
                 pixels = tiles_of(inputs).numpy()[..., ::4, ::4]  # a part, for the goldens' size
+            elif "pixel_attention_mask" in inputs:  # of all images, one after another
+                pixels = pixels[0]
             elif pixels.ndim == 5:  # tiles, padded to the number of the image with most
                 pixels = np.concatenate(
                     [image[: self.count_tiles(size)] for image, size in zip(pixels, inputs["image_sizes"], strict=True)]

@@ -25,15 +25,18 @@ from mlx_vlm_mini.config import (
     LayerType,
     MergerConfig,
     NormConfig,
+    PoolConfig,
     Prescribed,
     ProjectorConfig,
     QueryConfig,
     ScaleConfig,
     ShuffleConfig,
     TiledConfig,
+    TwoWay,
     VisionConfig,
     VisionNorm,
     VLMConfig,
+    WindowConfig,
 )
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families import FAMILIES, llava
@@ -189,8 +192,9 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
 @pytest.mark.parametrize(
     "config",
     [
-        BlockConfig, TiledConfig, VisionConfig, ShuffleConfig, ProjectorConfig, NormConfig, ScaleConfig, BiasConfig,
-        ContrastConfig, CrossAttentionConfig, DecoderConfig, GridConfig, MergerConfig, Prescribed, QueryConfig, VLMConfig,
+        BlockConfig, TiledConfig, VisionConfig, ShuffleConfig, PoolConfig, ProjectorConfig, NormConfig, ScaleConfig, BiasConfig,
+        ContrastConfig, CrossAttentionConfig, WindowConfig, DecoderConfig, GridConfig, MergerConfig, Prescribed, QueryConfig,
+        VLMConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_a_reader_and_towers_stay_small(config):
@@ -204,7 +208,13 @@ def test_every_field_has_a_reader_and_towers_stay_small(config):
 
 def test_every_literal_has_a_user():
     families = "".join(file.read_text() for file in (PACKAGE / "families").glob("*.py"))
-    known = {*get_args(Activation), *get_args(BlindRows), *get_args(LayerType), *get_args(VisionNorm)}
+    known = {
+        *get_args(Activation),
+        *get_args(BlindRows),
+        *get_args(LayerType),
+        *get_args(TwoWay),
+        *get_args(VisionNorm),
+    }
     values = known - {"relu"}  # of models composed and trained here
     assert [value for value in sorted(values) if f'"{value}"' not in families] == []
     assert set(ACTIVATIONS) == set(get_args(Activation)) and set(NORMS) == set(get_args(VisionNorm))

@@ -1,16 +1,17 @@
 """PaliGemma: what its configs leave out, its tensor names, a prompt that sees itself, and what it says to conversations."""
 
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import PHOTO, PLAIN, SHAPES, edit_json
+from checkpoints import PHOTO, PLAIN, SHAPES, edit_json, in_layout, write_names
 from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, generate, load
 from mlx_vlm_mini.checkpoint import open_checkpoint
-from mlx_vlm_mini.config import ScaleConfig
+from mlx_vlm_mini.config import ScaleConfig, WindowConfig
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.decoder import causal_mask
 from mlx_vlm_mini.errors import CheckpointError, PromptError
@@ -18,7 +19,6 @@ from mlx_vlm_mini.families import paligemma
 from mlx_vlm_mini.generation import prefill
 from mlx_vlm_mini.loading import compute_dtype, plan
 from mlx_vlm_mini.model import VLM
-from mlx_vlm_mini.weights import hub_name, rename
 
 ONE, TWO = GOLDEN / "paligemma-gemma", GOLDEN / "paligemma2-gemma2"
 
@@ -87,16 +87,7 @@ def test_configs_that_make_no_model(hf, message):
 )
 def test_every_layout_is_read(text, vision, projector, copy_of):
     folder = copy_of("paligemma2-gemma2")
-    tensors = {}
-    for ours, theirs in plan(open_checkpoint(folder)).ours.items():
-        part, _, rest = hub_name(ours, paligemma.WEIGHTS).partition(".")
-        prefix = {"language_model": text, "vision_tower": vision, "multi_modal_projector": projector}[part]
-        name = prefix + rest.removeprefix("model.").removeprefix("vision_model.")
-        assert rename(name, paligemma.WEIGHTS) == (ours,)
-        tensors[name] = open_checkpoint(folder).read(theirs)
-    for file in folder.glob("model*"):
-        file.unlink()
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+    write_names(folder, paligemma, partial(in_layout, text=text, vision=vision, projector=projector))
     expected, processor = load(TWO)
     inputs = processor("What?", [PHOTO])
     assert (load(folder)[0](inputs) == expected(inputs)).all()
@@ -129,8 +120,8 @@ CHANGES = {
     "attn_logit_softcapping": lambda decoder: {"scales": replace(decoder.scales, attn_logit_softcapping=None)},
     "final_logit_softcapping": lambda decoder: {"scales": replace(decoder.scales, final_logit_softcapping=None)},
     "rms_norm_offset": lambda decoder: {"norms": replace(decoder.norms, rms_norm_offset=0.9)},
-    "sliding_window": lambda decoder: {"sliding_window": 100},
-    "prefix_lm": lambda decoder: {"prefix_lm": False},
+    "sliding_window": lambda decoder: {"window": WindowConfig(sliding_window=100)},
+    "two_way": lambda decoder: {"two_way": "nothing"},
 }
 
 

@@ -14,6 +14,7 @@ from mlx_vlm_mini import load
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.inspection import find_boxes
 from mlx_vlm_mini.places import Frame, join, lay_over, weight_inside
+from mlx_vlm_mini.splits import Splits
 from mlx_vlm_mini.tiles import Tiles
 
 LAYOUTS = {  # golden, changes to its config, changes to its image settings
@@ -27,6 +28,13 @@ LAYOUTS = {  # golden, changes to its config, changes to its image settings
     "grid": ("llava-original-v1.6-mistral", {"tile_merge": "grid"}, {}),
     "flat": ("llava-original-v1.6-mistral", {"tile_merge": "flat"}, {}),
     "tiles, shuffled, thumbnail": ("internvl-qwen2", {}, {}),
+    "averaged crops": ("gemma3-crops", {}, {}),
+    "split, the whole behind": ("idefics3-words", {}, {}),
+    "split at its own size": (
+        "idefics3-markers",
+        {},
+        {"tiling": Splits(tile_size=16, longest_edge=None, split=True, max_tiles=9)},
+    ),
     "shuffled column by column": (
         "internvl-chat-llama",
         {},

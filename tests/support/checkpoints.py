@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.families import find_family
 from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.model import VLM
-from mlx_vlm_mini.weights import fused
+from mlx_vlm_mini.weights import fused, hub_name, rename
 
 PHOTO, SHAPES = GOLDEN / "photo.jpg", GOLDEN / "shapes.png"
 PLAIN = GOLDEN / "llava-clip-llama"
@@ -50,6 +51,31 @@ def with_paths(messages: list[dict[str, Any]], folder: Path = GOLDEN) -> list[di
         ]}
         for message in messages
     ]  # fmt: skip
+
+
+def write_names(folder: Path, family: Any, names: Callable[[str], str], *, mlx: bool = False) -> None:
+    """Rewrite a folder's tensors with other names, each of which must mean the same.
+
+    Args:
+        names: what a tensor is called, from its name on the Hub (`hub_name`).
+        mlx: in MLX's format.
+    """
+    checkpoint, tensors = open_checkpoint(folder), {}
+    for ours, theirs in plan(checkpoint).ours.items():
+        name = names(hub_name(ours, family.WEIGHTS))
+        assert rename(name, family.WEIGHTS) == (ours,)
+        array = checkpoint.read(theirs)
+        tensors[name] = mx.contiguous(array.transpose(0, 2, 3, 1)) if mlx and array.ndim == 4 else array
+    for file in folder.glob("model*"):
+        file.unlink()
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx" if mlx else "pt"})
+
+
+def in_layout(name: str, *, text: str, vision: str, projector: str) -> str:
+    """A tensor's name on the Hub in another of transformers' layouts, by the prefixes of its three parts."""
+    part, _, rest = name.partition(".")
+    prefix = {"language_model": text, "vision_tower": vision, "multi_modal_projector": projector}[part]
+    return prefix + rest.removeprefix("model.").removeprefix("vision_model.")
 
 
 WAYS: dict[str, dict[str, Any]] = {  # of `convert`, to be compared with mlx-vlm's reading

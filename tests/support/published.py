@@ -7,8 +7,9 @@ to a multiple of 64) from convert_llava_next_weights_to_hf.py; PaliGemma 2 from 
 Vicuna-13B, Mistral-7B, Yi-34B and Llama-3-8B from copies of their configs; Llama 3.2 Vision from sku_list.py of
 meta-llama/llama-models and convert_mllama_weights_to_hf.py of transformers; Qwen-VL's from a copy of its config.json, and its
 tensors' names and shapes from vllm-project/vllm (tests/golden/qwen_vl_oracle.py); Qwen2-VL's and later ones' from copies of their
-configs in public repositories, the sizes of 2-VL's recalled; Mistral Small 3.1's from a copy of its config, Pixtral-12B's
-recalled (its decoder has Mistral Nemo's sizes). None was downloaded from the Hub itself.
+configs in public repositories, the sizes of 2-VL's recalled; SmolVLM-256M, SmolVLM2-500M, Gemma 3 4B and 27B from copies of their
+configs in public repositories' tests; SmolVLM 2.2B, Idefics3-8B and Gemma 3 12B from memory; Mistral Small 3.1's from a copy of
+its config, Pixtral-12B's from memory (its decoder has Mistral Nemo's sizes). None was downloaded from the Hub itself.
 """
 
 from math import prod
@@ -131,6 +132,62 @@ def _mllama(text: dict[str, Any], image_size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+SIGLIP_512 = {
+    "hidden_size": 768, "image_size": 512, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
+    "patch_size": 16,
+}  # fmt: skip
+SIGLIP_384 = {**SIGLIP_SO400M, "image_size": 384}
+SMOLLM2 = {  # hidden size, MLP, layers, heads, heads of keys and values, vocabulary, rope_theta
+    "256M": (576, 1536, 30, 9, 3, 49280, 1e5),
+    "500M": (960, 2560, 32, 15, 5, 49280, 1e5),
+    "2.2B": (2048, 8192, 24, 32, 32, 49155, 273768.0),
+}
+LLAMA31_ROPE = {
+    "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}  # fmt: skip
+
+
+def _smolvlm(name: str, model_type: str) -> dict[str, Any]:
+    hidden, mlp, layers, heads, kv_heads, vocab, theta = SMOLLM2[name]
+    large = name == "2.2B"
+    kind = {"idefics3": "idefics3", "smolvlm": "smolvlm_vision"}[model_type]
+    return {
+        "model_type": model_type, "image_token_id": 49153 if large else 49190, "scale_factor": 3 if large else 4,
+        "text_config": {
+            "model_type": "llama", "head_dim": 64, "hidden_size": hidden, "intermediate_size": mlp,
+            "max_position_embeddings": 16384 if large else 8192, "num_attention_heads": heads, "num_hidden_layers": layers,
+            "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5, "rope_theta": theta, "vocab_size": vocab,
+        },
+        "tie_word_embeddings": False,
+        "vision_config": {**(SIGLIP_384 if large else SIGLIP_512), "model_type": kind},
+    }  # fmt: skip
+
+
+GEMMA3: dict[str, dict[str, Any]] = {
+    "4b": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34},
+    "12b": {
+        "hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+    },
+    "27b": {
+        "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32,
+        "num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168,
+    },
+}  # fmt: skip
+
+
+def _gemma3(text: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model_type": "gemma3", "boi_token_index": 255999, "eoi_token_index": 256000, "image_token_index": 262144,
+        "mm_tokens_per_image": 256,
+        "text_config": {
+            "model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024, **text,
+        },
+        "vision_config": {**SIGLIP_SO400M, "image_size": 896},
+    }  # fmt: skip
+
+
 QWEN_VL = {
     "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "hidden_size": 4096, "intermediate_size": 22016,
     "num_hidden_layers": 32, "num_attention_heads": 32, "kv_channels": 128, "layer_norm_epsilon": 1e-6,
@@ -200,12 +257,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-v1.6-vicuna-13b-hf": _next(VICUNA_13B),
     "llava-hf/llava-v1.6-34b-hf": _next(YI_34B, 64000),
     "llava-hf/llama3-llava-next-8b-hf": _next(LLAMA3_8B, 128256),
+    "HuggingFaceTB/SmolVLM-256M-Instruct": _smolvlm("256M", "idefics3"),
+    "HuggingFaceTB/SmolVLM-500M-Instruct": _smolvlm("500M", "idefics3"),
+    "HuggingFaceTB/SmolVLM-Instruct": _smolvlm("2.2B", "idefics3"),
+    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": _smolvlm("256M", "smolvlm"),
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": _smolvlm("500M", "smolvlm"),
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": _smolvlm("2.2B", "smolvlm"),
+    "HuggingFaceM4/Idefics3-8B-Llama3": {
+        "model_type": "idefics3", "image_token_id": 128257, "scale_factor": 2,
+        "text_config": {
+            **LLAMA3_8B, "max_position_embeddings": 131072, "rope_scaling": LLAMA31_ROPE, "vocab_size": 128259,
+        },
+        "tie_word_embeddings": False,
+        "vision_config": {**SIGLIP_SO400M, "image_size": 364, "model_type": "idefics3"},
+    },
     **{f"google/paligemma-3b-pt-{side}": _paligemma(GEMMA_2B, side) for side in (224, 448, 896)},
     **{
         f"google/paligemma2-{name}-pt-{side}": _paligemma(_gemma2(*sizes), side)
         for name, sizes in GEMMA2.items()
         for side in (224, 448, 896)
     },
+    **{f"google/gemma-3-{name}-it": _gemma3(text) for name, text in GEMMA3.items()},
     "meta-llama/Llama-3.2-11B-Vision": _mllama(LLAMA32_11B, 448),
     "meta-llama/Llama-3.2-11B-Vision-Instruct": _mllama(LLAMA32_11B, 560),
     "meta-llama/Llama-3.2-90B-Vision-Instruct": _mllama(LLAMA32_90B, 560),
@@ -269,10 +341,12 @@ def image_tokens(config: VLMConfig) -> str:
         return f"1 for {vision.image_size} x {vision.image_size} pixels"
     if vision.tiled is not None:
         return f"1, up to {vision.num_features * vision.tiled.max_tiles:,} keys"
+    if config.projector.shuffle is not None:  # of a square of 4 x 4 tiles, as their image processors say, and the whole
+        return f"up to {17 * vision.num_features // config.projector.shuffle.factor**2:,}"
     if config.projector.resampler is not None:
         return f"{config.projector.resampler.num_queries}"
     if config.image_grid_pinpoints is None:
-        return f"{vision.num_features:,}"
+        return f"{config.tokens_of_row:,}"
     side = vision.image_size // vision.patch_size
     counts = [
         count_tokens(size, [size], tile_size=vision.image_size, side=side) for size in config.image_grid_pinpoints

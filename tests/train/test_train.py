@@ -185,7 +185,10 @@ def test_it_learns_to_tell_two_pictures_apart(tmp_path):
     ("name", "message"),
     [
         ("llava-next-clip-mistral", "family 'llava_next' cuts images into tiles"),
-        ("paligemma-gemma", "family 'paligemma' is a prefix-LM"),
+        ("paligemma-gemma", "family 'paligemma' sees later tokens, too"),
+        ("gemma3-hub", "family 'gemma3' sees later tokens, too"),
+        ("gemma3-text", "family 'gemma3_text' reads no images"),
+        ("idefics3-markers", "family 'idefics3' joins image features"),
     ],
 )
 def test_families_that_cannot_be_trained_are_refused(name, message, tmp_path):
