@@ -135,7 +135,10 @@ class VLM(nn.Module):
         """
         embeddings = []
         for row in range(pixel_values.shape[0]):
-            embeddings.append(self.projector(self.vision(pixel_values[row : row + 1].astype(self.dtype))))
+            features = self.vision(pixel_values[row : row + 1].astype(self.dtype))
+            if self.config.vision.grid is not None and self.config.projector.merger is None:
+                features = features.flatten(1, 2)
+            embeddings.append(self.projector(features))
             mx.eval(embeddings[-1])
         return mx.concatenate(embeddings)
 

@@ -55,9 +55,7 @@ class Projector(nn.Module):
         self.layers = [nn.Linear(rows, columns, bias=config.bias) for rows, columns in pairwise(sizes)]
 
     def __call__(self, features: mx.array) -> mx.array:
-        """float[B, P, C] -> float[B, P, hidden_size], P being fewer behind a pixel shuffle; of a grid's features
-        float[B, rows, columns, C] -> float[B, rows * columns, hidden_size]."""
-        features = features.reshape(len(features), -1, features.shape[-1])
+        """float[B, P, C] -> float[B, P, hidden_size], P being fewer behind a pixel shuffle."""
         x = features if self.config.shuffle is None else pixel_shuffle(features, self.config.shuffle)
         x = self.norm(x) if "norm" in self else x
         for number, layer in enumerate(self.layers):

@@ -341,9 +341,9 @@ def test_what_a_token_shows_is_what_it_is_made_of(loaded):
     assert sorted(sources.ravel().tolist()) == list(range(rows * columns))
     patches = mx.random.normal((1, rows, columns, model.config.vision.hidden_size), key=mx.random.key(0))
     numbers = mx.arange(rows * columns).reshape(1, rows, columns, 1)
-    before = np.array(model.projector(patches))
+    before = np.array(model.projector(patches)).reshape(1, len(sources), -1)
     for patch in (0, 13, 70):
-        changed = np.array(model.projector(mx.where(numbers == patch, -patches, patches)))
+        changed = np.array(model.projector(mx.where(numbers == patch, -patches, patches))).reshape(before.shape)
         (moved,) = np.flatnonzero(np.abs(changed - before).max(axis=-1)[0] > 1e-6)
         assert patch in sources[moved]
 
