@@ -306,6 +306,8 @@ def compensate_model(
 
     def finish_at_once(path: str, x: mx.array) -> None:
         nonlocal last
+        if not mx.issubdtype(x.dtype, mx.floating):  # tokens, of a Q-Former's embeddings
+            return finish(path, None)
         if last is None or x is not last[0]:
             gather = _Gather()
             gather.add(path, x)
@@ -329,7 +331,7 @@ def compensate_model(
                 mx.eval(model.embed_tiled(images))
             else:
                 rows = mx.array(np.concatenate([image.pixel_values for image in images]))
-                mx.eval(model.projector(model.vision(rows.astype(model.dtype))))
+                mx.eval(model.project(rows, images[0].instruction))
         last = None
     if "decoder.embed_tokens" in wanted:
         finish("decoder.embed_tokens", None)

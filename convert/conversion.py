@@ -17,7 +17,7 @@ from mlx_vlm_mini import __version__
 from mlx_vlm_mini.assembly import Assembly
 from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint
 from mlx_vlm_mini.errors import CheckpointError, VLMError
-from mlx_vlm_mini.hub import SMALL_FILES, expand_user
+from mlx_vlm_mini.hub import INSTRUCTIONS, SMALL_FILES, expand_user
 from mlx_vlm_mini.loading import DTypeName, Plan, load_processor, plan, read_config
 
 from .calibrate import Observed, find_samples
@@ -335,6 +335,9 @@ def _copy_small_files(checkpoint: Checkpoint, work: Path) -> None:
         for file in sorted(checkpoint.folder.glob(pattern)):
             if file.name not in ("config.json", RECORD) and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, work / file.name)
+        for file in sorted((checkpoint.folder / INSTRUCTIONS).glob(pattern)):
+            (work / INSTRUCTIONS).mkdir(exist_ok=True)
+            shutil.copyfile(file, work / INSTRUCTIONS / file.name)
 
 
 def _new_config(

@@ -1,17 +1,19 @@
 """Any resolution: an image -> itself squashed and its tiles, and their features -> one sequence.
 
-Sources: LLaVA-NeXT (llava-vl.github.io/blog/2024-01-30-llava-next); image_processing_utils.py, image_transforms.py and
-models/llava_next of huggingface/transformers; llava/mm_utils.py and llava/model/llava_arch.py of haotian-liu/LLaVA.
+Sources: LLaVA-NeXT (llava-vl.github.io/blog/2024-01-30-llava-next), LLaVA-OneVision (arXiv:2408.03326);
+image_processing_utils.py, image_transforms.py, models/llava_next and models/llava_onevision of
+huggingface/transformers; llava/mm_utils.py and llava/model/llava_arch.py of haotian-liu/LLaVA.
 
 Sizes are (height, width). A pinpoint is a size in pixels that tiles fill.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, isqrt
+from math import ceil, isqrt, sqrt
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from PIL import Image
 
 from .config import TileMerge
@@ -106,8 +108,39 @@ def _bars(size: Size, rows: int, columns: int, merge: TileMerge) -> tuple[int, i
     return ((rows - int(shown)) // 2, 0) if lies else (0, (columns - int(shown)) // 2)
 
 
+def _shrunk(rows: int, columns: int, most: int | None) -> Size:
+    """Rows and columns that remain of a grid of features which may have that many, or a fifth more."""
+    ratio = 0.0 if most is None else sqrt(rows * columns / most)
+    return (max(int(rows // ratio), 1), max(int(columns // ratio), 1)) if ratio > 1.1 else (rows, columns)
+
+
+def _shrink(grid: mx.array, shape: Size, corner: tuple[int, int] | None) -> mx.array:
+    """A smaller grid, bilinear between the nearest features, as torch's `interpolate` computes it.
+
+    Args:
+        grid: float[rows, columns, C].
+        corner: gives in place of the mixture one of the four features that it is made of.
+    """
+    dtype = grid.dtype
+    for axis, wanted in enumerate(shape):
+        held = grid.shape[axis]
+        place = (np.arange(wanted, dtype=np.float32) + 0.5) * (np.float32(held) / np.float32(wanted)) - np.float32(0.5)
+        place = np.maximum(place, 0)
+        low = place.astype(np.int32)
+        ends = [mx.take(grid, mx.array(each), axis=axis) for each in (low, np.minimum(low + 1, held - 1))]
+        share = mx.expand_dims(mx.array(place - low), (1, 2) if axis == 0 else (0, 2))
+        grid = ends[0] * (1 - share) + ends[1] * share if corner is None else ends[corner[axis]]
+    return grid.astype(dtype)
+
+
 def count_tokens(
-    size: Size, pinpoints: Sequence[Size], *, tile_size: int, side: int, merge: TileMerge = "unpad"
+    size: Size,
+    pinpoints: Sequence[Size],
+    *,
+    tile_size: int,
+    side: int,
+    merge: TileMerge = "unpad",
+    most_tiles: int | None = None,
 ) -> int:
     """Tokens of an image in the prompt, from its size alone; `pack` gives as many features.
 
@@ -115,12 +148,26 @@ def count_tokens(
         size: the image's, in pixels.
         tile_size: pixels along a tile.
         side: features along a tile.
+        most_tiles: tiles whose features the grid may have.
     """
     rows, columns = (pixels // tile_size * side for pixels in choose_pinpoint(size, pinpoints))
     if merge in ("grid", "flat"):
         return side * side + rows * columns
     above, left = _bars(size, rows, columns, merge)
-    return side * side + (rows - 2 * above) * (columns - 2 * left + 1)
+    most = None if most_tiles is None else most_tiles * side * side
+    rows, columns = _shrunk(rows - 2 * above, columns - 2 * left, most)
+    return side * side + rows * (columns + 1)
+
+
+def most_tokens(pinpoints: Sequence[Size], *, tile_size: int, side: int, **options: Any) -> int:
+    """Tokens of the longest image: one that fills a pinpoint, or that is a little smaller where grids are shrunk."""
+    longest = 0
+    for height, width in pinpoints:
+        rows, columns = height // tile_size * side, width // tile_size * side
+        grids = [(rows, count) for count in range(1, columns + 1)] + [(count, columns) for count in range(1, rows)]
+        tiling: dict[str, Any] = {"tile_size": tile_size, "side": side, **options}
+        longest = max(longest, *(count_tokens(grid, [(height, width)], **tiling) for grid in grids))
+    return longest
 
 
 def pack(
@@ -131,6 +178,8 @@ def pack(
     *,
     tile_size: int,
     merge: TileMerge = "unpad",
+    most_tiles: int | None = None,
+    corner: tuple[int, int] | None = None,
 ) -> mx.array:
     """The squashed image's features, then the tiles'.
 
@@ -139,6 +188,9 @@ def pack(
         newline: float[C], where `merge` puts one behind each row.
         size: the image's, in pixels.
         tile_size: pixels along a tile.
+        most_tiles: tiles whose features the grid may have; one that is a fifth larger is shrunk. An image that was not
+            cut, because it is not alone, is its features and a newline then.
+        corner: of a grid that is shrunk, see `_shrink`.
 
     Returns:
         float[tokens, C].
@@ -148,6 +200,8 @@ def pack(
     """
     down, across = (pixels // tile_size for pixels in choose_pinpoint(size, pinpoints))
     count, P, C = features.shape
+    if count == 1 and most_tiles is not None and newline is not None:
+        return mx.concatenate([features[0], newline.astype(features.dtype)[None]])
     if count != 1 + down * across:
         raise CheckpointError(
             f"an image of {size[1]}x{size[0]} pixels has {down * across} tiles by config.json's image_grid_pinpoints, "
@@ -162,6 +216,8 @@ def pack(
         return mx.concatenate([features[0], grid.flatten(0, 1)])
     above, left = _bars(size, rows, columns, merge)
     grid = grid[above : rows - above, left : columns - left]  # (rows, columns, C), without the bars
+    shape = _shrunk(grid.shape[0], grid.shape[1], None if most_tiles is None else most_tiles * P)
+    grid = grid if shape == grid.shape[:2] else _shrink(grid, shape, corner)
     newlines = mx.broadcast_to(newline.astype(features.dtype), (grid.shape[0], 1, C))
     lines = mx.concatenate([grid, newlines], axis=1).flatten(0, 1)
     return mx.concatenate([features[0], lines])

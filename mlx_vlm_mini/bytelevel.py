@@ -1,6 +1,6 @@
-"""A tokenizer from vocab.json and merges.txt, where there is no tokenizer.json: GPT-2's kind, as Qwen2 has it.
+"""A tokenizer from vocab.json and merges.txt, where there is no tokenizer.json: GPT-2's kind, also as Qwen2 has it.
 
-Source: models/qwen2/tokenization_qwen2.py of huggingface/transformers.
+Source: models/qwen2/tokenization_qwen2.py and models/gpt2/tokenization_gpt2.py of huggingface/transformers.
 """
 
 from pathlib import Path
@@ -17,8 +17,11 @@ WORDS = (  # contractions, words, single digits, punctuation, line ends, spaces
 )
 
 
-def read_byte_level(folder: Path) -> Tokenizer:
+def read_byte_level(folder: Path, *, gpt2: bool = False) -> Tokenizer:
     """The tokenizer of a folder's vocab.json and merges.txt, without the tokens that other files add.
+
+    Args:
+        gpt2: words are GPT-2's (OPT), not Qwen2's.
 
     Raises:
         CheckpointError: one of the files is broken.
@@ -27,6 +30,10 @@ def read_byte_level(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer(BPE.from_file(str(folder / VOCABULARY), str(folder / MERGES)))
     except Exception as error:  # the library raises plain Exception for whatever is wrong in the files
         raise CheckpointError(f"{folder}: {VOCABULARY} or {MERGES} is broken: {str(error).splitlines()[0]}") from None
+    tokenizer.decoder = decoders.ByteLevel()
+    if gpt2:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return tokenizer
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -34,5 +41,4 @@ def read_byte_level(folder: Path) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

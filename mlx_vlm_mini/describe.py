@@ -4,7 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from .anyres import count_tokens
+from .anyres import most_tokens
 from .assembly import open_model
 from .checkpoint import Checkpoint
 from .config import VLMConfig
@@ -73,9 +73,8 @@ def describe(
     elif pinpoints is None:
         image_tokens = {"image_tokens": _tokens_of_image(checkpoint, family, config)}
     else:  # most where an image fills its tiles
-        tiles: dict[str, Any] = {"tile_size": vision.image_size, "side": side, "merge": config.tile_merge or "unpad"}
-        counts = [count_tokens(size, [size], **tiles) for size in pinpoints]
-        image_tokens = {"max_image_tokens": max(counts)}
+        tiles: dict[str, Any] = {"merge": config.tile_merge or "unpad", "most_tiles": config.most_tiles}
+        image_tokens = {"max_image_tokens": most_tokens(pinpoints, tile_size=vision.image_size, side=side, **tiles)}
     shapes: dict[str, dict[str, Any]] = {
         "vision": {
             "hidden_size": vision.hidden_size, "layers": vision.num_hidden_layers, "heads": vision.num_attention_heads,

@@ -41,7 +41,7 @@ class Features:
             return source
         picture = source if isinstance(source, Picture) else read_image(source)
         key = picture.sha256, repr(processor.image_settings)
-        found = self._find(key, lambda: processor.prepare(picture), lambda image: image.pixel_values.nbytes)
+        found = self._find(key, lambda: processor.prepare(picture), lambda image: image.nbytes)
         return found if found.origin.path == picture.path else replace(found, origin=without_data(picture))
 
     def encode(self, image: InputImage, encode: Callable[[InputImage], mx.array]) -> mx.array:

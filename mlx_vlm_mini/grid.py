@@ -4,8 +4,10 @@ Source: smart_resize in models/qwen2_vl, get_resize_output_image_size in models/
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import ceil, floor, sqrt
+from typing import Any
 
 from .errors import CheckpointError, ImageError
 
@@ -112,3 +114,16 @@ class EdgeGrid(PatchGrid):
                 f"{self.max_height}: crop it first"
             )
         return ceil(height / self.factor) * self.factor, ceil(width / self.factor) * self.factor
+
+
+def edge_grid(size: Mapping[str, int], values: Mapping[str, Any]) -> EdgeGrid:
+    """The grid of an image processor's settings.
+
+    Raises:
+        CheckpointError: `size` has neither `longest_edge` nor `height` and `width`.
+    """
+    frame = [size.get("longest_edge", size.get(key, 0)) for key in ("height", "width")]
+    if 0 in frame:
+        raise CheckpointError(f"preprocessor_config.json: {dict(size)} names no longest_edge")
+    patches = {"patch_size": values["patch_size"], "merge": values["merge_size"]}
+    return EdgeGrid(**patches, max_height=frame[0], max_width=frame[1])

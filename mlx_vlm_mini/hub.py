@@ -20,6 +20,8 @@ _HUB_FILE = re.compile(
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 """Everything but the weights: configs, tokenizers, chat templates."""
+INSTRUCTIONS = "qformer_tokenizer"
+"""A folder in InstructBLIP's, with its Q-Former's tokenizer."""
 WEIGHT_FILES = ("model*.safetensors",)
 PICKLED_FILES = ("pytorch_model*.bin",)
 """Fetched where there are no others."""
@@ -88,6 +90,9 @@ def find_folder(name: str | Path, *, revision: str | None = None, weights: bool 
         return expand_user(name)
     with _hub_errors(name, revision):
         folder = _download(name, revision, SMALL_FILES)
+        config = folder / "config.json"
+        if config.is_file() and b'"instructblip"' in config.read_bytes():
+            _download(name, folder.name, [f"{INSTRUCTIONS}/{pattern}" for pattern in SMALL_FILES], ignored=())
         if not weights or has_weights(folder):
             return folder
         before = set(folder.iterdir())
@@ -108,11 +113,13 @@ def has_weights(folder: Path) -> bool:
     return bool(files) and all(file.is_file() for file in files)
 
 
-def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Fetch files of a repository's uppermost folder, and give the part of the cache that holds them."""
+def _download(name: str, revision: str | None, patterns: Sequence[str], ignored: Sequence[str] = ("*/*",)) -> Path:
+    """Fetch files of a repository, by default of its uppermost folder; give the part of the cache that holds them."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+    return Path(
+        snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignored))
+    )
 
 
 def known_sha256(file: Path) -> str | None:

@@ -24,7 +24,7 @@ from .model import VLM, InputImage, Inputs
 from .places import join
 from .preprocess import frames
 from .processor import PreparedImage, Processor
-from .prompt import Message, Prompt, images_of, to_messages
+from .prompt import Message, Prompt, images_of, text_of, to_messages
 from .rope import turns_while_answering
 from .stream import Chunk, Options, stream_inputs
 from .tokenizer import TextStream
@@ -115,7 +115,7 @@ def attend(
         for own, mixing in zip(np.split(weights, np.cumsum(counts)[:-1], axis=-1), mixings, strict=True)
     ]
     return AnswerAttention(
-        prompt=_last_text(messages),
+        prompt=text_of(messages[-1]),
         token_ids=tuple(tokens),
         tokens=tuple(processor.tokenizer.id_to_token(token) or f"<{token}>" for token in tokens),
         texts=_texts(processor, tokens),
@@ -139,7 +139,10 @@ def find_boxes(model: VLM, processor: Processor, image: InputImage) -> np.ndarra
         CheckpointError: the image's rows are not those that the processor's settings make.
     """
     assert processor.image_settings is not None  # the image was prepared by them
-    rows, vision = frames(image.size, processor.image_settings), model.config.vision
+    settings, vision = processor.image_settings, model.config.vision
+    if settings.among is not None and image.rows == 1:  # cut images have rows for the whole and for tiles
+        settings = settings.among
+    rows = frames(image.size, settings)
     if len(rows) != image.rows:
         raise CheckpointError(
             f"family '{model.config.family}' cuts an image into {image.rows} pieces, its settings say {len(rows)}"
@@ -208,11 +211,6 @@ def _check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
     for token in tokens:
         if not 0 <= token < vocab_size:
             raise PromptError(f"the answer has the token id {token}, the vocabulary has {vocab_size}")
-
-
-def _last_text(messages: Sequence[Message]) -> str:
-    content = messages[-1]["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _texts(processor: Processor, tokens: Sequence[int]) -> tuple[str, ...]:

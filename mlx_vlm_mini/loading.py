@@ -14,6 +14,7 @@ from .config import VLMConfig
 from .errors import CheckpointError
 from .families import Family, find_family, qwen_vl
 from .grid import EdgeGrid
+from .hub import INSTRUCTIONS
 from .model import VLM
 from .preprocess import TILINGS, ImageSettings, image_settings
 from .processor import Processor
@@ -148,10 +149,13 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
     if prescribed is not None:
         tokenizer.show(prescribed.shown_tokens)
         _add_prescribed(tokenizer, prescribed.extra_tokens, config, checkpoint.folder)
+    qformer = config.projector.qformer
+    reads = qformer is not None and qformer.instruction is not None
     return Processor(
         config,
         family,
         tokenizer=tokenizer,
+        instruction_tokenizer=load_tokenizer(checkpoint.folder / INSTRUCTIONS) if reads else None,
         chat_template=found or family.CHAT_TEMPLATE,
         image_settings=find_image_settings(checkpoint.folder, family, config),
         eos_token_ids=eos_token_ids(checkpoint, tokenizer, None if prescribed is None else prescribed.end_token),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from .attention import Recorder
 from .axes import PlacedImage
 from .borrow import borrow
 from .canvas import Canvas, choose_canvas
-from .config import ProjectorConfig, VLMConfig
+from .config import OPTConfig, ProjectorConfig, VLMConfig
 from .contrast import Contrast
 from .cross_attention import ImageCache, ShownImage, Span
 from .decoder import Decoder
@@ -21,8 +22,10 @@ from .errors import CheckpointError, PromptError
 from .grid_vision import GridVisionTransformer
 from .image_blocks import ImageBlock, find_blocks
 from .merger import ChannelMerger, PatchMerger
+from .opt import OPTDecoder
 from .pooling import PooledProjector
 from .projector import Projector, join_squares, pixel_shuffle
+from .qformer import QFormer
 from .query_attention import Looks, QuerySight
 from .resampler import Resampler
 from .tiled_vision import TiledVisionTransformer
@@ -37,13 +40,15 @@ class InputImage:
         pixel_values: float32[B, height, width, 3] (numpy), normalised: one row, or one a tile.
         tokens: its slots in the prompt.
         size: height and width in pixels, as it was opened.
-        digest: SHA-256 of its size and all its pixels, by which a cache tells images apart.
+        digest: SHA-256 of its size and all its pixels, by which a cache tells images apart; of its instruction, too.
+        instruction: int32[L] (numpy), what a Q-Former reads beside it; None where that is nothing.
     """
 
     pixel_values: np.ndarray
     tokens: int
     size: tuple[int, int]
     digest: bytes
+    instruction: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -78,10 +83,15 @@ class Inputs:
 
 
 def _make_projector(config: ProjectorConfig) -> nn.Module:
-    merger = ChannelMerger if config.merger is not None and config.merger.by_channel else PatchMerger
-    kinds = {Resampler: config.resampler, PooledProjector: config.pool, merger: config.merger}
+    kinds: dict[Any, Any] = {
+        Resampler: config.resampler,
+        PooledProjector: config.pool,
+        ChannelMerger if config.merger is not None and config.merger.by_channel else PatchMerger: config.merger,
+        QFormer: config.qformer,
+    }
     kind = next((kind for kind, settings in kinds.items() if settings is not None), Projector)
-    return kind(config)
+    projector: nn.Module = kind(config)
+    return projector
 
 
 class VLM(nn.Module):
@@ -103,7 +113,8 @@ class VLM(nn.Module):
         self.projector: Any = _make_projector(config.projector)
         if config.text_alone:
             self.vision, self.projector = nn.Module(), nn.Module()
-        self.decoder = Decoder(config.decoder)
+        text = config.decoder
+        self.decoder = OPTDecoder(text) if isinstance(text, OPTConfig) else Decoder(text)
         if config.has_newline:
             self.image_newline = mx.zeros(config.decoder.hidden_size)
         if config.decoder.queries is not None:
@@ -124,21 +135,30 @@ class VLM(nn.Module):
         """The same with entries that `make` gives for the layers that read text."""
         return [ImageCache() if kind == "cross_attention" else make() for kind in self.config.decoder.layer_types]
 
-    def embed_images(self, pixel_values: mx.array) -> mx.array:
+    def project(
+        self, pixel_values: mx.array, instruction: np.ndarray | None = None, looks: Recorder | None = None
+    ) -> mx.array:
+        """Encode and project rows of pixels at once; `instruction` and `looks` are for a Q-Former, see there."""
+        features = self.vision(pixel_values.astype(self.dtype))
+        if self.config.vision.grid is not None and self.config.projector.merger is None:
+            features = features.flatten(1, 2)
+        if self.config.projector.qformer is None:
+            return self.projector(features)
+        return self.projector(features, None if instruction is None else mx.array(instruction), looks)
+
+    def embed_images(self, pixel_values: mx.array, instruction: np.ndarray | None = None) -> mx.array:
         """Encode and project rows of pixels, images or independent tiles, one by one, so that memory does not grow.
 
         Args:
             pixel_values: float[B, height, width, 3].
+            instruction: int[L], what a Q-Former reads beside them.
 
         Returns:
             float[B, P, C].
         """
         embeddings = []
         for row in range(pixel_values.shape[0]):
-            features = self.vision(pixel_values[row : row + 1].astype(self.dtype))
-            if self.config.vision.grid is not None and self.config.projector.merger is None:
-                features = features.flatten(1, 2)
-            embeddings.append(self.projector(features))
+            embeddings.append(self.project(pixel_values[row : row + 1], instruction))
             mx.eval(embeddings[-1])
         return mx.concatenate(embeddings)
 
@@ -189,15 +209,22 @@ class VLM(nn.Module):
         if self.config.projector.joined is not None:
             numbers = pixel_shuffle(numbers, self.config.projector.joined)
         newline = mx.full(numbers.shape[-1:], -1) if self.config.has_newline else None
-        return np.array(self._arrange(numbers, newline, image))
+        corners = [(0, 0)] if self.config.most_tiles is None else list(product((0, 1), (0, 1)))
+        found = [np.array(self._arrange(numbers, newline, image, corner)) for corner in corners]
+        shrunk = any((each != found[0]).any() for each in found)  # then each of its features is made of four
+        return np.concatenate(found, axis=-1) if shrunk else found[0]
 
-    def _arrange(self, features: mx.array, newline: mx.array | None, image: InputImage) -> mx.array:
+    def _arrange(
+        self, features: mx.array, newline: mx.array | None, image: InputImage, corner: tuple[int, int] | None = None
+    ) -> mx.array:
         pinpoints, merge = self.config.image_grid_pinpoints, self.config.tile_merge
         if pinpoints is None:
             features = features.flatten(0, 1)
         else:
             tile_size = self.config.vision.image_size
-            features = pack(features, newline, image.size, pinpoints, tile_size=tile_size, merge=merge or "unpad")
+            most = self.config.most_tiles
+            options: dict[str, Any] = {"merge": merge or "unpad", "most_tiles": most, "corner": corner}
+            features = pack(features, newline, image.size, pinpoints, tile_size=tile_size, **options)
         if len(features) != image.tokens:
             height, width = image.size
             raise PromptError(
@@ -216,7 +243,8 @@ class VLM(nn.Module):
         if self.config.decoder.queries is not None:
             features = self.embed_images(mx.array(image.pixel_values))[0]
         elif self.config.vision.tiled is None:
-            features = self.arrange(self.embed_images(mx.array(image.pixel_values)), image)
+            embeddings = self.embed_images(mx.array(image.pixel_values), image.instruction)
+            features = self.arrange(embeddings, image)
         else:  # keys of unused tiles matter only where tokens that see no image attend to all
             features = self.embed_tiled([image])[0]
             features = (features if self.decoder.looks_ahead else features[: image.rows]).flatten(0, 1)
@@ -322,7 +350,7 @@ class VLM(nn.Module):
     @property
     def mixes(self) -> bool:
         """Whether an image's slots show mixtures of all its features (`mixing`)."""
-        return self.config.decoder.queries is not None or self.config.projector.resampler is not None
+        return self.config.takes_one_image or self.config.projector.resampler is not None
 
     def mixing(self, image: InputImage, encode: Callable[[InputImage], mx.array] | None = None) -> np.ndarray | None:
         """How an image's slots are mixed of the vision tower's features: float32[tokens, P], rows that sum to 1; None
@@ -335,8 +363,12 @@ class VLM(nn.Module):
         if self.config.projector.resampler is not None:
             features = self.vision(mx.array(image.pixel_values).astype(self.dtype))
             return np.array(self.projector.weights(features)[0])
-        looks = Looks(len(self.query_tokens))
-        self.query((encode or self.encode)(image), looks=looks)
+        qformer = self.config.projector.qformer
+        looks = Looks(len(self.query_tokens) if qformer is None else qformer.num_query_tokens)
+        if qformer is None:
+            self.query((encode or self.encode)(image), looks=looks)
+        else:  # what was kept of the image is behind the queries
+            self.project(mx.array(image.pixel_values), image.instruction, looks)
         return np.array(looks.mean())
 
     def __call__(self, inputs: Inputs, cache: Sequence[Any] | None = None) -> mx.array:

@@ -5,7 +5,7 @@ Source of the arithmetic: image_processing_backends.py and image_transforms.py o
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
 
@@ -16,7 +16,7 @@ from .anyres import Tiling, cut_frames, read_pinpoints
 from .canvas import Canvas, canvas_frames
 from .crops import Crops, crop_frames
 from .errors import CheckpointError, ImageError
-from .grid import EdgeGrid, Grid, PatchGrid
+from .grid import EdgeGrid, Grid, PatchGrid, edge_grid
 from .places import Frame
 from .splits import Splits, split_frames
 from .tiles import Tiles, tile_frames
@@ -41,6 +41,8 @@ class ImageSettings:
     image_std: tuple[float, ...] | None
     tiling: Cuts | None
     """How an image is cut first, what stands above then being done to each piece; None: it stays whole."""
+    among: "ImageSettings | None" = None
+    """How an image is prepared that is not the conversation's only one (LLaVA-OneVision); None: no differently."""
 
 
 _MOST_PIXELS = 1 << 28  # of a step on the way to a model: far above all that they ask for
@@ -53,11 +55,17 @@ _CLIP_DEFAULTS: dict[str, Any] = {
     "do_normalize": True, "image_mean": _OPENAI_MEAN, "image_std": _OPENAI_STD,
 }  # fmt: skip
 LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+LLAVA_ONEVISION_PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIP": _CLIP_DEFAULTS,
     "Llava": _CLIP_DEFAULTS,
     "LlavaNext": {
         **_CLIP_DEFAULTS, "image_grid_pinpoints": LLAVA_NEXT_PINPOINTS},
+    "LlavaOnevision": {
+        **_CLIP_DEFAULTS, "size": {"height": 384, "width": 384}, "do_center_crop": False, "crop_size": None,
+        "image_grid_pinpoints": LLAVA_ONEVISION_PINPOINTS},
+    "Blip": {
+        **_CLIP_DEFAULTS, "size": {"height": 384, "width": 384}, "do_center_crop": False, "crop_size": None},
     "Siglip": {
         **_CLIP_DEFAULTS, "size": {"height": 224, "width": 224}, "do_center_crop": False, "crop_size": None,
         "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5),
@@ -99,8 +107,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _DEFAULTS["SmolVLM"] = _DEFAULTS["Idefics3"]
 _DEFAULTS["Qwen2_5_VL"] = _DEFAULTS["Qwen2VL"]  # a name that its first files have
 TILINGS: dict[str, type[Cuts]] = {
-    "LlavaNext": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas, "Idefics3": Splits,
-    "SmolVLM": Splits, "Gemma3": Crops, "Qwen2VL": Grid, "Qwen2_5_VL": Grid, "Pixtral": EdgeGrid,
+    "LlavaNext": Tiling, "LlavaOnevision": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas,
+    "Idefics3": Splits, "SmolVLM": Splits, "Gemma3": Crops, "Qwen2VL": Grid, "Qwen2_5_VL": Grid, "Pixtral": EdgeGrid,
 }  # fmt: skip
 """Image processors that cut an image, and how."""
 _FIT = (Canvas, Grid, EdgeGrid, Splits)  # which resize an image themselves
@@ -142,6 +150,7 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         raise CheckpointError("preprocessor_config.json: images in patches need do_resize")
     cuts: dict[str, Callable[[Mapping[str, Any]], Cuts]] = {
         "LlavaNext": _tiling,
+        "LlavaOnevision": _tiling,
         "GotOcr2": _tiles,
         "InternVLChat": _tiles,
         "Mllama": _canvas,
@@ -150,9 +159,9 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         "Gemma3": _crops,
         "Qwen2VL": _grid,
         "Qwen2_5_VL": _grid,
-        "Pixtral": _edge_grid,
+        "Pixtral": lambda values: edge_grid(_as_size(values["size"], square=True), values),
     }
-    return ImageSettings(
+    settings = ImageSettings(
         size=_as_size(values["size"], square=False) if values["do_resize"] and TILINGS.get(kind) not in _FIT else None,
         resample=values["resample"],
         crop_size=(crop["height"], crop["width"]) if crop is not None else None,
@@ -162,13 +171,18 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         image_std=std if normalize else None,
         tiling=cuts[kind](values) if kind in cuts else None,
     )
+    if kind == "LlavaOnevision":
+        return replace(settings, among=replace(settings, tiling=None, pad_color=tuple(int(x * 255) for x in mean)))
+    return settings
 
 
 def _tiling(values: Mapping[str, Any]) -> Tiling:
-    """The tiles have the size of the crop, whether or not one is made, as in the reference."""
-    size, crop = _as_size(values["size"], square=False), _as_size(values["crop_size"], square=True)
+    """The tiles have the size of the crop, whether or not one is made, as in the reference; without one the image's."""
+    size = _as_size(values["size"], square=False)
     short = size.get("shortest_edge")
-    base, tile_size = (size.get("height", short), size.get("width", short)), crop.get("height")
+    base = size.get("height", short), size.get("width", short)
+    crop = size if values["crop_size"] is None else _as_size(values["crop_size"], square=True)
+    tile_size = base[0] if values["crop_size"] is None else crop.get("height")
     if base[0] is None or base[1] is None or tile_size is None:
         raise CheckpointError(
             "preprocessor_config.json: tiles need crop_size as height and width, and size as height and width or "
@@ -201,15 +215,6 @@ def _grid(values: Mapping[str, Any]) -> Grid:
         named = (values[key], size.get(edge), size.get(key))
         limits.append(next((value for value in named if value is not None), default))
     return Grid(patch_size=values["patch_size"], merge=values["merge_size"], min_pixels=limits[0], max_pixels=limits[1])
-
-
-def _edge_grid(values: Mapping[str, Any]) -> EdgeGrid:
-    size = _as_size(values["size"], square=True)
-    frame = [size.get("longest_edge", size.get(key)) for key in ("height", "width")]
-    if frame[0] is None or frame[1] is None:
-        raise CheckpointError(f"preprocessor_config.json: {dict(size)} names no longest_edge")
-    patches = {"patch_size": values["patch_size"], "merge": values["merge_size"]}
-    return EdgeGrid(**patches, max_height=frame[0], max_width=frame[1])
 
 
 def _tiles(values: Mapping[str, Any]) -> Tiles:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from .config import VLMConfig
 from .crops import Crops
@@ -16,7 +17,7 @@ from .grid import Grid
 from .image import ImageSource, Picture, open_image, read_image
 from .model import InputImage, Inputs
 from .preprocess import ImageSettings
-from .prompt import ChatTemplate, Message, Prompt, images_of, to_messages
+from .prompt import ChatTemplate, Message, Prompt, images_of, text_of, to_messages
 from .splits import Splits
 from .tiles import Tiles
 from .tokenizer import Tokenizer
@@ -32,6 +33,7 @@ class PreparedImage:
         text: what stands for it in the prompt.
         digest: SHA-256 of its size and all its pixels.
         origin: what it was made of; its `data` are left out where they can be read again from its path.
+        among: what it becomes where it is not the conversation's only image; None where that is the same.
     """
 
     pixel_values: np.ndarray
@@ -39,6 +41,12 @@ class PreparedImage:
     text: str
     digest: bytes
     origin: Picture
+    among: "PreparedImage | None" = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its pixels."""
+        return self.pixel_values.nbytes + (0 if self.among is None else self.among.nbytes)
 
 
 _NO_IMAGE = "\ue002"  # in place of the image token of a model that reads text alone
@@ -54,6 +62,7 @@ class Processor:
 
     Attributes:
         tokenizer: text to ids and back.
+        instruction_tokenizer: what a Q-Former reads texts by (InstructBLIP).
         image_token, image_token_id: what stands in the prompt where a row of image features goes.
         eos_token_ids: the ids that end an answer.
         stops: texts that end it, too.
@@ -68,17 +77,21 @@ class Processor:
         chat_template: str,
         image_settings: ImageSettings | None,
         eos_token_ids: frozenset[int],
+        instruction_tokenizer: Tokenizer | None = None,
     ) -> None:
         self.config = config
         self.family = family
         self.tokenizer = tokenizer
+        self.instruction_tokenizer = instruction_tokenizer
         self.image_settings = image_settings
         self.eos_token_ids = eos_token_ids
         prescribed = config.prescribed
         self.stops = () if prescribed is None or prescribed.stop is None else (prescribed.stop,)
         self._cuts = prescribed is not None and prescribed.cut_at_images
         named = None if prescribed is None else prescribed.image_token
-        token_id = config.image_token_id if named is None else 0 if self._cuts else tokenizer.token_to_id(named)
+        token_id = config.image_token_id if named is None or self._cuts else tokenizer.token_to_id(named)
+        if self._cuts and (token_id is None or token_id >= config.decoder.vocab_size):
+            token_id = 0  # nothing reads it
         token = named if self._cuts or token_id is None else tokenizer.id_to_token(token_id)
         if config.text_alone:
             token_id, token = -1, _NO_IMAGE
@@ -160,17 +173,26 @@ class Processor:
             )
         picture = source if isinstance(source, Picture) else read_image(source)
         image = open_image(picture)
+        found = self._form(image, self.image_settings, picture)
+        among = self.image_settings.among
+        return found if among is None else replace(found, among=self._form(image, among, picture))
+
+    def _form(self, image: Image.Image, settings: ImageSettings, picture: Picture) -> PreparedImage:
         size = image.height, image.width
         try:
-            pixels = self.family.pixels(image, self.image_settings)
+            pixels = self.family.pixels(image, settings)
         except (OverflowError, MemoryError) as error:
             raise CheckpointError(
                 f"an image of {size[1]}x{size[0]} pixels cannot be made ready as the checkpoint's settings of images "
                 f"say: {str(error) or 'too large'}"
             ) from None
-        text = self.family.image_text(self.config, self.image_settings, self.image_token, size)
+        text = self.family.image_text(self.config, settings, self.image_token, size)
         digest = hashlib.sha256(repr(size).encode() + pixels.tobytes()).digest()
         return PreparedImage(pixels, size, text, digest, without_data(picture))
+
+    def forms(self, prepared: Sequence[PreparedImage]) -> list[PreparedImage]:
+        """All images of one conversation, each in the form that it takes there."""
+        return [image.among or image for image in prepared] if len(prepared) > 1 else list(prepared)
 
     def expand(
         self, messages: Sequence[Message], prepared: Sequence[PreparedImage], *, add_generation_prompt: bool = True
@@ -182,7 +204,7 @@ class Processor:
         """
         text, *rest = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
         slots = [False] * text.count(self.image_token)
-        for image, piece in zip(prepared, rest, strict=True):
+        for image, piece in zip(self.forms(prepared), rest, strict=True):
             slots += [True] * image.text.count(self.image_token) + [False] * piece.count(self.image_token)
             text += image.text + piece
         return text, slots
@@ -220,6 +242,14 @@ class Processor:
             is_slot += [True, *[False] * len(more)]
         return ids, offsets, np.array(is_slot, dtype=bool)
 
+    def _instruction(self, messages: Sequence[Message]) -> np.ndarray | None:
+        """The last question by the Q-Former's own tokenizer, int32[L]; None where it reads none."""
+        if self.instruction_tokenizer is None:
+            return None
+        (*_, asked) = (message for message in messages if message["role"] == "user")
+        ids, _ = self.instruction_tokenizer.encode_with_offsets(text_of(asked), image_token="")
+        return np.array(ids, dtype=np.int32)
+
     def __call__(
         self, prompt: Prompt, images: Sequence[ImageSource] = (), *, add_generation_prompt: bool = True
     ) -> Inputs:
@@ -236,21 +266,24 @@ class Processor:
         """
         messages = to_messages(prompt, images)
         parts = images_of(messages)
-        if self.config.decoder.queries is not None and len(parts) != 1:
+        if self.config.takes_one_image and len(parts) != 1:
             advice = "give each a conversation of its own" if parts else "give one"
             raise PromptError(
                 f"family '{self.config.family}' answers about exactly one image, here are {len(parts)}: {advice}"
             )
         prepared = [self.prepare(part["image"]) for part in parts]
         text, slots = self.expand(messages, prepared, add_generation_prompt=add_generation_prompt)
+        instruction = self._instruction(messages)
+        read = b"" if instruction is None else instruction.tobytes()
         given = [
             InputImage(
                 pixel_values=image.pixel_values,
                 tokens=image.text.count(self.image_token),
                 size=image.size,
-                digest=image.digest,
+                digest=hashlib.sha256(image.digest + read).digest() if read else image.digest,
+                instruction=instruction,
             )
-            for image in prepared
+            for image in self.forms(prepared)
         ]
         ids, _, is_slot = self.tokenize(text, slots)
         if not ids:

@@ -97,6 +97,12 @@ def images_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
     ]
 
 
+def text_of(message: Message) -> str:
+    """A message's text, its images left out."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
+
+
 def split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
     """The system messages that open a conversation, and its turns: what was said, up to the end of its answer."""
     start = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))

@@ -18,6 +18,7 @@ from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
 from .ranks import RANKS, read_tiktoken
 from .sentencepiece import Prefix, build_backend, read_sentencepiece
+from .wordpieces import WORDS, read_word_pieces
 
 _CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
     "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
@@ -153,8 +154,8 @@ def _text_of(token: Any) -> str | None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json (or qwen.tiktoken, or vocab.json and merges.txt, or tokenizer.model), tokenizer_config.json,
-    special_tokens_map.json and added_tokens.json.
+    """Read tokenizer.json (or qwen.tiktoken, vocab.json and merges.txt, vocab.txt, or tokenizer.model),
+    tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
     Raises:
         CheckpointError: there is no tokenizer, or one of the files is broken.
@@ -177,7 +178,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             backend = read_tiktoken(folder / RANKS)
         else:
             byte_level = (folder / VOCABULARY).is_file() and (folder / MERGES).is_file()
-            backend = read_byte_level(folder) if byte_level else _from_sentencepiece(folder, settings, special)
+            words = (folder / WORDS).is_file() and not (folder / "tokenizer.model").is_file()
+            if byte_level:
+                backend = read_byte_level(folder, gpt2=_class_of(settings) == "GPT2Tokenizer")
+            elif words:
+                backend = read_word_pieces(folder, settings)
+            else:
+                backend = _from_sentencepiece(folder, settings, special)
             for text, token_id in sorted(added.items(), key=lambda item: int(item[1])):
                 _add(
                     backend,

@@ -6,14 +6,14 @@ norms of queries and keys, and positions for any size. Modules are named as timm
 """
 
 from math import inf, isqrt, nextafter
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .activation import ACTIVATIONS
 from .attention import Attention, Mask, Recorder
-from .config import VisionConfig, VisionNorm
+from .config import Activation, VisionConfig, VisionNorm
 from .errors import ImageError
 
 
@@ -43,8 +43,21 @@ class PatchEmbed(nn.Module):
         return self.weight
 
 
+class MLPConfig(Protocol):
+    """What configs of parts with such an MLP have."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def hidden_act(self) -> Activation: ...
+
+
 class MLP(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    """Without a gate, its layers with biases: of towers, Q-Former and OPT."""
+
+    def __init__(self, config: MLPConfig) -> None:
         super().__init__()
         self.act = ACTIVATIONS[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)

@@ -19,7 +19,7 @@ CONVOLUTIONS = frozenset({"vision.patch_embed.weight", "patch_embed.weight"})
 """Our names of convolution kernels: (out, in, h, w) on the Hub, (out, h, w, in) here and in MLX's files; of videos
 with time in front of h."""
 
-_BATCHED = frozenset({"vision.class_token", "vision.pos_embed", "query_tokens"})
+_BATCHED = frozenset({"vision.class_token", "vision.pos_embed", "query_tokens", "projector.query_tokens"})
 """Our names of tensors that some families store with axes of length 1 in front."""
 
 

@@ -174,7 +174,7 @@ class Trainer:
         if model.config.vision.grid is not None:
             name = model.config.family
             raise CheckpointError(f"family '{name}' takes images of any size, which cannot be trained yet")
-        if model.config.decoder.cross_attention is not None or model.config.decoder.queries is not None:
+        if model.config.decoder.cross_attention is not None or model.config.takes_one_image:
             raise CheckpointError(f"family '{model.config.family}' has cross-attention, which cannot be trained yet")
         if model.config.decoder.two_way != "nothing":
             raise CheckpointError(f"family '{model.config.family}' sees later tokens, too, which cannot be trained yet")

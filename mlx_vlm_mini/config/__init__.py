@@ -19,19 +19,21 @@ from .decoder import (
     DecoderConfig,
     LayerType,
     NormConfig,
+    OPTConfig,
     ScaleConfig,
     TwoWay,
     WindowConfig,
 )
 from .projector import MergerConfig, PoolConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
+from .qformer import InstructionConfig, QFormerConfig
 from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, GridConfig, TiledConfig, VisionConfig, VisionNorm
 
 __all__ = [
     "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig", "CrossAttentionConfig",
-    "DecoderConfig", "GridConfig", "LayerType", "MergerConfig", "NormConfig", "PoolConfig", "Prescribed",
-    "ProjectorConfig", "QueryConfig", "ResamplerConfig", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig",
-    "TwoWay", "VLMConfig", "VisionConfig", "VisionNorm", "WindowConfig",
+    "DecoderConfig", "GridConfig", "InstructionConfig", "LayerType", "MergerConfig", "NormConfig", "OPTConfig",
+    "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig", "QueryConfig", "ResamplerConfig", "ScaleConfig",
+    "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "VisionNorm", "WindowConfig",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
@@ -44,8 +46,8 @@ class Prescribed:
     image_token: str
     chat_template: str
     """Jinja; whatever template the folder has, it is not the one that the model was trained with."""
-    end_token: str | tuple[str, ...]
-    """Ends an answer; any of several does."""
+    end_token: str | tuple[str, ...] | None
+    """Ends an answer; any of several does; None: what the folder's files say does."""
     image_processor: Mapping[str, Any]
     """In the form of preprocessor_config.json."""
     files_first: bool = False
@@ -76,6 +78,9 @@ class VLMConfig:
     """How the tiles' features follow the squashed image's: `unpad` as rows of one grid without the bars, a newline
     behind each; `unpad_floor` the same with what is shown rounded down, as the original LLaVA does; `grid` as rows of
     the whole grid; `flat` tile by tile."""
+    most_tiles: int | None = None
+    """Tiles whose features an image's grid may have: a grid a fifth larger is shrunk, and an image that is not alone is
+    not cut (LLaVA-OneVision). None: whatever its tiles give (LLaVA-NeXT)."""
     prescribed: Prescribed | None = None
     image_place: str | None = None
     """What the chat template writes where an image stands; None: the image token."""
@@ -111,6 +116,11 @@ class VLMConfig:
                     raise CheckpointError(
                         f"config.json: {size} numbers are no multiple of attn_pool_num_heads {self.contrast.pool_heads}"
                     )
+
+    @property
+    def takes_one_image(self) -> bool:
+        """Whether prompts hold exactly one image, for which query tokens stand."""
+        return self.decoder.queries is not None or self.projector.qformer is not None
 
     @property
     def tokens_of_row(self) -> int:

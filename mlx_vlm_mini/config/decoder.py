@@ -172,3 +172,8 @@ class DecoderConfig:
     def num_embeddings(self) -> int:
         """Rows of the token embedding."""
         return self.vocab_size + (0 if self.cross_attention is None else self.cross_attention.spare_embeddings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OPTConfig(DecoderConfig):
+    """A decoder of another kind (`opt.py`), by the same names; the eps is its layer norms', rope is not used."""

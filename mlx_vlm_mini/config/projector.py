@@ -6,6 +6,7 @@ from math import isqrt
 from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation, check_flags, check_positive, check_sizes
+from .qformer import QFormerConfig
 from .vision import VisionNorm
 
 
@@ -70,6 +71,7 @@ class ProjectorConfig:
 
     One layer is the linear projection of LLaVA (2023), two are the MLP of LLaVA-1.5, none leaves features as they are.
     Before them come a pixel shuffle and a norm where the config has them; `input_size` is what enters the first layer.
+    Or a Q-Former, which reads the image's features; the linear layer reads what its query tokens become.
     """
 
     input_size: int
@@ -80,6 +82,7 @@ class ProjectorConfig:
     shuffle: ShuffleConfig | None = None
     norm_eps: float | None = None
     resampler: ResamplerConfig | None = None
+    qformer: QFormerConfig | None = None
     pool: PoolConfig | None = None
     """In place of all that; one layer."""
     merger: MergerConfig | None = None

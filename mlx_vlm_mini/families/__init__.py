@@ -11,6 +11,7 @@ from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import ImageSettings
 
 from . import (
+    blip2,
     gemma3,
     gemma3_text,
     idefics3,
@@ -19,6 +20,7 @@ from . import (
     llava,
     llava_next,
     llava_normed,
+    llava_onevision,
     llava_original,
     mistral3,
     mllama,
@@ -56,6 +58,8 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
+    "blip-2": blip2,
+    "instructblip": blip2,
     "gemma3": gemma3,
     "gemma3_text": gemma3_text,
     "idefics3": idefics3,
@@ -65,6 +69,7 @@ FAMILIES: dict[str, Family] = {
     "llava_llama": llava_original,
     "llava_mistral": llava_original,
     "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
     "mistral3": mistral3,
     "mllama": mllama,
     "paligemma": paligemma,

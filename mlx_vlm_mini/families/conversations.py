@@ -12,6 +12,24 @@ from typing import Any, NamedTuple
 from mlx_vlm_mini.errors import CheckpointError
 
 
+def one_image_template(name: str) -> str:
+    """Of families that were trained on one image with a text: both stand in front of the answer, whatever was said."""
+    return (
+        "{% for message in messages %}"
+        "{% if message['role'] not in ['user', 'assistant'] %}"
+        "{{ raise_exception('" + name + " takes one image with a text and no ' + message['role'] + ' message') }}"
+        "{% endif %}"
+        "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
+        "{% endfor %}"
+        "{{ bos_token }}"
+        "{% set asked = messages | selectattr('role', 'equalto', 'user') | list | last %}"
+        "{% for part in asked['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+        "{% if not add_generation_prompt and messages[-1]['role'] == 'assistant' %}"
+        "{% for part in messages[-1]['content'] if part['type'] == 'text' %}{{ ' ' + part['text'] }}{% endfor %}"
+        "{% endif %}"
+    )
+
+
 class Conversation(NamedTuple):
     """A prompt: `open`, the system message, `close`, then each message between what its role puts around it.
 

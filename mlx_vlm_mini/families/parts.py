@@ -34,7 +34,7 @@ _TOWERS: dict[str, tuple[dict[str, Any], bool]] = {  # defaults, and whether it 
     "siglip_vision_model": (_SIGLIP, False),
 }
 
-_MOST_LAYERS = 10_000  # far above every model's; what is made for each layer must fit into memory
+MOST_LAYERS = 10_000  # far above every model's; what is made for each layer must fit into memory
 
 _LLAMA = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -157,8 +157,8 @@ def text_decoder(
         raise CheckpointError(f"config.json: decoder '{model_type}' is not supported (known: {', '.join(proven)})")
     values = {**_DECODERS[model_type], **hf}
     heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise CheckpointError(f"config.json: a decoder of {layers} layers is not supported (at most {_MOST_LAYERS})")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise CheckpointError(f"config.json: a decoder of {layers} layers is not supported (at most {MOST_LAYERS})")
     rope = _rope(values)
     theta = rope.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
     layer_types = _layer_types(model_type, values)

@@ -16,6 +16,7 @@ from mlx_vlm_mini.config import ContrastConfig, Prescribed, ProjectorConfig, Que
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageSettings
 
+from .conversations import one_image_template
 from .internvl_chat import authors_intern_vit
 from .maps import Weights, intern_vit
 from .paligemma import pixels
@@ -55,21 +56,6 @@ WEIGHTS: Weights = {
 IMAGE_PROCESSOR = "CLIP"
 
 CHAT_TEMPLATE = ""  # config prescribes it
-
-_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] not in ['user', 'assistant'] %}"
-    "{{ raise_exception('QLLaMA takes one image with a text and no ' + message['role'] + ' message') }}"
-    "{% endif %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
-    "{% endfor %}"
-    "{{ bos_token }}"
-    "{% set asked = messages | selectattr('role', 'equalto', 'user') | list | last %}"
-    "{% for part in asked['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% if not add_generation_prompt and messages[-1]['role'] == 'assistant' %}"
-    "{% for part in messages[-1]['content'] if part['type'] == 'text' %}{{ ' ' + part['text'] }}{% endfor %}"
-    "{% endif %}"
-)
 
 
 def is_qllama(hf: Mapping[str, Any]) -> bool:
@@ -115,7 +101,7 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
         prescribed=Prescribed(
             image_token="<image>",
             cut_at_images=True,
-            chat_template=_TEMPLATE,
+            chat_template=one_image_template("QLLaMA"),
             end_token="</s>",
             files_first=True,
             image_processor={  # of the authors' captions and retrieval

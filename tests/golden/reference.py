@@ -66,6 +66,12 @@ CHATML = (
     "{% if content['type'] == 'image' %}{{ '<image>' }}{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+ONEVISION = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 INTERNVL = CHATML.replace("'<image>'", "'<IMG_CONTEXT>\\n'")
 INSTRUCT = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
@@ -112,6 +118,9 @@ CASES |= {  # for tiles: a third shape, and images that stand beside one another
         )
     ],
 }  # fmt: skip
+
+
+ALONE = (*USUAL, "strip", "asked_twice")  # each picture alone, too
 
 
 @dataclass(frozen=True)
@@ -254,6 +263,17 @@ def sparse_paligemma(config: dict[str, Any]) -> None:
     config["hidden_size"] = 2048
 
 
+def sparse_onevision(config: dict[str, Any]) -> None:
+    """A config as llava-hf/llava-onevision-*'s: the tie is the text's alone."""
+    old_rope_keys(config)
+    for key in ("rms_norm_eps", "hidden_act", "rope_scaling", "layer_types", "use_sliding_window"):
+        config["text_config"].pop(key, None)
+    for key in ("hidden_act", "layer_norm_eps", "num_channels"):
+        config["vision_config"].pop(key)
+    for key in ("projector_hidden_act", "multimodal_projector_bias", "tie_word_embeddings"):
+        config.pop(key)
+
+
 CLIP_STATISTICS = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
 GOTOCR = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
 SPECS = {
@@ -326,6 +346,36 @@ SPECS = {
             image_grid_pinpoints=[[24, 48], [72, 96], [96, 96]])),
         tokenizer="qwen2", chat_template=CHATML, template_file="chat_template.jinja",
         rename=memory_names, shards=2, seed=7, family="llava_next"),
+    "llava-onevision": Spec(  # as on the Hub; grids of more than 2 tiles of 9 features are shrunk
+        vision=("siglip_vision_model", dict(
+            hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=5, image_size=24, patch_size=8,
+            vision_use_head=False)),
+        text=("qwen2", dict(
+            hidden_size=56, intermediate_size=80, num_hidden_layers=2, num_attention_heads=7, num_key_value_heads=1,
+            max_position_embeddings=512, tie_word_embeddings=True, rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+        llava=dict(
+            vision_feature_layer=-1, vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_2",
+            image_grid_pinpoints=[[24 * h, 24 * w] for h in range(1, 4) for w in range(1, 4)]),
+        image_processor=("LlavaOnevision", dict(
+            size={"height": 24, "width": 24}, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5],
+            image_grid_pinpoints=[[24 * h, 24 * w] for h in range(1, 4) for w in range(1, 4)])),
+        tokenizer="qwen2", chat_template=ONEVISION, template_file="chat_template.json",
+        rename=hub_names, config=sparse_onevision, seed=30, family="llava_onevision", cases=ALONE),
+    "llava-onevision-5": Spec(  # as transformers 5 writes it; wide grids, which nothing shrinks
+        vision=("siglip_vision_model", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=3, num_attention_heads=3, image_size=16, patch_size=8,
+            vision_use_head=False)),
+        text=("qwen2", dict(
+            hidden_size=48, intermediate_size=70, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
+            max_position_embeddings=512, rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+        llava=dict(
+            vision_feature_layer=[-1, 1], vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_9",
+            image_grid_pinpoints=[[16, 48], [48, 32], [32, 64], [16, 16]]),
+        image_processor=("LlavaOnevision", dict(
+            size={"height": 16, "width": 16}, image_mean=[0.5, 0.4, 0.3],
+            image_grid_pinpoints=[[16, 48], [48, 32], [32, 64], [16, 16]])),
+        tokenizer="qwen2", chat_template=ONEVISION, template_file="chat_template.jinja",
+        shards=2, seed=31, family="llava_onevision", cases=ALONE),
     "paligemma-gemma": Spec(
         vision=("siglip_vision_model", dict(
             hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=5, image_size=42, patch_size=14,
@@ -568,6 +618,13 @@ CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and f
 }
 
 
+CASES["asked_twice"] = [  # stands here because families above take all cases above
+    user(image_part("shapes.png"), text_part("Describe the photo.")),
+    {"role": "assistant", "content": [text_part("A red circle and a blue square.")]},
+    user(text_part("Which of them is larger?")),
+]
+
+
 def make_pictures(folder: Path) -> None:
     """Small pictures: a JPEG like a photo, higher than wide, a PNG of shapes with transparency, and one like a banner."""
     rng = np.random.default_rng(7)
@@ -698,6 +755,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
     from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
     from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -708,6 +766,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
         "Siglip": SiglipImageProcessorPil,
         "Llava": LlavaImageProcessorPil,
         "LlavaNext": LlavaNextImageProcessorPil,
+        "LlavaOnevision": LlavaOnevisionImageProcessorPil,
         "GotOcr2": GotOcr2ImageProcessorPil,
         "Mllama": MllamaImageProcessorPil,
         "Idefics3": Idefics3ImageProcessorPil,
@@ -809,6 +868,15 @@ def save(spec: Spec, folder: Path) -> None:
         processor = PixtralImages(
             make_image_processor(kind, options), tokenizer, patch_size=spec.vision[1]["patch_size"],
             spatial_merge_size=spec.llava.get("spatial_merge_size", 1), chat_template=spec.chat_template,
+        )  # fmt: skip
+    elif spec.family == "llava_onevision":
+        from onevision_reference import StillImages
+
+        processor = StillImages(
+            make_image_processor(kind, options), tokenizer,
+            num_image_tokens=(spec.vision[1]["image_size"] // spec.vision[1]["patch_size"]) ** 2,
+            vision_feature_select_strategy="full", chat_template=spec.chat_template,
+            vision_aspect_ratio=spec.llava["vision_aspect_ratio"],
         )  # fmt: skip
     elif spec.family == "gemma3":
         processor = Gemma3Processor(
@@ -967,6 +1035,10 @@ class Reference:
             from internvl_reference import ImagesOnly
 
             self.processor = ImagesOnly.from_pretrained(folder, backend="pil")
+        elif self.model.config.model_type == "llava_onevision":
+            from onevision_reference import StillImages
+
+            self.processor = StillImages.from_pretrained(folder, backend="pil")
         elif self.model.config.model_type in QWEN:
             self.processor = images_only(self.model.config.model_type).from_pretrained(folder, backend="pil")
         elif is_pixtral(self.model.config):
@@ -1005,6 +1077,10 @@ class Reference:
             text = self.processor.apply_chat_template(
                 plain, add_generation_prompt=True, chat_template=self.chat_template
             )
+            if (
+                self.model.config.model_type == "llava_onevision" and opened
+            ):  # of one conversation, as chat templates do
+                opened = [opened]
             bos = self.processor.tokenizer.bos_token
             inputs = self.processor(
                 text=text, images=opened or None, return_tensors="pt",
@@ -1016,7 +1092,7 @@ class Reference:
         names = (
             "input_ids", "pixel_values", "image_sizes", "attention_mask", "token_type_ids",
             "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask", "pixel_attention_mask", "image_grid_thw",
-            "mm_token_type_ids",
+            "mm_token_type_ids", "batch_num_images",
         )  # fmt: skip
         inputs = {key: inputs[key] for key in names if key in inputs}
         ids = inputs["input_ids"]

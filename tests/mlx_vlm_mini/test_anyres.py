@@ -92,7 +92,9 @@ def test_only_the_images_that_are_missing_are_encoded(tiled, monkeypatch):
     encoded = []
     embed_images = type(model).embed_images
     monkeypatch.setattr(
-        type(model), "embed_images", lambda self, rows: encoded.append(len(rows)) or embed_images(self, rows)
+        type(model),
+        "embed_images",
+        lambda self, rows, *more: encoded.append(len(rows)) or embed_images(self, rows, *more),
     )
     slots = np.flatnonzero(inputs.slots)
     for start, rows in ((0, [3, 3]), (slots[45], [3, 3]), (slots[45] + 1, [3]), (slots[-1], [3]), (slots[-1] + 1, [])):

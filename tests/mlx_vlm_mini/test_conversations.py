@@ -18,13 +18,12 @@ from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, load, stream_generate
 from mlx_vlm_mini.errors import PromptError
-from mlx_vlm_mini.prompt import images_of
 
 LONG = "llava with longrope"  # whose angles change at 56 tokens, for all positions
 MODELS = (
     "llava-clip-mistral", "llava-next-siglip-qwen2", "internvl-qwen2", "internvl-chat-phi3", "llava-original-v1.6-mistral",
-    "idefics3-markers", "gemma3-hub", "gemma3-crops", "paligemma2-gemma2", "mllama-meta", "mllama-transformers",
-    "qwen-vl-chat", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "pixtral", "mistral3", LONG,
+    "llava-onevision", "idefics3-markers", "gemma3-hub", "gemma3-crops", "paligemma2-gemma2", "mllama-meta",
+    "mllama-transformers", "qwen-vl-chat", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "pixtral", "mistral3", LONG,
 )  # fmt: skip
 PICTURES = (PHOTO, SHAPES, SHAPES.read_bytes(), Image.new("RGB", (50, 40), "red"), Image.new("RGB", (50, 40), "blue"))
 TEXTS = ("Hi", "What is it? ", " and\n", "Why? Tell me more.", "no")
@@ -111,6 +110,38 @@ def test_every_answer_equals_a_fresh_run(name, plan):
         best = check_fresh(chat, chunks)
         if kind != "retry":
             assert [chunk.token for chunk in chunks] == best
-        seen |= {part["image"].digest for part in images_of(chat.messages)}
+        seen |= {image.digest for image in processor(chat.messages[:-1]).images}
+        encoded += chunks[-1].stats.encoded_images
+    assert encoded == len(seen)
+
+
+ONE_IMAGE = ("qllama", "blip2-opt", "instructblip-vicuna")
+
+
+@pytest.mark.parametrize("name", ONE_IMAGE)
+@settings(deadline=None, max_examples=12, derandomize=True, database=None)
+@given(picture=st.sampled_from(PICTURES), plan=st.lists(steps, min_size=4, max_size=7))
+def test_every_answer_about_one_image_equals_a_fresh_run(name, picture, plan):
+    """Families that take one image: it comes first, and all that is said are texts."""
+    chat = Chat(*model_of(name), context=10**6, max_tokens=3)
+    chats, seen, encoded = [chat, chat], set(), 0
+    for kind, place, prompt in [("send", 0, [picture, "Begin"]), ("fork", 1, []), *plan]:
+        chat, texts = chats[place], [part for part in prompt if isinstance(part, str)]
+        if kind == "fork":
+            chats[place] = chats[1 - place].fork()
+            continue
+        if kind in ("undo", "edit") and len(chat.messages) < 3:  # which would take the image away
+            continue
+        if kind == "undo":
+            chat.undo()
+            continue
+        if kind == "retry":
+            chunks = list(chat.retry(temperature=1.0, seed=len(plan)))
+        else:
+            chunks = list(getattr(chat, "edit" if kind == "edit" else "send")(prompt if not chat.messages else texts))
+        best = check_fresh(chat, chunks)
+        if kind != "retry":
+            assert [chunk.token for chunk in chunks] == best
+        seen |= {image.digest for image in chat.processor(chat.messages[:-1]).images}
         encoded += chunks[-1].stats.encoded_images
     assert encoded == len(seen)

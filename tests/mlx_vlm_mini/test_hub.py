@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from checkpoints import PHOTO, PLAIN, random_mask_decoder
 from hub import COMMIT
+from reference import GOLDEN
 
 from mlx_vlm_mini.mask_decoder import ADDRESS, FILE
 
@@ -89,3 +90,14 @@ def test_one_file_by_its_address(hub, tmp_path):
     assert run(*ask, ADDRESS, HF_HUB_OFFLINE="1").returncode == 0
     refused = run(*ask, ADDRESS.replace(FILE, "no.npz"))
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused.stderr
+
+
+def test_the_second_tokenizer_of_instructblip_is_fetched(hub):
+    kind, run = hub
+    kind.folders["tiny/instructblip"] = GOLDEN / "instructblip-vicuna"
+    with np.load(GOLDEN / "instructblip-vicuna" / "expected.npz") as expected:
+        tokens = expected["image/token_ids"].tolist()
+    said = run("generate", "tiny/instructblip", *ASK)
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout)["token_ids"] == tokens
+    assert run("info", "tiny/instructblip", "--check").returncode == 0

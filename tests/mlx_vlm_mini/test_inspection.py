@@ -20,7 +20,7 @@ from mlx_vlm_mini.prompt import to_messages
 
 FAMILIES = (
     "llava-clip-llama", "llava-clip-mistral", "llava-next-clip-mistral", "internvl-qwen2", "internvl-chat-phi3", "idefics3-words",
-    "gemma3-hub", "llava-original-v0", "paligemma2-gemma2", "qwen2.5-vl", "qwen3-vl",
+    "gemma3-hub", "llava-onevision", "llava-original-v0", "paligemma2-gemma2", "qwen2.5-vl", "qwen3-vl",
 )  # fmt: skip
 ROPES = [
     {"rope_type": "dynamic", "factor": 3.0},

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from blip_cases import SPECS as BLIPS
 from checkpoints import with_paths
 from llava_original import SPECS as ORIGINALS
 from qllama_cases import SPECS as QUERIES
@@ -19,7 +20,7 @@ from mlx_vlm_mini.generation import decode, prefill
 from mlx_vlm_mini.stream import stream_generate
 
 TOLERANCE = 1e-4
-SPECS = {**OTHERS, **ORIGINALS, **QUERIES, **QWEN}
+SPECS = {**OTHERS, **ORIGINALS, **QUERIES, **BLIPS, **QWEN}
 CASES_OF_GOLDENS = [(name, case) for name in sorted(SPECS) for case in sorted(SPECS[name].cases)]
 every_case = pytest.mark.parametrize(("golden", "case"), CASES_OF_GOLDENS, indirect=["golden"], scope="module")
 

@@ -24,6 +24,7 @@ LAYOUTS = {  # golden, changes to its config, changes to its image settings
     "squashed, class token": ("llava-clip-llama-layers", {}, {}),
     "unpad": ("llava-next-clip-mistral", {}, {}),
     "unpad, cropped tiles": ("llava-next-siglip-qwen2", {}, {}),
+    "unpad, alone": ("llava-onevision-5", {}, {}),
     "unpad_floor": ("llava-original-v1.6-mistral", {"tile_merge": "unpad_floor"}, {}),
     "grid": ("llava-original-v1.6-mistral", {"tile_merge": "grid"}, {}),
     "flat": ("llava-original-v1.6-mistral", {"tile_merge": "flat"}, {}),

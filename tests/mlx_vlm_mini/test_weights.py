@@ -312,7 +312,7 @@ def test_tokens_that_only_tokenizer_config_lists(copy_of):
 def test_an_unknown_family_lists_the_known_ones(copy_of):
     folder = copy_of()
     edit_json(folder / "config.json", model_type="gpt5")
-    with pytest.raises(CheckpointError, match="says model_type 'gpt5'; this version knows: gemma3, "):
+    with pytest.raises(CheckpointError, match="says model_type 'gpt5'; this version knows: blip-2, gemma3, "):
         load(folder)
     edit_json(folder / "config.json", model_type=...)
     with pytest.raises(CheckpointError, match="has no model_type"):

@@ -116,6 +116,10 @@ class Hub(BaseHTTPRequestHandler):
             return self.file(match[1], match[2], match[3])
         return self.refuse(404, "EntryNotFound", "no such path")
 
+    def listing(self, name: str) -> list[tuple[str, Path]]:
+        folder = self.folders[name]
+        return [(str(file.relative_to(folder)), file) for file in sorted(folder.rglob("*")) if file.is_file()]
+
     def info(self, name: str, revision: str) -> None:
         if name in self.gated and name not in self.folders:
             return self.refuse(403, "GatedRepo", "Access to this model is restricted")
@@ -123,15 +127,15 @@ class Hub(BaseHTTPRequestHandler):
             return self.refuse(404, "RepoNotFound", "Repository not found")
         if revision not in ("main", COMMIT):
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        files = [{"rfilename": file.name, "size": file.stat().st_size} for file in sorted(self.folders[name].iterdir())]
+        files = [{"rfilename": path, "size": file.stat().st_size} for path, file in self.listing(name)]
         files += [{"rfilename": extra, "size": 2} for extra in self.extra]
         return self.answer(json.dumps({"id": name, "sha": COMMIT, "siblings": files, "private": False}).encode())
 
     def tree(self, name: str, paths: list[str] | None = None) -> None:
         files = [
-            {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
-            for file in sorted(self.folders[name].iterdir())
-            if paths is None or file.name in paths
+            {"type": "file", "path": path, "size": file.stat().st_size, "oid": "0" * 40}
+            for path, file in self.listing(name)
+            if paths is None or path in paths
         ]
         if paths is None:
             files += [{"type": "file", "path": extra, "size": 2, "oid": "0" * 40} for extra in self.extra]

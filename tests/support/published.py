@@ -3,7 +3,8 @@ data; and docs/models.md, which `python tests/support/published.py` rewrites.
 
 Sources: llava-hf/llava-1.5-7b-hf from a log of transformers that prints it; paligemma-3b-pt-448 from a copy in transformers'
 convert_colpali_weights_to_hf.py; LLaVA-NeXT's token ids and vocabularies (the decoder's, two or three tokens more, rounded up
-to a multiple of 64) from convert_llava_next_weights_to_hf.py; PaliGemma 2 from convert_paligemma2_weights_to_hf.py; sizes of
+to a multiple of 64) from convert_llava_next_weights_to_hf.py; LLaVA-OneVision's from convert_llava_onevision_weights_to_hf.py,
+as are its towers; PaliGemma 2 from convert_paligemma2_weights_to_hf.py; sizes of
 Vicuna-13B, Mistral-7B, Yi-34B and Llama-3-8B from copies of their configs; Llama 3.2 Vision from sku_list.py of
 meta-llama/llama-models and convert_mllama_weights_to_hf.py of transformers; Qwen-VL's from a copy of its config.json, and its
 tensors' names and shapes from vllm-project/vllm (tests/golden/qwen_vl_oracle.py); Qwen2-VL's and later ones' from copies of their
@@ -19,7 +20,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 from qwen_vl_oracle import shapes_of
 
-from mlx_vlm_mini.anyres import count_tokens
+from mlx_vlm_mini.anyres import most_tokens
 from mlx_vlm_mini.checkpoint import Checkpoint, TensorInfo
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.convert.quantize import choose, plan_outputs, spread
@@ -78,6 +79,20 @@ def _llava(model_type: str, text: dict[str, Any], image_token: int = 32000, **mo
 def _next(text: dict[str, Any], image_token: int = 32000) -> dict[str, Any]:
     pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
     return _llava("llava_next", text, image_token, image_grid_pinpoints=pinpoints)
+
+
+def _onevision(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
+    """Vocabularies two tokens larger than Qwen2's, rounded up to a multiple of 64."""
+    return {
+        "model_type": "llava_onevision", "image_token_index": 151646, "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9", "projector_hidden_act": "gelu",
+        "text_config": {
+            "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+            "max_position_embeddings": 32768, "tie_word_embeddings": hidden == 896, "vocab_size": vocabulary,
+        },
+        "vision_config": {**SIGLIP_SO400M, "image_size": 384, "num_hidden_layers": 26},
+    }  # fmt: skip
 
 
 def _paligemma(text: dict[str, Any], image_size: int) -> dict[str, Any]:
@@ -257,6 +272,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-v1.6-vicuna-13b-hf": _next(VICUNA_13B),
     "llava-hf/llava-v1.6-34b-hf": _next(YI_34B, 64000),
     "llava-hf/llama3-llava-next-8b-hf": _next(LLAMA3_8B, 128256),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _onevision(896, 4864, 24, 14, 2, 152000),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": _onevision(3584, 18944, 28, 28, 4, 152128),
+    "llava-hf/llava-onevision-qwen2-72b-ov-hf": _onevision(8192, 29568, 80, 64, 8, 152128),
     "HuggingFaceTB/SmolVLM-256M-Instruct": _smolvlm("256M", "idefics3"),
     "HuggingFaceTB/SmolVLM-500M-Instruct": _smolvlm("500M", "idefics3"),
     "HuggingFaceTB/SmolVLM-Instruct": _smolvlm("2.2B", "idefics3"),
@@ -348,10 +366,8 @@ def image_tokens(config: VLMConfig) -> str:
     if config.image_grid_pinpoints is None:
         return f"{config.tokens_of_row:,}"
     side = vision.image_size // vision.patch_size
-    counts = [
-        count_tokens(size, [size], tile_size=vision.image_size, side=side) for size in config.image_grid_pinpoints
-    ]
-    return f"up to {max(counts):,}"
+    tiles: dict[str, Any] = {"tile_size": vision.image_size, "side": side, "most_tiles": config.most_tiles}
+    return f"up to {most_tokens(config.image_grid_pinpoints, **tiles):,}"
 
 
 def table() -> str:
