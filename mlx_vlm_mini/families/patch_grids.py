@@ -22,7 +22,7 @@ from mlx_vlm_mini.config import (
     VLMConfig,
 )
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.grid import Grid
+from mlx_vlm_mini.grid import PatchGrid
 from mlx_vlm_mini.preprocess import ImageSettings, preprocess
 
 from .maps import Weights
@@ -165,11 +165,20 @@ def pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
     return preprocess(image, settings)[None]
 
 
-def image_text(config: VLMConfig, settings: ImageSettings, image_token: str, size: tuple[int, int]) -> str:
-    assert isinstance(settings.tiling, Grid)  # loading.py has seen to it
+def fitting_grid(config: VLMConfig, settings: ImageSettings) -> PatchGrid:
+    """The image processor's grid, whose tokens are the model's.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    assert isinstance(settings.tiling, PatchGrid)  # loading.py has seen to it
     if settings.tiling.factor != config.vision.image_size:
         raise CheckpointError(
             f"preprocessor_config.json makes a token of {settings.tiling.factor} pixels a side, config.json of "
             f"{config.vision.image_size}"
         )
-    return image_token * settings.tiling.count_tokens(size)
+    return settings.tiling
+
+
+def image_text(config: VLMConfig, settings: ImageSettings, image_token: str, size: tuple[int, int]) -> str:
+    return image_token * fitting_grid(config, settings).count_tokens(size)
