@@ -68,12 +68,16 @@ class Turn:
         return mx.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def grid_angles(rows: np.ndarray, columns: np.ndarray, dims: int, base: float = 10000.0) -> np.ndarray:
+def grid_angles(
+    rows: np.ndarray, columns: np.ndarray, dims: int, base: float = 10000.0, *, alternating: bool = False
+) -> np.ndarray:
     """Angles of patches in given rows and columns, int[P]: float32[P, dims / 2]; the first half of them by the row, the
-    second by the column, at the same frequencies."""
-    exponents = np.arange(0, dims // 2, 2, dtype=np.float32) / np.float32(dims // 2)
+    second by the column, at the same frequencies, or where `alternating` at those that lie between."""
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
     frequencies = np.float32(1) / (base ** exponents.astype(np.float64)).astype(np.float32)
-    return np.concatenate([place.astype(np.float32)[:, None] * frequencies for place in (rows, columns)], axis=-1)
+    own = frequencies[::2], frequencies[1::2] if alternating else frequencies[::2]
+    places = (place.astype(np.float32)[:, None] for place in (rows, columns))
+    return np.concatenate([place * each for place, each in zip(places, own, strict=True)], axis=-1)
 
 
 def token_positions(images: Sequence[PlacedImage], start: int, length: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from .checkpoint import DTYPES, Checkpoint, read_json
 from .config import VLMConfig
 from .errors import CheckpointError
 from .families import Family, find_family, qwen_vl
+from .grid import EdgeGrid
 from .hub import INSTRUCTIONS
 from .model import VLM
 from .preprocess import TILINGS, ImageSettings, image_settings
@@ -111,18 +112,23 @@ def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> Imag
     if prescribed is not None and not prescribed.files_first:
         return image_settings(prescribed.image_processor, default_type=family.IMAGE_PROCESSOR)
     processor, image = folder / "processor_config.json", folder / "preprocessor_config.json"
-    settings = read_json(processor).get("image_processor") if processor.is_file() else None
+    content = read_json(processor) if processor.is_file() else {}
+    settings = content.get("image_processor")
     if settings is None and image.is_file():
         settings = read_json(image)
     if settings is None and prescribed is not None:
         settings = prescribed.image_processor
     if settings is None:
         return None
+    expected = TILINGS.get(family.IMAGE_PROCESSOR, NoneType)
     try:
+        if expected is EdgeGrid:  # the whole processor's patches count, whatever its part for images says
+            patch, vision = content.get("patch_size"), config.vision
+            merge = content.get("spatial_merge_size") or vision.image_size // vision.patch_size
+            settings = {**settings, "patch_size": patch or vision.patch_size, "merge_size": merge}
         found = image_settings(settings, default_type=family.IMAGE_PROCESSOR)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder}: the image processor's settings are malformed: {error!r}") from None
-    expected = TILINGS.get(family.IMAGE_PROCESSOR, NoneType)
     if not isinstance(found.tiling, expected):
         cuts = "no tiles" if found.tiling is None else "tiles"
         takes = "takes none" if expected is NoneType else "needs them" if found.tiling is None else "needs others"

@@ -21,7 +21,7 @@ from .decoder import Decoder
 from .errors import CheckpointError, PromptError
 from .grid_vision import GridVisionTransformer
 from .image_blocks import ImageBlock, find_blocks
-from .merger import PatchMerger
+from .merger import ChannelMerger, PatchMerger
 from .opt import OPTDecoder
 from .pooling import PooledProjector
 from .projector import Projector, join_squares, pixel_shuffle
@@ -89,7 +89,7 @@ def _make_projector(config: ProjectorConfig) -> nn.Module:
     kinds: dict[Any, Any] = {
         Resampler: config.resampler,
         PooledProjector: config.pool,
-        PatchMerger: config.merger,
+        ChannelMerger if config.merger is not None and config.merger.by_channel else PatchMerger: config.merger,
         QFormer: config.qformer,
     }
     kind = next((kind for kind, settings in kinds.items() if settings is not None), Projector)
@@ -143,6 +143,8 @@ class VLM(nn.Module):
     ) -> mx.array:
         """Encode and project rows of pixels at once; `instruction` and `looks` are for a Q-Former, see there."""
         features = self.vision(pixel_values.astype(self.dtype))
+        if self.config.vision.grid is not None and self.config.projector.merger is None:
+            features = features.flatten(1, 2)
         if self.config.projector.qformer is None:
             return self.projector(features)
         return self.projector(features, None if instruction is None else mx.array(instruction), looks)
@@ -201,10 +203,10 @@ class VLM(nn.Module):
             PromptError, CheckpointError: as `arrange`.
         """
         merge = self.config.projector.shuffle
-        if self.config.vision.grid is not None and merge is not None:
+        if self.config.vision.grid is not None:
             rows, columns = (side // self.config.vision.patch_size for side in image.pixel_values.shape[1:3])
             numbers = mx.arange(rows * columns).reshape(1, rows, columns, 1)
-            return np.array(join_squares(numbers, merge.factor).flatten(0, 2))
+            return np.array(join_squares(numbers, 1 if merge is None else merge.factor).flatten(0, 2))
         count = self.config.vision.features_at(image.pixel_values.shape[1])
         numbers = mx.arange(image.rows * count).reshape(image.rows, count, 1)
         if self.config.projector.joined is not None:
@@ -298,11 +300,12 @@ class VLM(nn.Module):
     ) -> list[ShownImage | ImageBlock | PlacedImage]:
         """What the decoder has to know of the images besides their embeddings, for tokens from `start` on.
 
-        Of patch grids all images' places, and what else is added to the tokens of those that reach behind `start`. With
-        cross-attention layers or query tokens what these look at, of images whose tokens stand at `start` or behind; or
-        where those tokens are that see one another. Else nothing. Arguments and errors as of `embed`.
+        Where tokens have three positions all images' places, and what else is added to the tokens of those that reach
+        behind `start`. With cross-attention layers or query tokens what these look at, of images whose tokens stand at
+        `start` or behind; or where those tokens are that see one another. Else nothing. Arguments and errors as of
+        `embed`.
         """
-        if self.config.vision.grid is not None:
+        if self.config.decoder.has_sections:
             return [*self._place(inputs, start, encode or self.encode)]
         if self.config.decoder.two_way == "images":
             return [*find_blocks(inputs.slots, start)]

@@ -176,6 +176,11 @@ class Processor:
             )
         if self.tokenizer.token_to_id(token) is None:
             raise CheckpointError(f"videos need the token {token}, which the tokenizer does not have")
+        if settings.grid.factor != self.config.vision.image_size:
+            raise CheckpointError(
+                f"the video processor makes a token of {settings.grid.factor} pixels a side, config.json of "
+                f"{self.config.vision.image_size}: copy video_preprocessor_config.json from the original repository"
+            )
         family: Any = self.family
         clip = read_clip(video, settings)
         layout = family.video_layout(self.config, clip, self.image_token)

@@ -179,9 +179,19 @@ class ChatTemplate:
         rendered = self._try([{"role": "user", "content": [{"type": "text", "text": probe}]}])
         self._takes_parts = probe in rendered and "'text'" not in rendered  # a list printed as it is shows its keys
         self._takes_text = probe in self._try([{"role": "user", "content": probe}])
-        parts = [{"type": "text", "text": probe}]  # some templates take a system message's as a text all the same
-        rendered = self._try([{"role": "system", "content": parts}, {"role": "user", "content": parts}])
-        self._prints_system_parts = "'text'" in rendered
+        # Some templates take a system message's, or an answer's, as a text all the same.
+        self._takes_as_text = {role for role in ("system", "assistant") if not self._reads_parts(role, probe)}
+
+    def _reads_parts(self, role: str, probe: str) -> bool:
+        """Whether the template reads parts of a message of this role, as far as it reads one at all."""
+        parts = [{"type": "text", "text": probe}]
+
+        def rendered(content: Any) -> str:
+            both = [{"role": role, "content": content}, {"role": "user", "content": parts}]
+            return self._try(both if role == "system" else both[::-1])
+
+        found = rendered(parts)
+        return "'text'" not in found and (found != "" or not rendered(probe))
 
     def _try(self, messages: list[Message]) -> str:
         try:
@@ -231,7 +241,7 @@ class ChatTemplate:
             ]
         if isinstance(content, str) and self._takes_text:
             return parts[0]["text"]
-        if role == "system" and self._prints_system_parts and all(part["type"] == "text" for part in parts):
+        if role in self._takes_as_text and all(part["type"] == "text" for part in parts):
             return "".join(part["text"] for part in parts)
         if self._takes_parts:
             return [part if part["type"] == "text" else {"type": part["type"]} for part in parts]

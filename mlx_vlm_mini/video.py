@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from .config.vision import GridConfig
 from .errors import CheckpointError, ImageError
 from .grid import Grid
 from .image import ImageSource, open_image
@@ -295,6 +296,16 @@ def read_clip(video: Video, settings: VideoSettings) -> Clip:
     seconds += seconds[-1:] * (-count % step)
     middles = [(seconds[first] + seconds[first + step - 1]) / 2 for first in range(0, len(seconds), step)]
     return Clip(pixels, size, tuple(middles), step / (count / reader.total * reader.rate))
+
+
+def step_times(clip: Clip, grid: GridConfig) -> tuple[int, ...]:
+    """Where steps stand on the decoder's axis of time: one place each, or `tokens_per_second` a second.
+
+    Fractions are cut off, in float32 as the reference's.
+    """
+    pace = 1 if grid.tokens_per_second is None else grid.tokens_per_second * np.float32(clip.interval)
+    times = np.arange(len(clip.pixel_values), dtype=np.float32) * np.float32(pace)
+    return tuple(times.astype(int).tolist())
 
 
 def _is_number(value: Any) -> bool:

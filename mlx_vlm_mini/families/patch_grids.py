@@ -22,9 +22,9 @@ from mlx_vlm_mini.config import (
     VLMConfig,
 )
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.grid import Grid
+from mlx_vlm_mini.grid import PatchGrid
 from mlx_vlm_mini.preprocess import ImageSettings, preprocess
-from mlx_vlm_mini.video import Clip, VideoLayout
+from mlx_vlm_mini.video import Clip, VideoLayout, step_times
 
 from .maps import Weights
 from .parts import activation, llama_weights, side, text_decoder
@@ -168,27 +168,28 @@ def pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
     return preprocess(image, settings)[None]
 
 
-def check_factor(config: VLMConfig, grid: Grid, file: str) -> None:
-    """Raises CheckpointError where an image processor makes tokens of another size than the tower takes."""
-    if grid.factor != config.vision.image_size:
+def fitting_grid(config: VLMConfig, settings: ImageSettings) -> PatchGrid:
+    """The image processor's grid, whose tokens are the model's.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    assert isinstance(settings.tiling, PatchGrid)  # loading.py has seen to it
+    if settings.tiling.factor != config.vision.image_size:
         raise CheckpointError(
-            f"{file} makes a token of {grid.factor} pixels a side, config.json of {config.vision.image_size}"
+            f"preprocessor_config.json makes a token of {settings.tiling.factor} pixels a side, config.json of "
+            f"{config.vision.image_size}"
         )
+    return settings.tiling
 
 
 def image_text(config: VLMConfig, settings: ImageSettings, image_token: str, size: tuple[int, int]) -> str:
-    assert isinstance(settings.tiling, Grid)  # loading.py has seen to it
-    check_factor(config, settings.tiling, "preprocessor_config.json")
-    return image_token * settings.tiling.count_tokens(size)
+    return image_token * fitting_grid(config, settings).count_tokens(size)
 
 
 def video_layout(config: VLMConfig, clip: Clip, image_token: str) -> VideoLayout:
-    """A video's tokens step by step, each of which takes a place on the axis of time, or `tokens_per_second` a second.
-
-    Fractions are cut off, in float32 as the reference's.
-    """
+    """A video's tokens, step by step."""
     steps, height, width, _ = clip.pixel_values.shape
     grid, side = config.vision.grid, config.vision.image_size
-    pace = 1 if grid is None or grid.tokens_per_second is None else grid.tokens_per_second * np.float32(clip.interval)
-    times = (np.arange(steps, dtype=np.float32) * np.float32(pace)).astype(int)
-    return VideoLayout(image_token * (steps * (height // side) * (width // side)), tuple(times.tolist()))
+    assert grid is not None
+    return VideoLayout(image_token * (steps * (height // side) * (width // side)), step_times(clip, grid))

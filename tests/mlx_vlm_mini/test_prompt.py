@@ -172,3 +172,16 @@ def test_without_a_template_the_family_has_one(copy_of):
     _, processor = load(folder)
     messages = to_messages(["See ", Image.new("RGB", (4, 4)), "this"])
     assert processor.chat_template.render(messages) == ["USER: See  ", "\nthis ASSISTANT:"]
+
+
+def test_answers_and_system_messages_that_a_template_takes_as_texts():
+    """Pixtral-12B's adds them to texts of its own, and takes a question in parts."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}[{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}"
+        "{% endfor %}]{% else %}{{ m.content + ';' }}{% endif %}{% endfor %}"
+    )
+    template = ChatTemplate(source, {}, "<image>")
+    text = [{"type": "text", "text": "Be brief"}]
+    said = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
+    assert template.render(said) == ["Be brief;[Be brief]Be brief;[Be brief]"]
+    assert ChatTemplate(PARTS, {}, "<image>").render(said) == ["Be brief;" * 4]
