@@ -31,6 +31,7 @@ sys.path[:0] = [str(ROOT / "tests" / "golden"), str(ROOT / "tests" / "support")]
 
 from checkpoints import with_paths
 from llava_original import SPECS as ORIGINALS
+from qwen_reference import flatten
 from reference import (
     CASES,
     GOLDEN,
@@ -42,6 +43,7 @@ from reference import (
     save,
     sparse_gemma3,
     sparse_idefics3,
+    sparse_onevision,
 )
 
 TOLERANCE = 1e-4
@@ -89,6 +91,11 @@ IMAGES_FIRST_INSTRUCT = (
 )
 _NEXT = SPECS["llava-next-clip-mistral"]
 _NEXT_PARTS = {"vision": _NEXT.vision, "llava": _NEXT.llava, "image_processor": _NEXT.image_processor}
+_QWEN_PIXELS = {"shortest_edge": 56**2, "longest_edge": 3584**2}
+_QWEN = {  # a head as the published models have them
+    "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "rope_parameters": {"rope_theta": 1e6, "rope_type": "default", "mrope_section": [16, 24, 24]},
+}  # fmt: skip
 PUBLISHED = {
     "llava-1.5 (Vicuna)": published("llava-clip-llama"),
     "llava-interleave (SigLIP, Qwen2)": published("llava-siglip-qwen2", chat_template=IMAGES_FIRST_CHATML),
@@ -108,6 +115,21 @@ PUBLISHED = {
         "gemma3-hub", config=sparse_gemma3, llava={"mm_tokens_per_image": 256},
         vision=("siglip_vision_model", {**SPECS["gemma3-hub"].vision[1], "image_size": 128}),
         image_processor=("Gemma3", {"size": {"height": 128, "width": 128}}),
+    ),
+    "LLaVA-OneVision": published("llava-onevision", config=sparse_onevision),
+    "Qwen2-VL": published(
+        "qwen2-vl", rename=str, config=flatten, text=_QWEN,
+        vision=("qwen2_vl_vision", {**SPECS["qwen2-vl"].vision[1], "hidden_size": 256, "patch_size": 14}),
+        image_processor=("Qwen2VL", {"patch_size": 14, "size": _QWEN_PIXELS}),
+    ),
+    "Qwen2.5-VL": published(
+        "qwen2.5-vl", rename=str, config=flatten, text=_QWEN, template_file="chat_template.json",
+        llava={"tie_word_embeddings": False},
+        vision=(
+            "qwen2_5_vl_vision",
+            {**SPECS["qwen2.5-vl"].vision[1], "out_hidden_size": 256, "patch_size": 14, "window_size": 112},
+        ),
+        image_processor=("Qwen2VL", {"patch_size": 14, "size": _QWEN_PIXELS}),
     ),
 }  # fmt: skip
 
@@ -151,6 +173,14 @@ def ours(file: Path) -> None:
     file.with_suffix(".out.json").write_text(json.dumps(report))
 
 
+def as_patches(pixels: np.ndarray, patch: int, merge: int = 2) -> np.ndarray:
+    """An image float32[height, width, 3] as Qwen2-VL's image processor lays it out: two equal frames of it, the patches
+    of a merged square one after another, float32[patches, 6 * patch**2]."""
+    rows, columns = (side // patch // merge for side in pixels.shape[:2])
+    cells = pixels.reshape(rows, merge, patch, columns, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    return np.repeat(cells[..., None, :, :], 2, axis=-3).reshape(rows * columns * merge**2, -1)
+
+
 def write_job(
     name: str, folder: Path, names: tuple[str, ...], expected: dict[str, np.ndarray], work: Path
 ) -> tuple[Path, str]:
@@ -164,8 +194,11 @@ def write_job(
         images = [GOLDEN / part["image"] for part in parts if part["type"] == "image"]
         prepared = [processor.prepare(image) for image in images]
         tiled = processor.config.image_grid_pinpoints is not None and bool(images)
-        pixels = work / f"{folder.name}-{case}.npy" if f"{case}/pixel_values" in expected else None
-        if pixels is not None:
+        pixels = work / f"{folder.name}-{case}.npy" if images else None
+        patch = processor.config.vision.patch_size if processor.config.vision.grid is not None else None
+        if pixels is not None and patch is not None:  # goldens have a part of them; ours are equal to it
+            np.save(pixels, np.concatenate([as_patches(each.pixel_values[0], patch) for each in prepared]))
+        elif pixels is not None:
             np.save(pixels, expected[f"{case}/pixel_values"])
         cases[case] = {
             "messages": CASES[case],
@@ -175,6 +208,9 @@ def write_job(
             "pixels": None if pixels is None else str(pixels),
             "tiles": [len(each.pixel_values) for each in prepared] if tiled else None,
             "sizes": [each.size for each in prepared] if tiled else None,
+            "grids": [[1, *(side // patch for side in each.pixel_values.shape[1:3])] for each in prepared]
+            if patch
+            else None,
         }
     file = work / f"{folder.name}.json"
     file.write_text(json.dumps({"name": name, "folder": str(folder), "cases": cases}))

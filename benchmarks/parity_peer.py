@@ -70,7 +70,10 @@ def given_inputs(case: dict[str, Any], model_type: str) -> dict[str, Any]:
 
     ids = mx.array([case["ids"]])
     inputs = {"input_ids": ids, "attention_mask": mx.ones_like(ids)}
-    if case["pixels"] is not None:
+    if case["pixels"] is not None and case["grids"]:
+        inputs["pixel_values"] = mx.array(np.load(case["pixels"]))
+        inputs["image_grid_thw"] = mx.array(case["grids"])
+    elif case["pixels"] is not None:
         pixels = np.load(case["pixels"]).transpose(0, 3, 1, 2)
         if case["tiles"]:
             ends = np.cumsum(case["tiles"])

@@ -10,7 +10,7 @@ from mlx_vlm_mini import bundled
 from .commands import COMMANDS, Session, find_settings, read_picture
 from .completion import complete
 from .look import Look
-from .options import complete_files, loading_options, model_argument, sampling_options
+from .options import check_videos, complete_files, loading_options, model_argument, sampling_options, video_options
 from .reading import open_reader
 from .status import Status
 from .thumbnail import KINDS
@@ -27,6 +27,7 @@ from .thumbnail import KINDS
     help="Shown with the first message. May be repeated.",
     shell_complete=complete_files,
 )
+@video_options
 @click.option("--system", help="System message.")
 @click.option(
     "--thumbnails",
@@ -62,6 +63,7 @@ def command(
     /,
     model: str,
     images: tuple[str, ...],
+    videos: list[dict[str, Any]],
     system: str | None,
     thumbnails: str,
     markdown: bool,
@@ -90,6 +92,7 @@ def command(
     pictures = [read_picture(image) for image in images]
     for picture in pictures:  # a wrong path should not cost the time that loading takes
         open_image(picture)
+    check_videos(videos)
 
     from mlx_vlm_mini import Chat, load
 
@@ -113,6 +116,9 @@ def command(
     )
     session.ask = reader.read if reader.edits else None
     session.waiting += [session.show_picture(each, image) for each, image in zip(pictures, images, strict=True)]
+    with Status(plain=plain) as status:
+        status.show("reading the videos")
+        session.waiting += [session.prepare_video(part) for part in videos]
     if reader.interactive:
         click.echo("Type a message, or /help.", err=True)
     while True:

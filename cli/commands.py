@@ -110,6 +110,13 @@ class Session:
             self._look.show(open_image(picture), name)
         return {"type": "image", "image": prepared}
 
+    def prepare_video(self, part: dict[str, Any]) -> dict[str, Any]:
+        """The part of a message that holds a video, its frames made ready."""
+        from mlx_vlm_mini.prompt import to_messages
+
+        video = to_messages([part, "?"])[0]["content"][0]["image"]
+        return {"type": "video", "image": self.chat.features.prepare(self.chat.processor, video)}
+
     def _say(self, line: str) -> None:
         parts = [*self.waiting, *self._parts(line)]
         self._answer(lambda **options: self.chat.send(parts, **options))
@@ -232,7 +239,7 @@ class Session:
         if not typed:
             return
         # Pictures stay that the new message does not speak of, and those that cannot be typed.
-        old = [part for part in parts_of(said[0]) if part["type"] == "image"]
+        old = [part for part in parts_of(said[0]) if part["type"] != "text"]
         if any(part["type"] == "image" for part in parts) or not text:
             old = [part for part in old if typed_name(part) is None]
         self._answer(lambda **options: self.chat.edit([*old, *parts], **options))

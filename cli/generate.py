@@ -14,7 +14,7 @@ from .batch import Item, Output, answer_all, ask, ask_about, left_to_do, read_pr
 from .drawing import check_drawing, draw_answer, drawing_options, find_mask_decoder
 from .look import Look
 from .main import INTERRUPTED
-from .options import complete_files, loading_options, model_argument, sampling_options
+from .options import check_videos, complete_files, loading_options, model_argument, sampling_options, video_options
 from .status import Status, cost_of
 from .writing import Answer
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     help="Path, URL, or - for stdin; may be repeated. Of a folder or a quoted pattern each picture gets the prompt.",
     shell_complete=complete_files,
 )
+@video_options
 @click.option("--system", help="System message.")
 @sampling_options
 @loading_options
@@ -56,6 +57,7 @@ def command(
     prompt: str | None,
     prompt_file: str | None,
     images: tuple[str, ...],
+    videos: list[dict[str, Any]],
     system: str | None,
     as_json: bool,
     output: Path | None,
@@ -73,6 +75,7 @@ def command(
       mlx-vlm-mini generate llava-hf/llava-1.5-7b-hf -p "What is this?" -i photo.jpg
       mlx-vlm-mini generate google/paligemma2-3b-mix-448 -p "detect cat" -i photo.jpg --draw boxes.png
       mlx-vlm-mini generate llava-hf/llava-1.5-7b-hf -p "What is this?" -i photos/ --output answers.jsonl
+      mlx-vlm-mini generate Qwen/Qwen2.5-VL-3B-Instruct -p "What happens?" --video clip.mp4 --fps 1
     """
     from mlx_vlm_mini.errors import PromptError
     from mlx_vlm_mini.image import open_image
@@ -88,14 +91,15 @@ def command(
         raise PromptError("the prompt is empty: say what the model should answer")
     pictures = spread(images)
     if prompt is None or pictures is not None or output is not None:
-        if draw is not None or "-" in images:
-            raise click.UsageError("--draw, and an image on stdin, go with one answer on stdout")
+        if draw is not None or videos or "-" in images:
+            raise click.UsageError("--draw, --video, and an image on stdin, go with one answer on stdout")
         items = [ask(prompt, [], system)] if prompt is not None else read_prompts(str(prompt_file), system)
         items = ask_about(items, pictures or [images], system) if images else items
         _answer_many(ctx, model, items, output, loading, options)
         return
     # Opened first: a wrong path should not cost the time that loading takes.
     opened = [open_image(sys.stdin.buffer.read() if image == "-" else image) for image in images]
+    check_videos(videos)
 
     from mlx_vlm_mini import load, stream_generate
 
@@ -110,6 +114,7 @@ def command(
         interrupted = False
         answer = Answer()
         messages = ask(prompt, opened, system).messages
+        messages[-1]["content"] = [*videos, *messages[-1]["content"]]
         try:
             for chunk in stream_generate(vlm, processor, messages, progress=status.prefill, **options):
                 status.clear()
@@ -127,7 +132,8 @@ def command(
         drawn["detections"] = draw_answer(text, opened[0], draw, decode_masks, scale)
     if as_json:
         said = _as_object(chunks, {"load_s": load_s}, interrupted)
-        click.echo(json.dumps({"images": images} | said | drawn, ensure_ascii=False))
+        named = {"images": images} | ({"videos": [part["video"] for part in videos]} if videos else {})
+        click.echo(json.dumps(named | said | drawn, ensure_ascii=False))
     elif chunks and sys.stderr.isatty():
         Look.of_terminal().note(cost_of(chunks[-1].stats))
     if interrupted:

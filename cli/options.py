@@ -67,6 +67,55 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def video_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--video, --fps and --max-frames, handed on as parts of a message, `videos`."""
+
+    @functools.wraps(function)
+    def gathered(*arguments: Any, **options: Any) -> Any:
+        given = {name: options.pop(name) for name in ("fps", "max_frames")}
+        videos = options.pop("videos")
+        if not videos and any(value is not None for value in given.values()):
+            raise click.UsageError("--fps and --max-frames go with --video")
+        parts = [{"type": "video", "video": video, **given} for video in videos]
+        return function(*arguments, videos=parts, **options)
+
+    command: Callable[..., Any] = gathered
+    for option in (
+        click.option("--max-frames", type=click.IntRange(1), help="Frames of a video at most."),
+        click.option(
+            "--fps",
+            type=click.FloatRange(0, 1000, min_open=True),
+            help="Frames a second to look at; of a folder, how many of its pictures are a second.  [default: 2]",
+        ),
+        click.option(
+            "--video",
+            "videos",
+            multiple=True,
+            metavar="VIDEO",
+            help="Video file (needs the extra `video`), or a folder of its frames; may be repeated (Qwen2-VL to 3-VL).",
+            shell_complete=complete_files,
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def check_videos(videos: list[dict[str, Any]]) -> None:
+    """Raise an error where one cannot be opened, before a model is loaded."""
+    if not videos:
+        return
+
+    from mlx_vlm_mini.blas import use_openblas
+
+    use_openblas()
+
+    from mlx_vlm_mini.prompt import to_messages
+    from mlx_vlm_mini.video import open_video
+
+    for part in to_messages([*videos, "?"])[0]["content"][:-1]:
+        open_video(part["image"])
+
+
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--max-tokens, --temperature and the other fields of stream.Options that a terminal can give."""
     for option in reversed(

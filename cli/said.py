@@ -32,6 +32,8 @@ def as_typed(messages: Sequence[Mapping[str, Any]]) -> str | None:
 
 def typed_name(part: Mapping[str, Any]) -> str | None:
     """How a line says a picture; None of one that came from no file and no address."""
+    if part["type"] != "image":
+        return None  # a video cannot be typed
     origin = part["image"].origin
     here = Path.cwd()
     path = origin.path.relative_to(here) if origin.path and origin.path.is_relative_to(here) else origin.path
@@ -50,5 +52,7 @@ def prepared_by(chat: "Chat", message: Mapping[str, Any]) -> Any:
             origin = part["image"].origin
             source = origin if origin.data is not None else origin.path
             part = {"type": "image", "image": chat.features.prepare(chat.processor, source)}
+        elif part["type"] == "video":
+            part = {"type": "video", "image": chat.features.prepare(chat.processor, part["image"].video)}
         parts.append(part)
     return parts

@@ -154,7 +154,7 @@ class Walk:
         self.samples = samples
         self.dtype = dtype
         self.hidden: list[mx.array] = []
-        self.shown: list[list[ShownImage] | list[PlacedImage]] = []
+        self.shown: list[list[ShownImage | PlacedImage]] = []
         self.blocks: list[list[ImageBlock]] = []
         self._say = say or (lambda _: None)
 
@@ -171,7 +171,7 @@ class Walk:
         for sample in self.samples:
             embedded.append(model.embed(sample.inputs))
             images = model.show(sample.inputs)
-            self.shown.append([image for image in images if isinstance(image, ShownImage)])
+            self.shown.append([image for image in images if not isinstance(image, ImageBlock)])
             self.blocks.append([image for image in images if isinstance(image, ImageBlock)])
             mx.eval(embedded[-1])
         return embedded

@@ -9,6 +9,10 @@ tokens share one time, and rows and columns begin there. What follows begins beh
     time    0     1     2  2  2  2  2  2        5     6
     down    0     1     2  2  2  3  3  3        5     6
     across  0     1     2  3  4  2  3  4        5     6
+
+A video is such pictures one behind another, each with a time of its own; what follows begins behind the last of these
+times, too. So the authors compute it. In transformers 5.23 text behind a video begins behind the longer side while the
+times still run, and an answer behind both; where the times do not reach beyond that side, all is equal.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,19 +33,25 @@ class PlacedImage:
 
     Attributes:
         position: of its first token in the prompt.
-        rows, columns: of its tokens.
+        rows, columns: of its tokens; of a video, of those of each time.
         taps: float[n, rows * columns, C], what the decoder's first n layers add to its tokens; None: nothing, or they
             were read already.
+        times: of a video's steps, from 0 on; a picture has one.
     """
 
     position: int
     rows: int
     columns: int
     taps: mx.array | None = None
+    times: tuple[int, ...] = (0,)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.times) * self.rows * self.columns
 
     @property
     def end(self) -> int:
-        return self.position + self.rows * self.columns
+        return self.position + self.tokens
 
 
 class Turn:
@@ -58,12 +68,16 @@ class Turn:
         return mx.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def grid_angles(rows: np.ndarray, columns: np.ndarray, dims: int, base: float = 10000.0) -> np.ndarray:
+def grid_angles(
+    rows: np.ndarray, columns: np.ndarray, dims: int, base: float = 10000.0, *, alternating: bool = False
+) -> np.ndarray:
     """Angles of patches in given rows and columns, int[P]: float32[P, dims / 2]; the first half of them by the row, the
-    second by the column, at the same frequencies."""
-    exponents = np.arange(0, dims // 2, 2, dtype=np.float32) / np.float32(dims // 2)
+    second by the column, at the same frequencies, or where `alternating` at those that lie between."""
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
     frequencies = np.float32(1) / (base ** exponents.astype(np.float64)).astype(np.float32)
-    return np.concatenate([place.astype(np.float32)[:, None] * frequencies for place in (rows, columns)], axis=-1)
+    own = frequencies[::2], frequencies[1::2] if alternating else frequencies[::2]
+    places = (place.astype(np.float32)[:, None] for place in (rows, columns))
+    return np.concatenate([place * each for place, each in zip(places, own, strict=True)], axis=-1)
 
 
 def token_positions(images: Sequence[PlacedImage], start: int, length: int) -> np.ndarray:
@@ -74,10 +88,9 @@ def token_positions(images: Sequence[PlacedImage], start: int, length: int) -> n
         if image.position >= end:
             break
         found[:, done : image.position] = np.arange(done, image.position) + shift
-        place = np.arange(image.rows * image.columns)[: end - image.position]
-        first = image.position + shift
-        found[:, image.position : image.end] = first
-        found[1:, image.position : image.end] += np.stack(np.divmod(place, image.columns))
+        step, place = np.divmod(np.arange(image.tokens)[: end - image.position], image.rows * image.columns)
+        along = np.stack([np.array(image.times)[step], *np.divmod(place, image.columns)])
+        found[:, image.position : image.end] = along + image.position + shift
         shift += _shift(image)
         done = min(image.end, end)
     found[:, done:] = np.arange(done, end) + shift
@@ -86,7 +99,7 @@ def token_positions(images: Sequence[PlacedImage], start: int, length: int) -> n
 
 def _shift(image: PlacedImage) -> int:
     """How much smaller, below 0, positions are behind a picture than its number of tokens makes them."""
-    return max(image.rows, image.columns) - image.rows * image.columns
+    return max(image.rows, image.columns, image.times[-1] + 1) - image.tokens
 
 
 class SectionedRoPE(nn.Module):

@@ -213,7 +213,7 @@ class Decoder(nn.Module):
         self.rope = make_rope(config)
         if config.window is not None and config.window.sliding_rope_theta is not None:
             self.sliding_rope = make_rope(config, config.window.sliding_rope_theta)
-        if (config.rope_scaling or {}).get("mrope_section") is not None:
+        if config.has_sections:
             self.rope = SectionedRoPE(self.rope, config)
 
     def embed(self, input_ids: mx.array) -> mx.array:

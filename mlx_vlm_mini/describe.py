@@ -9,7 +9,7 @@ from .assembly import open_model
 from .checkpoint import Checkpoint
 from .config import VLMConfig
 from .families import Family
-from .grid import Grid
+from .grid import EdgeGrid, Grid
 from .loading import find_image_settings, load_processor, plan, read_config
 from .splits import LONGEST, Splits, choose_split
 from .tiles import Tiles, count_tiles
@@ -134,9 +134,11 @@ def _tokens_of_image(checkpoint: Checkpoint, family: Family, config: VLMConfig) 
 def _tokens_of_grid(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> dict[str, int]:
     """Pixels of images, and tokens of the largest, where the image settings say them."""
     settings = find_image_settings(checkpoint.folder, family, config)
-    if settings is None or not isinstance(settings.tiling, Grid):
+    grid = None if settings is None else settings.tiling
+    if isinstance(grid, EdgeGrid):
+        return {"max_height": grid.max_height, "max_width": grid.max_width, "max_image_tokens": grid.max_tokens}
+    if not isinstance(grid, Grid):
         return {}
-    grid = settings.tiling
     return {"min_pixels": grid.min_pixels, "max_pixels": grid.max_pixels, "max_image_tokens": grid.max_tokens}
 
 

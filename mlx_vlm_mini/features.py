@@ -10,6 +10,7 @@ import mlx.core as mx
 from .image import ImageSource, Picture, read_image
 from .model import InputImage
 from .processor import PreparedImage, Processor, without_data
+from .video import Video
 
 FEATURE_MEMORY = 2**29  # bytes
 Kept = TypeVar("Kept")
@@ -31,14 +32,14 @@ class Features:
         self.nbytes = 0
         self._kept: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
 
-    def prepare(self, processor: Processor, source: ImageSource | Picture | PreparedImage) -> PreparedImage:
+    def prepare(self, processor: Processor, source: ImageSource | Picture | PreparedImage | Video) -> PreparedImage:
         """`processor.prepare`, which opens no picture twice.
 
         Raises:
             ImageError, CheckpointError: as `processor.prepare`.
         """
-        if isinstance(source, PreparedImage):
-            return source
+        if isinstance(source, PreparedImage | Video):
+            return processor.prepare(source)
         picture = source if isinstance(source, Picture) else read_image(source)
         key = picture.sha256, repr(processor.image_settings)
         found = self._find(key, lambda: processor.prepare(picture), lambda image: image.nbytes)

@@ -1,8 +1,9 @@
 """The vision transformer of patch grids: pixels of any size -> patch features, row by row.
 
-Sources: Qwen2-VL (arXiv:2409.12191), Qwen2.5-VL (arXiv:2502.13923), Qwen3-VL (arXiv:2511.21631); models/qwen2_vl,
-qwen2_5_vl and qwen3_vl of huggingface/transformers. Patches know their row and column by rotary positions in every
-block (Qwen3-VL's by learned ones besides). In most of Qwen2.5-VL's blocks they see the patches of their window alone.
+Sources: Qwen2-VL (arXiv:2409.12191), Qwen2.5-VL (arXiv:2502.13923), Qwen3-VL (arXiv:2511.21631), Pixtral
+(arXiv:2410.07073); models/qwen2_vl, qwen2_5_vl, qwen3_vl and pixtral of huggingface/transformers. Patches know their
+row and column by rotary positions in every block (Qwen3-VL's by learned ones besides). In most of Qwen2.5-VL's blocks
+they see the patches of their window alone.
 """
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from .attention import Recorder
 from .axes import Turn, grid_angles
 from .config import VisionConfig
 from .errors import ImageError
-from .vision import Block, PatchEmbed
+from .vision import NORMS, Block, PatchEmbed
 
 
 def window_order(rows: int, columns: int, side: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
@@ -41,14 +42,16 @@ class FramePatchEmbed(PatchEmbed):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__(config)
-        assert config.grid is not None
+        assert config.grid is not None and config.grid.frames is not None
         p, frames = config.patch_size, config.grid.frames
         scale = (3 * p * p * frames) ** -0.5
         self.weight = mx.random.uniform(-scale, scale, (config.hidden_size, frames, p, p, 3))
 
-    @property
-    def kernel(self) -> mx.array:
-        return self.weight.astype(mx.float32).sum(axis=1)  # which half precision would round
+    def kernel(self, channels: int) -> mx.array:
+        weight = self.weight.astype(mx.float32)
+        if channels == 3:
+            return weight.sum(axis=1)  # which half precision would round
+        return weight.transpose(0, 2, 3, 1, 4)  # (C, p, p, frames, 3)
 
 
 class GridVisionTransformer(nn.Module):
@@ -56,9 +59,11 @@ class GridVisionTransformer(nn.Module):
         super().__init__()
         assert config.grid is not None
         self.config, self.grid = config, config.grid
-        self.patch_embed = FramePatchEmbed(config)
+        self.patch_embed = (PatchEmbed if self.grid.frames is None else FramePatchEmbed)(config)
         if self.grid.position_side is not None:
             self.pos_embed = mx.zeros((self.grid.position_side**2, config.hidden_size))
+        if config.pre_norm:
+            self.norm_pre = NORMS[config.blocks.norm_type](config.hidden_size, eps=config.layer_norm_eps)
         self.blocks = [Block(config) for _ in range(config.depth)]
 
     def _positions(self, rows: int, columns: int) -> mx.array:
@@ -74,7 +79,8 @@ class GridVisionTransformer(nn.Module):
         """Encode one image.
 
         Args:
-            pixel_values: float[1, height, width, 3], normalised; whole patches along each side.
+            pixel_values: float[1, height, width, 3], normalised; whole patches along each side. Of a video, one step of
+                time: float[1, height, width, 3 * frames], its frames one behind another.
             attentions: where given, each block appends its weights float[1, H, P, P], or of its windows
                 float[windows, H, P', P'] once for each group of equal ones.
 
@@ -91,9 +97,12 @@ class GridVisionTransformer(nn.Module):
         x = self.patch_embed(pixel_values).astype(pixel_values.dtype)  # (1, P, C)
         if "pos_embed" in self:
             x = x + self._positions(rows, columns).astype(x.dtype)
+        if "norm_pre" in self:
+            x = self.norm_pre(x)
         window = self.grid.window
         order, groups = window_order(rows, columns, max(rows, columns) if window is None else window)
-        angles = grid_angles(order // columns, order % columns, config.hidden_size // config.num_attention_heads)
+        dims = config.hidden_size // config.num_attention_heads
+        angles = grid_angles(order // columns, order % columns, dims, alternating=self.grid.alternating)
         whole, cuts = Turn(angles), np.cumsum([count * size for count, size in groups])[:-1].tolist()
         turns = [
             Turn(part.reshape(count, 1, size, -1))

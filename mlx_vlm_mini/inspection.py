@@ -72,6 +72,8 @@ def attend(
     heads = choose("head", heads, config.num_attention_heads)
     kept = Features() if features is None else features
     messages = to_messages(prompt, images)
+    if any(part["type"] == "video" for part in images_of(messages)):
+        raise PromptError("attention is drawn on images, not on videos: give some of the frames as images")
     messages = [{**message, "content": _prepare(message["content"], processor, kept)} for message in messages]
     prepared: list[PreparedImage] = [part["image"] for part in images_of(messages)]
     if not prepared:

@@ -14,12 +14,14 @@ from .checkpoint import DTYPES, Checkpoint, read_json
 from .config import VLMConfig
 from .errors import CheckpointError
 from .families import Family, find_family, qwen_vl
+from .grid import EdgeGrid
 from .hub import INSTRUCTIONS
 from .model import VLM
 from .preprocess import TILINGS, ImageSettings, image_settings
 from .processor import Processor
 from .prompt import find_chat_template
 from .tokenizer import Tokenizer, load_tokenizer
+from .video import VideoSettings, video_settings
 from .weights import build, load_weights, match_names
 
 GENERATION = "generation_config.json"
@@ -111,18 +113,23 @@ def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> Imag
     if prescribed is not None and not prescribed.files_first:
         return image_settings(prescribed.image_processor, default_type=family.IMAGE_PROCESSOR)
     processor, image = folder / "processor_config.json", folder / "preprocessor_config.json"
-    settings = read_json(processor).get("image_processor") if processor.is_file() else None
+    content = read_json(processor) if processor.is_file() else {}
+    settings = content.get("image_processor")
     if settings is None and image.is_file():
         settings = read_json(image)
     if settings is None and prescribed is not None:
         settings = prescribed.image_processor
     if settings is None:
         return None
+    expected = TILINGS.get(family.IMAGE_PROCESSOR, NoneType)
     try:
+        if expected is EdgeGrid:  # the whole processor's patches count, whatever its part for images says
+            patch, vision = content.get("patch_size"), config.vision
+            merge = content.get("spatial_merge_size") or vision.image_size // vision.patch_size
+            settings = {**settings, "patch_size": patch or vision.patch_size, "merge_size": merge}
         found = image_settings(settings, default_type=family.IMAGE_PROCESSOR)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder}: the image processor's settings are malformed: {error!r}") from None
-    expected = TILINGS.get(family.IMAGE_PROCESSOR, NoneType)
     if not isinstance(found.tiling, expected):
         cuts = "no tiles" if found.tiling is None else "tiles"
         takes = "takes none" if expected is NoneType else "needs them" if found.tiling is None else "needs others"
@@ -131,6 +138,34 @@ def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> Imag
             "preprocessor_config.json from the original repository"
         )
     return found
+
+
+def find_video_settings(folder: Path, family: Family, config: VLMConfig) -> VideoSettings | None:
+    """How the checkpoint takes videos; None where no file says it, or the family takes none.
+
+    Raises:
+        CheckpointError: a file is broken, or does not fit config.json.
+    """
+    kind, grid = getattr(family, "VIDEO_PROCESSOR", None), config.vision.grid
+    if kind is None or grid is None:
+        return None
+    processor = folder / "processor_config.json"
+    parts = read_json(processor) if processor.is_file() else {}
+    files = [folder / name for name in ("video_preprocessor_config.json", "preprocessor_config.json")]
+    found = parts.get("video_processor") or next((read_json(file) for file in files if file.is_file()), None)
+    found = found or parts.get("image_processor")
+    if found is None:
+        return None
+    try:
+        settings = video_settings(found, kind)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the video processor's settings are malformed: {error!r}") from None
+    if settings.frames != grid.frames:
+        raise CheckpointError(
+            f"{folder}: the video processor joins {settings.frames} frames, config.json {grid.frames}: copy "
+            "video_preprocessor_config.json from the original repository"
+        )
+    return settings
 
 
 def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> Processor:
@@ -153,6 +188,7 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
         instruction_tokenizer=load_tokenizer(checkpoint.folder / INSTRUCTIONS) if reads else None,
         chat_template=found or family.CHAT_TEMPLATE,
         image_settings=find_image_settings(checkpoint.folder, family, config),
+        video_settings=find_video_settings(checkpoint.folder, family, config),
         eos_token_ids=eos_token_ids(checkpoint, tokenizer, None if prescribed is None else prescribed.end_token),
     )
 

@@ -21,7 +21,7 @@ from .decoder import Decoder
 from .errors import CheckpointError, PromptError
 from .grid_vision import GridVisionTransformer
 from .image_blocks import ImageBlock, find_blocks
-from .merger import PatchMerger
+from .merger import ChannelMerger, PatchMerger
 from .opt import OPTDecoder
 from .pooling import PooledProjector
 from .projector import Projector, join_squares, pixel_shuffle
@@ -37,17 +37,20 @@ class InputImage:
     """One image of a prompt.
 
     Attributes:
-        pixel_values: float32[B, height, width, 3] (numpy), normalised: one row, or one a tile.
+        pixel_values: float32[B, height, width, 3] (numpy), normalised: one row, or one a tile. Of a video
+            float32[T, height, width, 3 * frames]: one row a step of time.
         tokens: its slots in the prompt.
         size: height and width in pixels, as it was opened.
         digest: SHA-256 of its size and all its pixels, by which a cache tells images apart; of its instruction, too.
         instruction: int32[L] (numpy), what a Q-Former reads beside it; None where that is nothing.
+        times: of a video, where its steps stand on the decoder's axis of time.
     """
 
     pixel_values: np.ndarray
     tokens: int
     size: tuple[int, int]
     digest: bytes
+    times: tuple[int, ...] = (0,)
     instruction: np.ndarray | None = None
 
     @property
@@ -86,7 +89,7 @@ def _make_projector(config: ProjectorConfig) -> nn.Module:
     kinds: dict[Any, Any] = {
         Resampler: config.resampler,
         PooledProjector: config.pool,
-        PatchMerger: config.merger,
+        ChannelMerger if config.merger is not None and config.merger.by_channel else PatchMerger: config.merger,
         QFormer: config.qformer,
     }
     kind = next((kind for kind, settings in kinds.items() if settings is not None), Projector)
@@ -140,6 +143,8 @@ class VLM(nn.Module):
     ) -> mx.array:
         """Encode and project rows of pixels at once; `instruction` and `looks` are for a Q-Former, see there."""
         features = self.vision(pixel_values.astype(self.dtype))
+        if self.config.vision.grid is not None and self.config.projector.merger is None:
+            features = features.flatten(1, 2)
         if self.config.projector.qformer is None:
             return self.projector(features)
         return self.projector(features, None if instruction is None else mx.array(instruction), looks)
@@ -198,10 +203,10 @@ class VLM(nn.Module):
             PromptError, CheckpointError: as `arrange`.
         """
         merge = self.config.projector.shuffle
-        if self.config.vision.grid is not None and merge is not None:
+        if self.config.vision.grid is not None:
             rows, columns = (side // self.config.vision.patch_size for side in image.pixel_values.shape[1:3])
             numbers = mx.arange(rows * columns).reshape(1, rows, columns, 1)
-            return np.array(join_squares(numbers, merge.factor).flatten(0, 2))
+            return np.array(join_squares(numbers, 1 if merge is None else merge.factor).flatten(0, 2))
         count = self.config.vision.features_at(image.pixel_values.shape[1])
         numbers = mx.arange(image.rows * count).reshape(image.rows, count, 1)
         if self.config.projector.joined is not None:
@@ -295,11 +300,12 @@ class VLM(nn.Module):
     ) -> list[ShownImage | ImageBlock | PlacedImage]:
         """What the decoder has to know of the images besides their embeddings, for tokens from `start` on.
 
-        Of patch grids all images' places, and what else is added to the tokens of those that reach behind `start`. With
-        cross-attention layers or query tokens what these look at, of images whose tokens stand at `start` or behind; or
-        where those tokens are that see one another. Else nothing. Arguments and errors as of `embed`.
+        Where tokens have three positions all images' places, and what else is added to the tokens of those that reach
+        behind `start`. With cross-attention layers or query tokens what these look at, of images whose tokens stand at
+        `start` or behind; or where those tokens are that see one another. Else nothing. Arguments and errors as of
+        `embed`.
         """
-        if self.config.vision.grid is not None:
+        if self.config.decoder.has_sections:
             return [*self._place(inputs, start, encode or self.encode)]
         if self.config.decoder.two_way == "images":
             return [*find_blocks(inputs.slots, start)]
@@ -322,7 +328,11 @@ class VLM(nn.Module):
             taps = None
             if own[-1] >= start and len(self.config.vision.feature_layers) > 1:
                 taps = encode(image).reshape(image.tokens, -1, self.config.decoder.hidden_size)[:, 1:].swapaxes(0, 1)
-            placed.append(PlacedImage(int(own[0]), rows, columns, taps))
+            apart = np.flatnonzero(np.diff(own) > 1) + 1  # text stands between a video's steps (Qwen3-VL)
+            for part in np.split(np.arange(len(own)), apart):
+                shown = None if taps is None else taps[:, part[0] : part[-1] + 1]
+                times = (0,) if len(apart) else image.times
+                placed.append(PlacedImage(int(own[part[0]]), rows, columns, shown, times))
         return placed
 
     def query(self, features: mx.array, text: mx.array | None = None, looks: Recorder | None = None) -> mx.array:

@@ -16,12 +16,12 @@ from .anyres import Tiling, cut_frames, read_pinpoints
 from .canvas import Canvas, canvas_frames
 from .crops import Crops, crop_frames
 from .errors import CheckpointError, ImageError
-from .grid import Grid
+from .grid import EdgeGrid, Grid, PatchGrid, edge_grid
 from .places import Frame
 from .splits import Splits, split_frames
 from .tiles import Tiles, tile_frames
 
-Cuts = Tiling | Tiles | Canvas | Splits | Crops | Grid
+Cuts = Tiling | Tiles | Canvas | Splits | Crops | PatchGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         **_CLIP_DEFAULTS, "size": {}, "do_center_crop": False, "crop_size": None,
         "min_pixels": None, "max_pixels": None, "patch_size": 14, "merge_size": 2,
     },
+    "Pixtral": {
+        **_CLIP_DEFAULTS, "size": {"longest_edge": 1024}, "do_center_crop": False, "crop_size": None,
+        "patch_size": 16, "merge_size": 1,
+    },
     "InternVLChat": {  # no class of transformers: what the family's own code does, by the names of GotOcr2's settings
         **_CLIP_DEFAULTS, "size": {"height": 448, "width": 448}, "do_center_crop": False, "crop_size": None,
         "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
@@ -104,10 +108,10 @@ _DEFAULTS["SmolVLM"] = _DEFAULTS["Idefics3"]
 _DEFAULTS["Qwen2_5_VL"] = _DEFAULTS["Qwen2VL"]  # a name that its first files have
 TILINGS: dict[str, type[Cuts]] = {
     "LlavaNext": Tiling, "LlavaOnevision": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas,
-    "Idefics3": Splits, "SmolVLM": Splits, "Gemma3": Crops, "Qwen2VL": Grid, "Qwen2_5_VL": Grid,
+    "Idefics3": Splits, "SmolVLM": Splits, "Gemma3": Crops, "Qwen2VL": Grid, "Qwen2_5_VL": Grid, "Pixtral": EdgeGrid,
 }  # fmt: skip
 """Image processors that cut an image, and how."""
-_FIT = (Canvas, Grid, Splits)  # which resize an image themselves
+_FIT = (Canvas, Grid, EdgeGrid, Splits)  # which resize an image themselves
 
 
 def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
@@ -142,7 +146,7 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
     normalize, padded = values["do_normalize"], kind in ("Llava", "InternVLChat") and values["do_pad"]
     if kind == "Mllama" and not (values["do_resize"] and values["do_pad"]):
         raise CheckpointError("preprocessor_config.json: a canvas of tiles needs do_resize and do_pad")
-    if TILINGS.get(kind) is Grid and not values["do_resize"]:
+    if TILINGS.get(kind) in (Grid, EdgeGrid) and not values["do_resize"]:
         raise CheckpointError("preprocessor_config.json: images in patches need do_resize")
     cuts: dict[str, Callable[[Mapping[str, Any]], Cuts]] = {
         "LlavaNext": _tiling,
@@ -155,6 +159,7 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         "Gemma3": _crops,
         "Qwen2VL": _grid,
         "Qwen2_5_VL": _grid,
+        "Pixtral": lambda values: edge_grid(_as_size(values["size"], square=True), values),
     }
     settings = ImageSettings(
         size=_as_size(values["size"], square=False) if values["do_resize"] and TILINGS.get(kind) not in _FIT else None,
@@ -274,7 +279,7 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
     Returns:
         float32[height, width, 3].
     """
-    if isinstance(settings.tiling, Grid):
+    if isinstance(settings.tiling, PatchGrid):
         height, width = settings.tiling.fit((image.height, image.width))
         _check_pixels(image, width, height)
         image = image.resize((width, height), resample=Image.Resampling(settings.resample))
@@ -317,7 +322,7 @@ def frames(size: tuple[int, int], settings: ImageSettings) -> list[Frame]:
         pieces = split_frames(size, settings.tiling)
     elif isinstance(settings.tiling, Crops):
         pieces = crop_frames(size, settings.tiling)
-    elif isinstance(settings.tiling, Grid):
+    elif isinstance(settings.tiling, PatchGrid):
         fitted = settings.tiling.fit(size)
         pieces = [(Frame().resize(size[::-1], fitted[::-1]), fitted)]
     return [_frame(frame, height, width, settings) for frame, (height, width) in pieces]

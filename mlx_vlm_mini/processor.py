@@ -3,7 +3,8 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +22,7 @@ from .prompt import ChatTemplate, Message, Prompt, images_of, text_of, to_messag
 from .splits import Splits
 from .tiles import Tiles
 from .tokenizer import Tokenizer
+from .video import Video, VideoLayout, VideoSettings, read_clip
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,7 @@ class PreparedImage:
         text: what stands for it in the prompt.
         digest: SHA-256 of its size and all its pixels.
         origin: what it was made of; its `data` are left out where they can be read again from its path.
+        video, layout: of a video, whose rows are its steps, each with the channels of all its frames.
         among: what it becomes where it is not the conversation's only image; None where that is the same.
     """
 
@@ -42,6 +45,8 @@ class PreparedImage:
     digest: bytes
     origin: Picture
     among: "PreparedImage | None" = None
+    video: Video | None = None
+    layout: VideoLayout = field(default_factory=lambda: VideoLayout("", (0,)))
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +82,7 @@ class Processor:
         chat_template: str,
         image_settings: ImageSettings | None,
         eos_token_ids: frozenset[int],
+        video_settings: VideoSettings | None = None,
         instruction_tokenizer: Tokenizer | None = None,
     ) -> None:
         self.config = config
@@ -84,6 +90,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.instruction_tokenizer = instruction_tokenizer
         self.image_settings = image_settings
+        self.video_settings = video_settings
         self.eos_token_ids = eos_token_ids
         prescribed = config.prescribed
         self.stops = () if prescribed is None or prescribed.stop is None else (prescribed.stop,)
@@ -101,7 +108,9 @@ class Processor:
         if config.image_token_id not in (None, token_id):
             raise CheckpointError(f"config.json gives {token} the id {config.image_token_id}, the tokenizer {token_id}")
         self.image_token, self.image_token_id = token, token_id
-        self.chat_template = ChatTemplate(chat_template, tokenizer.special_tokens, config.image_place or token)
+        self.video_token: str | None = getattr(family, "VIDEO_TOKEN", None)
+        place = config.image_place or token
+        self.chat_template = ChatTemplate(chat_template, tokenizer.special_tokens, place, self.video_token)
 
     def limit_tiles(self, fewest: int | None = None, most: int | None = None) -> None:
         """Cut images into other numbers of tiles than the checkpoint says; None leaves a limit as it is.
@@ -145,6 +154,8 @@ class Processor:
             max_pixels=grid.max_pixels if most is None else most,
         )
         self.image_settings = replace(self.image_settings, tiling=grid)
+        if self.video_settings is not None and most is not None:
+            self.video_settings = replace(self.video_settings, frame_pixels=most)
 
     def answer_scale(self, size: tuple[int, int]) -> tuple[int, int] | None:
         """Height and width of an image of `size`, height and width in pixels, in the numbers of answers that say places
@@ -154,8 +165,31 @@ class Processor:
             return grid.fit(size)
         return None
 
-    def prepare(self, source: ImageSource | Picture | PreparedImage) -> PreparedImage:
-        """Open an image and make its pixels ready.
+    def _prepare_video(self, video: Video) -> PreparedImage:
+        token, settings = self.video_token, self.video_settings
+        if token is None:
+            raise PromptError(f"family '{self.config.family}' takes no videos: give some of its frames as images")
+        if settings is None:
+            raise CheckpointError(
+                "the checkpoint has neither video_preprocessor_config.json nor preprocessor_config.json, so how it "
+                "takes videos is unknown: copy the file from the original repository"
+            )
+        if self.tokenizer.token_to_id(token) is None:
+            raise CheckpointError(f"videos need the token {token}, which the tokenizer does not have")
+        if settings.grid.factor != self.config.vision.image_size:
+            raise CheckpointError(
+                f"the video processor makes a token of {settings.grid.factor} pixels a side, config.json of "
+                f"{self.config.vision.image_size}: copy video_preprocessor_config.json from the original repository"
+            )
+        family: Any = self.family
+        clip = read_clip(video, settings)
+        layout = family.video_layout(self.config, clip, self.image_token)
+        digest = hashlib.sha256(repr((clip.size, layout)).encode() + clip.pixel_values.tobytes()).digest()
+        origin = Picture(None, video.name, None, digest.hex())
+        return PreparedImage(clip.pixel_values, clip.size, layout.text, digest, origin, video=video, layout=layout)
+
+    def prepare(self, source: ImageSource | Picture | PreparedImage | Video) -> PreparedImage:
+        """Open an image, or a video, and make its pixels ready.
 
         Raises:
             ImageError: it cannot be opened.
@@ -164,6 +198,8 @@ class Processor:
         """
         if isinstance(source, PreparedImage):
             return source
+        if isinstance(source, Video):
+            return self._prepare_video(source)
         if self.config.text_alone:
             raise PromptError(f"family '{self.config.family}' reads text alone: leave the image out")
         if self.image_settings is None:
@@ -206,6 +242,9 @@ class Processor:
         slots = [False] * text.count(self.image_token)
         for image, piece in zip(self.forms(prepared), rest, strict=True):
             slots += [True] * image.text.count(self.image_token) + [False] * piece.count(self.image_token)
+            before, behind = image.layout.around
+            if text.endswith(before) and piece.startswith(behind):
+                text, piece = text.removesuffix(before), piece.removeprefix(behind)
             text += image.text + piece
         return text, slots
 
@@ -281,6 +320,7 @@ class Processor:
                 tokens=image.text.count(self.image_token),
                 size=image.size,
                 digest=hashlib.sha256(image.digest + read).digest() if read else image.digest,
+                times=image.layout.times,
                 instruction=instruction,
             )
             for image in self.forms(prepared)
@@ -288,8 +328,14 @@ class Processor:
         ids, _, is_slot = self.tokenize(text, slots)
         if not ids:
             raise PromptError("the prompt is empty: the chat template gives no text for these messages")
+        written, places = np.array(ids, dtype=np.int32), np.flatnonzero(is_slot)
+        video_id = None if self.video_token is None else self.tokenizer.token_to_id(self.video_token)
+        for image, count in zip(prepared, (one.tokens for one in given), strict=True):
+            own, places = places[:count], places[count:]
+            if image.video is not None and video_id is not None:
+                written[own] = video_id
         return Inputs(
-            input_ids=mx.array(ids, dtype=mx.int32)[None],
+            input_ids=mx.array(written)[None],
             slots=is_slot,
             images=tuple(given),
         )

@@ -1,6 +1,7 @@
 """Prompts: what a caller gives -> messages -> text by the checkpoint's chat template -> one slot per image token."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any, cast
 from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
 from .image import ImageSource
+from .video import Video
 
 Message = dict[str, Any]
-"""{"role": str, "content": str or list of {"type": "text", "text": str} and {"type": "image", "image": ImageSource}}"""
+"""{"role": str, "content": str or list of {"type": "text", "text": str} and {"type": "image", "image": ImageSource},
+or {"type": "video", "image": Video}}"""
 
 Prompt = str | Sequence[Any]
 """Text; texts and images in order; or OpenAI-style messages."""
@@ -25,7 +28,7 @@ def to_messages(prompt: Prompt, images: Sequence[ImageSource] = ()) -> list[Mess
 
     Args:
         prompt: a text; a list of texts (`str`) and images (anything else that opens as one) in order; or messages,
-            whose content is a text or a list of `text`, `image` and `image_url` parts.
+            whose content is a text or a list of `text`, `image`, `image_url` and `video` parts.
         images: come before the text; with messages they fill the `{"type": "image"}` parts that name no image.
 
     Raises:
@@ -45,7 +48,7 @@ def to_messages(prompt: Prompt, images: Sequence[ImageSource] = ()) -> list[Mess
         parts = [
             _part(item, []) if isinstance(item, str | Mapping) else {"type": "image", "image": item} for item in prompt
         ]
-        if not any(part["type"] == "image" or part["text"].strip() for part in parts):
+        if not any(part["type"] != "text" or part["text"].strip() for part in parts):
             raise PromptError("the prompt is empty: say what the model should answer")
         messages = [{"role": "user", "content": shown + parts}]
     if not any(message["content"] for message in messages):
@@ -83,17 +86,23 @@ def _part(part: Any, waiting: list[ImageSource]) -> dict[str, Any]:
         if isinstance(url, str):
             return {"type": "image", "image": url}
         raise PromptError('an image_url part has no url: give {"type": "image_url", "image_url": {"url": URL}}')
-    raise PromptError(f"a message part of type {kind!r} is not supported: give text, image or image_url parts")
+    if kind == "video":
+        if part.get("image") is not None:  # of messages that were given before
+            return {"type": "video", "image": part["image"]}
+        if part.get("video") is None:
+            raise PromptError('a video part names no video: give {"type": "video", "video": PATH}')
+        return {"type": "video", "image": Video(part["video"], part.get("fps"), part.get("max_frames"))}
+    raise PromptError(f"a message part of type {kind!r} is not supported: give text, image, image_url or video parts")
 
 
 def images_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The image parts of messages, in order."""
+    """The image parts of messages, and the videos, in order."""
     return [
         part
         for message in messages
         if not isinstance(message["content"], str)
         for part in message["content"]
-        if part["type"] == "image"
+        if part["type"] in ("image", "video")
     ]
 
 
@@ -151,11 +160,13 @@ class ChatTemplate:
         source: the template.
         variables: what else it may read: `bos_token`, `eos_token`, ...
         image_token: what stands for an image in the text.
+        video_token: what stands for a video; None where the model takes none.
     """
 
     source: str
     variables: Mapping[str, str]
     image_token: str
+    video_token: str | None = None
 
     def __post_init__(self) -> None:
         from jinja2 import TemplateError
@@ -168,9 +179,19 @@ class ChatTemplate:
         rendered = self._try([{"role": "user", "content": [{"type": "text", "text": probe}]}])
         self._takes_parts = probe in rendered and "'text'" not in rendered  # a list printed as it is shows its keys
         self._takes_text = probe in self._try([{"role": "user", "content": probe}])
-        parts = [{"type": "text", "text": probe}]  # some templates take a system message's as a text all the same
-        rendered = self._try([{"role": "system", "content": parts}, {"role": "user", "content": parts}])
-        self._prints_system_parts = "'text'" in rendered
+        # Some templates take a system message's, or an answer's, as a text all the same.
+        self._takes_as_text = {role for role in ("system", "assistant") if not self._reads_parts(role, probe)}
+
+    def _reads_parts(self, role: str, probe: str) -> bool:
+        """Whether the template reads parts of a message of this role, as far as it reads one at all."""
+        parts = [{"type": "text", "text": probe}]
+
+        def rendered(content: Any) -> str:
+            both = [{"role": role, "content": content}, {"role": "user", "content": parts}]
+            return self._try(both if role == "system" else both[::-1])
+
+        found = rendered(parts)
+        return "'text'" not in found and (found != "" or not rendered(probe))
 
     def _try(self, messages: list[Message]) -> str:
         try:
@@ -179,7 +200,7 @@ class ChatTemplate:
             return ""
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[str]:
-        """The prompt's text, cut where the images stand: one piece more than there are images.
+        """The prompt's text, cut where the images and videos stand: one piece more than there are of them.
 
         An `image_token` that the assistant wrote stays text: it holds no image's place.
 
@@ -187,14 +208,28 @@ class ChatTemplate:
             PromptError: the template refuses the messages, or has not as many places as they hold images.
         """
         plain = [{**message, "content": self._content(message["content"], message["role"])} for message in messages]
-        pieces = self._render(plain, add_generation_prompt=add_generation_prompt).split(self.image_token)
-        images = len(images_of(messages))
+        text = self._render(plain, add_generation_prompt=add_generation_prompt)
+        kinds = [part["type"] for part in images_of(messages)]
+        if self.video_token is not None and "video" in kinds:
+            return self._cut(text, kinds, self.video_token)
+        pieces, images = text.split(self.image_token), len(kinds)
         if len(pieces) - 1 != images:
             raise PromptError(
                 f"the chat template's text has {len(pieces) - 1} places for an image ({self.image_token}), "
                 f"the messages hold {images} images"
             )
         return [piece.replace(_WRITTEN, self.image_token) for piece in pieces]
+
+    def _cut(self, text: str, kinds: Sequence[str], video_token: str) -> list[str]:
+        names = {self.image_token: "image", video_token: "video"}
+        pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        found = [names[token] for token in pieces[1::2]]
+        if found != list(kinds):
+            raise PromptError(
+                f"the chat template's text has places for {', '.join(found) or 'nothing'}, the messages hold "
+                f"{', '.join(kinds)}: does it know videos?"
+            )
+        return [piece.replace(_WRITTEN, self.image_token) for piece in pieces[::2]]
 
     def _content(self, content: Any, role: str) -> Any:
         """Content in a form that the template takes, without the images themselves."""
@@ -206,11 +241,12 @@ class ChatTemplate:
             ]
         if isinstance(content, str) and self._takes_text:
             return parts[0]["text"]
-        if role == "system" and self._prints_system_parts and all(part["type"] == "text" for part in parts):
+        if role in self._takes_as_text and all(part["type"] == "text" for part in parts):
             return "".join(part["text"] for part in parts)
         if self._takes_parts:
-            return [part if part["type"] == "text" else {"type": "image"} for part in parts]
-        return "".join(part["text"] if part["type"] == "text" else f"{self.image_token}\n" for part in parts)
+            return [part if part["type"] == "text" else {"type": part["type"]} for part in parts]
+        tokens = {"image": self.image_token, "video": self.video_token}
+        return "".join(part["text"] if part["type"] == "text" else f"{tokens[part['type']]}\n" for part in parts)
 
     def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError

@@ -114,6 +114,8 @@ def _fits(name: str, value: Any) -> bool:
 def _plain_message(message: Message, file: Path) -> Message:
     if isinstance(message["content"], str):
         return {"role": message["role"], "content": message["content"]}
+    if any(part["type"] == "video" for part in message["content"]):
+        raise PromptError("a conversation with a video is not saved: clear it, or go on without saving")
     content = [_plain_image(part["image"], file) if part["type"] == "image" else part for part in message["content"]]
     return {"role": message["role"], "content": content}
 

@@ -30,16 +30,15 @@ class PatchEmbed(nn.Module):
 
     def __call__(self, pixel_values: mx.array) -> mx.array:
         p = self.patch_size
-        B, height, width, _ = pixel_values.shape
+        B, height, width, channels = pixel_values.shape
         rows, columns = height // p, width // p
-        x = pixel_values[:, : rows * p, : columns * p].reshape(B, rows, p, columns, p, 3)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, p * p * 3)  # (B, P, p * p * 3)
-        x = x @ self.kernel.reshape(-1, p * p * 3).T  # (B, P, C)
+        x = pixel_values[:, : rows * p, : columns * p].reshape(B, rows, p, columns, p, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, -1)  # (B, P, p * p * channels)
+        x = x @ self.kernel(channels).reshape(-1, p * p * channels).T  # (B, P, C)
         return x + self.bias if "bias" in self else x
 
-    @property
-    def kernel(self) -> mx.array:
-        """float[C, p, p, 3]."""
+    def kernel(self, channels: int) -> mx.array:
+        """float[C, p, p, channels]."""
         return self.weight
 
 
@@ -73,9 +72,10 @@ class GatedMLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.act = ACTIVATIONS[config.hidden_act]
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.blocks.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))

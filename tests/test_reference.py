@@ -413,7 +413,9 @@ def test_masks_equal_the_reference(tmp_path):
     np.testing.assert_allclose(masks, expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", sorted(published.CONFIGS))
+@pytest.mark.parametrize(
+    "name", sorted(name for name in published.CONFIGS if not name.startswith("Qwen/"))
+)  # which have suites of their own
 def test_full_size_tensors_equal_the_reference(name):
     """Names and shapes that the reference's class gives a published config, on the meta device, all find their place."""
     import torch
@@ -429,7 +431,7 @@ def test_full_size_tensors_equal_the_reference(name):
         assert shapes.pop("lm_head.weight") == shapes["model.language_model.embed_tokens.weight"]
     planned = plan(published.without_data(hf, shapes))  # refuses what is missing, superfluous or of another shape
     assert {theirs.partition("vision_tower.")[2].removeprefix("vision_model.") for theirs in planned.unused} == (
-        {"post_layernorm.weight", "post_layernorm.bias"} if hf["model_type"].startswith("llava") else set()
+        {"post_layernorm.weight", "post_layernorm.bias"} if planned.config.family.startswith("llava") else set()
     )
     ours = published.published(name)
     numbers = {rename(theirs, planned.family.WEIGHTS): shape for theirs, shape in shapes.items()}

@@ -171,6 +171,9 @@ class Trainer:
             raise CheckpointError(f"family '{model.config.family}' cuts images into tiles, which cannot be trained yet")
         if model.config.projector.shuffle is not None:
             raise CheckpointError(f"family '{model.config.family}' joins image features, which cannot be trained yet")
+        if model.config.vision.grid is not None:
+            name = model.config.family
+            raise CheckpointError(f"family '{name}' takes images of any size, which cannot be trained yet")
         if model.config.decoder.cross_attention is not None or model.config.takes_one_image:
             raise CheckpointError(f"family '{model.config.family}' has cross-attention, which cannot be trained yet")
         if model.config.decoder.two_way != "nothing":

@@ -105,8 +105,9 @@ class VLMConfig:
                 f"config.json: the projector reads {self.projector.input_size} numbers, the vision tower gives "
                 f"{self.vision.feature_size} in each of {factor**2} features"
             )
-        if (self.vision.grid is None) != (self.projector.merger is None):
-            raise CheckpointError("config.json: a tower of patch grids and a merger are supported together only")
+        merges, grid = self.projector.merger is not None, self.vision.grid is not None
+        if (merges and not grid) or (grid and merges != (shuffle is not None)):
+            raise CheckpointError("config.json: a merger needs a tower of patch grids, whose squares it alone can join")
         if (self.vision.tiled is None) != (self.decoder.cross_attention is None):
             raise CheckpointError("config.json: a tower of tiles and cross-attention are supported together only")
         if self.contrast is not None:

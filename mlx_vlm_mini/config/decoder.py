@@ -154,6 +154,11 @@ class DecoderConfig:
             raise CheckpointError("config.json: the head cannot be tied to an embedding with spare rows")
 
     @property
+    def has_sections(self) -> bool:
+        """Whether a token has three positions, so that it matters where pictures stand (Qwen2-VL)."""
+        return (self.rope_scaling or {}).get("mrope_section") is not None
+
+    @property
     def sliding_window(self) -> int | None:
         """Keys that a `sliding_attention` layer sees, where there are such layers."""
         return None if self.window is None else self.window.sliding_window

@@ -41,9 +41,12 @@ class MergerConfig:
     norm_type: VisionNorm
     taps: int = 0
     """Further mergers, for features of earlier blocks, whose norm is of the joined ones (Qwen3-VL)."""
+    by_channel: bool = False
+    """Squares are joined channel by channel, and a layer narrows them in front of the two (Mistral 3)."""
 
     def __post_init__(self) -> None:
         check_sizes(self, *(["taps"] if self.taps != 0 else []))
+        check_flags(self, "by_channel")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,12 @@ class BlockConfig:
     layer_scale: bool = False
     """Learned factors of what attention and MLP add to the stream (arXiv:2103.17239)."""
     gated_mlp: bool = False
-    """An MLP of three layers, as decoders have it (Qwen2.5-VL)."""
+    """An MLP of three layers, as decoders have it (Qwen2.5-VL, Pixtral)."""
+    mlp_bias: bool = True
+    """Biases in a gated MLP (Qwen2.5-VL; Pixtral's has none)."""
 
     def __post_init__(self) -> None:
-        check_flags(self, "qkv_bias", "o_bias", "layer_scale", "gated_mlp")
+        check_flags(self, "qkv_bias", "o_bias", "layer_scale", "gated_mlp", "mlp_bias")
         if self.norm_type not in get_args(VisionNorm):
             raise CheckpointError(f"config.json: unknown norm_type {self.norm_type!r} of the vision tower")
         if self.qk_norm_eps is not None:
@@ -52,18 +54,25 @@ class TiledConfig:
 class GridConfig:
     """An image of any size as a grid of patches, with rotary positions down and across; see `grid_vision.py`."""
 
-    frames: int
-    """Of a video, that a patch spans; a picture is all of them."""
+    frames: int | None = None
+    """Of a video, that a patch spans; a picture is all of them (Qwen2-VL). None: there are pictures alone (Pixtral)."""
     window: int | None = None
     """Patches along a side of the windows that most blocks see (Qwen2.5-VL); None: all see the whole image."""
     full_blocks: tuple[int, ...] = ()
     """Blocks that see the whole image all the same."""
     position_side: int | None = None
     """Side of the square of learned positions (Qwen3-VL); None: there are none."""
+    tokens_per_second: float | None = None
+    """Places on the decoder's axis of time that a second of a video takes (Qwen2.5-VL); None: a step takes one."""
+    alternating: bool = False
+    """Every other rotary frequency goes by the row, those between by the column (Pixtral); else the former by both."""
 
     def __post_init__(self) -> None:
-        optional = ("window", "position_side")
-        check_sizes(self, "frames", *(name for name in optional if getattr(self, name) is not None))
+        optional = ("frames", "window", "position_side")
+        check_sizes(self, *(name for name in optional if getattr(self, name) is not None))
+        check_flags(self, "alternating")
+        if self.tokens_per_second is not None:
+            check_positive(self, "tokens_per_second")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,10 @@ from . import (
     llava_normed,
     llava_onevision,
     llava_original,
+    mistral3,
     mllama,
     paligemma,
+    pixtral,
     qllama,
     qwen2_5_vl,
     qwen2_vl,
@@ -68,8 +70,10 @@ FAMILIES: dict[str, Family] = {
     "llava_mistral": llava_original,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
+    "mistral3": mistral3,
     "mllama": mllama,
     "paligemma": paligemma,
+    "pixtral": pixtral,
     "qwen": qwen_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
@@ -89,6 +93,8 @@ def find_family(hf: Mapping[str, Any]) -> Family:
         return llava_normed if llava_original.has_norm(hf) else llava_original
     if qllama.is_qllama(hf):
         return qllama
+    if pixtral.is_pixtral(hf):
+        return pixtral
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         if model_type in ("clip", "vilt"):
             raise CheckpointError(f"config.json says model_type '{model_type}', for which there is mlx-vlm-mini score")

@@ -22,19 +22,22 @@ from mlx_vlm_mini.config import (
     VLMConfig,
 )
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.grid import Grid
+from mlx_vlm_mini.grid import PatchGrid
 from mlx_vlm_mini.preprocess import ImageSettings, preprocess
+from mlx_vlm_mini.video import Clip, VideoLayout, step_times
 
 from .maps import Weights
 from .parts import activation, llama_weights, side, text_decoder
 
 IMAGE_PROCESSOR = "Qwen2VL"
+VIDEO_TOKEN = "<|video_pad|>"
 
 _EPS = 1e-6  # of the tower's norms; no config says it
 _SAID = (
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] }}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}"
+    "{{ '<|vision_start|><|' + part['type'] + '_pad|><|vision_end|>' }}{% endif %}"
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
 )
 
@@ -165,11 +168,28 @@ def pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
     return preprocess(image, settings)[None]
 
 
-def image_text(config: VLMConfig, settings: ImageSettings, image_token: str, size: tuple[int, int]) -> str:
-    assert isinstance(settings.tiling, Grid)  # loading.py has seen to it
+def fitting_grid(config: VLMConfig, settings: ImageSettings) -> PatchGrid:
+    """The image processor's grid, whose tokens are the model's.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    assert isinstance(settings.tiling, PatchGrid)  # loading.py has seen to it
     if settings.tiling.factor != config.vision.image_size:
         raise CheckpointError(
             f"preprocessor_config.json makes a token of {settings.tiling.factor} pixels a side, config.json of "
             f"{config.vision.image_size}"
         )
-    return image_token * settings.tiling.count_tokens(size)
+    return settings.tiling
+
+
+def image_text(config: VLMConfig, settings: ImageSettings, image_token: str, size: tuple[int, int]) -> str:
+    return image_token * fitting_grid(config, settings).count_tokens(size)
+
+
+def video_layout(config: VLMConfig, clip: Clip, image_token: str) -> VideoLayout:
+    """A video's tokens, step by step."""
+    steps, height, width, _ = clip.pixel_values.shape
+    grid, side = config.vision.grid, config.vision.image_size
+    assert grid is not None
+    return VideoLayout(image_token * (steps * (height // side) * (width // side)), step_times(clip, grid))

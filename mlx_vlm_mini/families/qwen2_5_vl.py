@@ -11,10 +11,22 @@ from mlx_vlm_mini.errors import CheckpointError
 
 from .maps import Weights
 from .parts import side
-from .patch_grids import IMAGE_PROCESSOR, grid_model, grid_weights, image_text, pixels, sectioned_decoder
-from .qwen2_vl import CHAT_TEMPLATE, MERGER, SECTIONS, TEXT
+from .patch_grids import (
+    IMAGE_PROCESSOR,
+    VIDEO_TOKEN,
+    grid_model,
+    grid_weights,
+    image_text,
+    pixels,
+    sectioned_decoder,
+    video_layout,
+)
+from .qwen2_vl import CHAT_TEMPLATE, MERGER, SECTIONS, TEXT, VIDEO_PROCESSOR
 
-__all__ = ["ANSWERS_IN_PIXELS", "CHAT_TEMPLATE", "IMAGE_PROCESSOR", "WEIGHTS", "config", "image_text", "pixels"]
+__all__ = [
+    "ANSWERS_IN_PIXELS", "CHAT_TEMPLATE", "IMAGE_PROCESSOR", "VIDEO_PROCESSOR", "VIDEO_TOKEN", "WEIGHTS", "config",
+    "image_text", "pixels", "video_layout",
+]  # fmt: skip
 
 WEIGHTS: Weights = grid_weights({name: name for name in ("gate_proj", "up_proj", "down_proj")}, MERGER)
 
@@ -24,7 +36,7 @@ ANSWERS_IN_PIXELS = True
 _VISION = {
     "depth": 32, "hidden_size": 3584, "hidden_act": "silu", "intermediate_size": 3420, "num_heads": 16,
     "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
-    "out_hidden_size": 3584, "fullatt_block_indexes": (7, 15, 23, 31),
+    "out_hidden_size": 3584, "fullatt_block_indexes": (7, 15, 23, 31), "tokens_per_second": 4,
 }  # fmt: skip
 
 
@@ -44,4 +56,5 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
         gated_mlp=True,
         window=window,
         full_blocks=tuple(values["fullatt_block_indexes"]),
+        tokens_per_second=values["tokens_per_second"],
     )

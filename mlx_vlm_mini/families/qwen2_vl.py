@@ -14,15 +14,22 @@ from mlx_vlm_mini.config import VLMConfig
 from .maps import Weights
 from .patch_grids import (
     IMAGE_PROCESSOR,
+    VIDEO_TOKEN,
     chat_template,
     grid_model,
     grid_weights,
     image_text,
     pixels,
     sectioned_decoder,
+    video_layout,
 )
 
-__all__ = ["CHAT_TEMPLATE", "IMAGE_PROCESSOR", "WEIGHTS", "config", "image_text", "pixels"]
+__all__ = [
+    "CHAT_TEMPLATE", "IMAGE_PROCESSOR", "VIDEO_PROCESSOR", "VIDEO_TOKEN", "WEIGHTS", "config", "image_text", "pixels",
+    "video_layout",
+]  # fmt: skip
+
+VIDEO_PROCESSOR = "Qwen2VL"
 
 MERGER = {"ln_q": "norm", "mlp.0": "layers.0", "mlp.2": "layers.1"}
 WEIGHTS: Weights = grid_weights({"fc1": "fc1", "fc2": "fc2"}, MERGER)

@@ -2,6 +2,7 @@
 
 Sources: arXiv:2511.21631; models/qwen3_vl of huggingface/transformers. Its three positions a token are interleaved. The
 features of the blocks in `deepstack_visual_indexes` are added to the image tokens behind the decoder's first layers.
+Of a video each step stands for itself, as a picture behind its time in words.
 """
 
 from collections.abc import Mapping
@@ -10,10 +11,12 @@ from typing import Any
 
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.video import Clip, VideoLayout
 
 from .maps import Weights
 from .patch_grids import (
     IMAGE_PROCESSOR,
+    VIDEO_TOKEN,
     chat_template,
     grid_model,
     grid_weights,
@@ -22,7 +25,12 @@ from .patch_grids import (
     sectioned_decoder,
 )
 
-__all__ = ["CHAT_TEMPLATE", "IMAGE_PROCESSOR", "WEIGHTS", "config", "image_text", "pixels"]
+__all__ = [
+    "CHAT_TEMPLATE", "IMAGE_PROCESSOR", "VIDEO_PROCESSOR", "VIDEO_TOKEN", "WEIGHTS", "config", "image_text", "pixels",
+    "video_layout",
+]  # fmt: skip
+
+VIDEO_PROCESSOR = "Qwen3VL"
 
 WEIGHTS: Weights = grid_weights(
     {"linear_fc1": "fc1", "linear_fc2": "fc2"}, {"norm": "norm", "linear_fc1": "layers.0", "linear_fc2": "layers.1"}
@@ -59,3 +67,15 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
         taps=taps,
         position_side=isqrt(places),
     )
+
+
+def video_layout(config: VLMConfig, clip: Clip, image_token: str) -> VideoLayout:
+    """A video's steps, the time of each in front of its tokens.
+
+    As the authors wrote it nothing stands around the whole; transformers 5.23 keeps the pair of tokens that the chat
+    template writes there.
+    """
+    steps, height, width, _ = clip.pixel_values.shape
+    own = image_token * (height // config.vision.image_size * (width // config.vision.image_size))
+    said = [f"<{seconds:.1f} seconds><|vision_start|>{own}<|vision_end|>" for seconds in clip.seconds]
+    return VideoLayout("".join(said), (0,) * steps, around=("<|vision_start|>", "<|vision_end|>"))

@@ -46,6 +46,15 @@ def add_tokens(tokenizer: Any) -> Any:
     )
 
 
+def neighbours(image_token_id: int) -> dict[str, int]:
+    """The other tokens of pictures, by which mlx-vlm and older transformers find these."""
+    return {
+        "vision_start_token_id": image_token_id - 2,
+        "vision_end_token_id": image_token_id - 1,
+        "video_token_id": image_token_id + 1,
+    }
+
+
 def flatten(config: dict[str, Any]) -> None:
     """A config as the Hub has it: the text's keys at the top, `mrope` as a kind of scaling."""
     text = config.pop("text_config")

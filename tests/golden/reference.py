@@ -20,8 +20,21 @@ import numpy as np
 from mllama_reference import TEMPLATE as MLLAMA
 from mllama_reference import compute_as_meta, is_meta, tiles_of
 from PIL import Image
+from pixtral_reference import MISTRAL3, PIXTRAL, as_on_the_hub, is_pixtral
+from pixtral_reference import ImagesOnly as PixtralImages
+from pixtral_reference import add_tokens as add_pixtral
+from pixtral_reference import pixels_of as pixels_of_pixtral
 from qwen_reference import FAMILIES as QWEN
-from qwen_reference import QWEN2, QWEN3, add_tokens, flatten, images_only, limits_by_their_names, pixels_of
+from qwen_reference import (
+    QWEN2,
+    QWEN3,
+    add_tokens,
+    flatten,
+    images_only,
+    limits_by_their_names,
+    neighbours,
+    pixels_of,
+)
 
 GOLDEN = Path(__file__).parent
 STEPS = 10  # tokens decoded with the cache
@@ -582,6 +595,30 @@ SPECS = {
             patch_size=6, size={"shortest_edge": 8200, "longest_edge": 100000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
         tokenizer="qwen2", chat_template=QWEN3, template_file="chat_template.jinja",
         seed=32, family="qwen3_vl", cases=tuple(CASES)),
+    "pixtral": Spec(  # photo.jpg: 12 x 9 tokens; shapes.png: 7 x 11; strip.png, shrunk: 4 x 13
+        vision=("pixtral", dict(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, patch_size=8, image_size=100,
+            hidden_act="silu")),
+        text=("mistral", dict(
+            hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, max_position_embeddings=512, sliding_window=None, rms_norm_eps=1e-5,
+            rope_parameters={"rope_theta": 1e9, "rope_type": "default"})),
+        llava=dict(vision_feature_layer=-1, vision_feature_select_strategy="full"),
+        image_processor=("Pixtral", dict(patch_size={"height": 8, "width": 8}, size={"longest_edge": 100})),
+        tokenizer="llama3", chat_template=PIXTRAL, template_file="chat_template.json",
+        config=as_on_the_hub, seed=43, cases=tuple(CASES)),
+    "mistral3": Spec(  # photo.jpg: 8 x 6 tokens; shapes.png: 5 x 7; strip.png, shrunk: 2 x 8; three rotary frequencies by row, two by column
+        vision=("pixtral", dict(
+            hidden_size=30, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3, patch_size=6, image_size=96,
+            hidden_act="silu")),
+        text=("mistral", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+            head_dim=10, max_position_embeddings=512, sliding_window=None, rms_norm_eps=1e-4,
+            rope_parameters={"rope_theta": 1e9, "rope_type": "default"})),
+        llava=dict(tie_word_embeddings=False, spatial_merge_size=2),
+        image_processor=("Pixtral", dict(patch_size={"height": 6, "width": 6}, size={"longest_edge": 96})),
+        tokenizer="llama3", chat_template=MISTRAL3, template_file="chat_template.jinja",
+        rename=memory_names, shards=2, seed=41, family="mistral3", cases=tuple(CASES)),
 }  # fmt: skip
 CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and for a reference that encodes a message by itself
     "long_text": [user(text_part(" ".join(CORPUS[:3])))],
@@ -729,6 +766,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
     from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -743,6 +781,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
         "Idefics3": Idefics3ImageProcessorPil,
         "Gemma3": Gemma3ImageProcessorPil,
         "Qwen2VL": Qwen2VLImageProcessorPil,
+        "Pixtral": PixtralImageProcessorPil,
     }
     return classes[kind](**options)
 
@@ -760,6 +799,7 @@ def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
         vision_config=AutoConfig.for_model(vision_type, **vision),
         text_config=AutoConfig.for_model(text_type, vocab_size=vocab_size, **text),
         **{"image_token_id" if spec.family in (*BY_ID, *QWEN) else "image_token_index": image_token_id},
+        **(neighbours(image_token_id) if spec.family in QWEN else {}),
         **spec.llava,
     )
     model = AutoModelForImageTextToText.from_config(config).eval()
@@ -809,8 +849,11 @@ def save(spec: Spec, folder: Path) -> None:
         tokenizer = name_image_tokens(tokenizer)
     if spec.family in QWEN:
         tokenizer = add_tokens(tokenizer)
+    pixtral = spec.vision[0] == "pixtral"
+    if pixtral:
+        tokenizer = add_pixtral(tokenizer)
     own = {"internvl": "<IMG_CONTEXT>", "mllama": "<|image|>", "gemma3": "<image_soft_token>"}
-    image_token = {**own, **dict.fromkeys(QWEN, "<|image_pad|>")}.get(spec.family, "<image>")
+    image_token = {**own, **dict.fromkeys(QWEN, "<|image_pad|>")}.get(spec.family, "[IMG]" if pixtral else "<image>")
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     # Of Llama 3.2 Vision the image token is the first that has an embedding and no score.
     model = make_model(spec, image_token_id if spec.family == "mllama" else len(tokenizer) + 5, image_token_id)
@@ -831,6 +874,11 @@ def save(spec: Spec, folder: Path) -> None:
     elif spec.family == "mllama":
         images = make_image_processor(kind, options)
         processor = MllamaProcessor(images, tokenizer, chat_template=spec.chat_template)
+    elif pixtral:
+        processor = PixtralImages(
+            make_image_processor(kind, options), tokenizer, patch_size=spec.vision[1]["patch_size"],
+            spatial_merge_size=spec.llava.get("spatial_merge_size", 1), chat_template=spec.chat_template,
+        )  # fmt: skip
     elif spec.family == "llava_onevision":
         from onevision_reference import StillImages
 
@@ -1003,6 +1051,8 @@ class Reference:
             self.processor = StillImages.from_pretrained(folder, backend="pil")
         elif self.model.config.model_type in QWEN:
             self.processor = images_only(self.model.config.model_type).from_pretrained(folder, backend="pil")
+        elif is_pixtral(self.model.config):
+            self.processor = PixtralImages.from_pretrained(folder, backend="pil")
         else:
             self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
         if self.model.config.model_type == "gemma3":  # whose processor asks for no pan and scan, whatever the file says
@@ -1084,6 +1134,9 @@ class Reference:
             "logprobs": np.stack(rows),
         }
         if opened:
+            if is_pixtral(self.model.config):
+                answer["pixel_values"] = pixels_of_pixtral(inputs)
+                return answer
             pixels = inputs["pixel_values"].numpy()
             if "image_grid_thw" in inputs:
                 settings = self.processor.image_processor

@@ -23,7 +23,7 @@ LONG = "llava with longrope"  # whose angles change at 56 tokens, for all positi
 MODELS = (
     "llava-clip-mistral", "llava-next-siglip-qwen2", "internvl-qwen2", "internvl-chat-phi3", "llava-original-v1.6-mistral",
     "llava-onevision", "idefics3-markers", "gemma3-hub", "gemma3-crops", "paligemma2-gemma2", "mllama-meta",
-    "mllama-transformers", "qwen-vl-chat", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", LONG,
+    "mllama-transformers", "qwen-vl-chat", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "pixtral", "mistral3", LONG,
 )  # fmt: skip
 PICTURES = (PHOTO, SHAPES, SHAPES.read_bytes(), Image.new("RGB", (50, 40), "red"), Image.new("RGB", (50, 40), "blue"))
 TEXTS = ("Hi", "What is it? ", " and\n", "Why? Tell me more.", "no")
@@ -82,7 +82,7 @@ def _raw(part):
 def test_every_answer_equals_a_fresh_run(name, plan):
     model, processor = model_of(name)
     chat = Chat(model, processor, context=10**6, max_tokens=3)
-    if not any(kind in name for kind in ("paligemma", "mistral", "mllama")):  # templates that take no system message
+    if not any(kind in name for kind in ("paligemma", "-mistral", "mllama")):  # templates that take no system message
         chat.system = "Be brief."
     chats, seen, encoded = [chat, chat], set(), 0
     for kind, place, prompt in [("send", 0, ["Begin"]), ("fork", 1, []), *plan]:

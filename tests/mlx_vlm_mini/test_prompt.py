@@ -59,7 +59,8 @@ def test_a_text_in_a_list_is_never_taken_for_a_path():
         ([], [], "the prompt is empty"),
         ([{"role": "user", "content": ""}], [], "the prompt is empty"),
         ([{"role": "user"}], [], "user message has no content"),
-        ([{"role": "user", "content": [{"type": "video"}]}], [], "'video' is not supported"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], [], "'audio' is not supported"),
+        ([{"role": "user", "content": [{"type": "video"}]}], [], "a video part names no video"),
         ([{"role": "user", "content": [{"type": "image"}]}], [], "names no image"),
         ([{"role": "user", "content": "x"}], [PHOTO], "1 of 1 images have no place"),
     ],
@@ -171,3 +172,16 @@ def test_without_a_template_the_family_has_one(copy_of):
     _, processor = load(folder)
     messages = to_messages(["See ", Image.new("RGB", (4, 4)), "this"])
     assert processor.chat_template.render(messages) == ["USER: See  ", "\nthis ASSISTANT:"]
+
+
+def test_answers_and_system_messages_that_a_template_takes_as_texts():
+    """Pixtral-12B's adds them to texts of its own, and takes a question in parts."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}[{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}"
+        "{% endfor %}]{% else %}{{ m.content + ';' }}{% endif %}{% endfor %}"
+    )
+    template = ChatTemplate(source, {}, "<image>")
+    text = [{"type": "text", "text": "Be brief"}]
+    said = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
+    assert template.render(said) == ["Be brief;[Be brief]Be brief;[Be brief]"]
+    assert ChatTemplate(PARTS, {}, "<image>").render(said) == ["Be brief;" * 4]

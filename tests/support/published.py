@@ -9,8 +9,8 @@ Vicuna-13B, Mistral-7B, Yi-34B and Llama-3-8B from copies of their configs; Llam
 meta-llama/llama-models and convert_mllama_weights_to_hf.py of transformers; Qwen-VL's from a copy of its config.json, and its
 tensors' names and shapes from vllm-project/vllm (tests/golden/qwen_vl_oracle.py); Qwen2-VL's and later ones' from copies of their
 configs in public repositories, the sizes of 2-VL's recalled; SmolVLM-256M, SmolVLM2-500M, Gemma 3 4B and 27B from copies of their
-configs in public repositories' tests; SmolVLM 2.2B, Idefics3-8B and Gemma 3 12B from memory. None was downloaded from the Hub
-itself.
+configs in public repositories' tests; SmolVLM 2.2B, Idefics3-8B and Gemma 3 12B from memory; Mistral Small 3.1's from a copy of
+its config, Pixtral-12B's from memory (its decoder has Mistral Nemo's sizes). None was downloaded from the Hub itself.
 """
 
 from math import prod
@@ -249,6 +249,21 @@ def _qwen_vl(family: str, size: str) -> dict[str, Any]:
     return {"model_type": family, **text, "tie_word_embeddings": tied, "vision_config": vision}
 
 
+def _pixtral(model_type: str, mlp: int, context: int, **vision: Any) -> dict[str, Any]:
+    """With the decoder of Mistral Nemo and Small."""
+    return {
+        "model_type": model_type, "image_token_index": 10, "projector_hidden_act": "gelu", "vision_feature_layer": -1,
+        "text_config": {
+            "model_type": "mistral", "hidden_size": 5120, "intermediate_size": mlp, "num_attention_heads": 32,
+            "num_hidden_layers": 40, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": context,
+            "rms_norm_eps": 1e-5, "rope_theta": 1e9, "sliding_window": None, "vocab_size": 131072,
+        },
+        "vision_config": {"model_type": "pixtral", "head_dim": 64, "hidden_act": "silu", "rope_theta": 1e4, **vision},
+        **({"spatial_merge_size": 2} if model_type == "mistral3" else {"vision_feature_select_strategy": "full"}),
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": _llava("llava", VICUNA_7B, pad_token_id=32001),
     "llava-hf/llava-1.5-13b-hf": _llava("llava", VICUNA_13B, pad_token_id=32001),
@@ -288,6 +303,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **{f"Qwen/Qwen2-VL-{size}-Instruct": _qwen_vl("qwen2_vl", size) for size in ("2B", "7B", "72B")},
     **{f"Qwen/Qwen2.5-VL-{size}-Instruct": _qwen_vl("qwen2_5_vl", size) for size in ("3B", "7B", "32B", "72B")},
     **{f"Qwen/Qwen3-VL-{size}-Instruct": _qwen_vl("qwen3_vl", size) for size in QWEN3_VL},
+    "mistral-community/pixtral-12b": _pixtral("llava", 14336, 1024000, patch_size=16, image_size=1024),
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": _pixtral("mistral3", 32768, 131072, patch_size=14, image_size=1540),
 }  # fmt: skip
 
 
