@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,10 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside one another, so each computes on one core
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+if threading.current_thread() is threading.main_thread():
+    # A shell's background jobs ignore Ctrl-C, and so would the programs that they start, which tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from checkpoints import PLAIN, make_wide
 from hub import run_program, serve

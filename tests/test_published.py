@@ -57,6 +57,7 @@ def test_the_founding_tables_systems(name):
     assert config.decoder.hidden_size == projector.hidden_size
 
 
+@pytest.mark.reference  # 9 s for what changes with docs/models.md alone
 def test_the_table_of_models_is_true():
     assert DOCS.read_text() == table(), "python tests/support/published.py rewrites it"
 

@@ -44,6 +44,8 @@ def processor_class(kind):
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as error:  # the second where it was built for another torch
+        # No index that CI reads has a build of it for CPUs. What these processors choose is stored, too, and asked for in
+        # the default suite (golden/video_choices.py); of the whole way videos.npz is, made by their models.
         pytest.skip(f"no torchvision: {error}")
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor

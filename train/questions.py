@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mlx_vlm_mini.errors import PromptError
+
 from .scenes import (
     CLOSE,
     COLORS,
@@ -237,7 +239,18 @@ def write_scenes(
             that training never sees. Else many questions in one dialogue, as training wants it: what is scarce there
             is supervision per picture.
         progress: called with lines written and lines in all.
+
+    Raises:
+        PromptError: radii or shares that cannot be.
     """
+    if not 0 < radii[0] <= radii[1] <= 0.5:
+        raise PromptError(
+            f"radii go from the smallest to the largest, above 0 and up to 0.5, not {radii[0]} to {radii[1]}"
+        )
+    if digits + pairs + close > 1:
+        raise PromptError(
+            f"shares of digits, pairs and close-ups are more than all lines: {digits} + {pairs} + {close}"
+        )
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with (folder / "scenes.jsonl").open("w", encoding="utf-8") as lines:
         for number in range(first, first + count):

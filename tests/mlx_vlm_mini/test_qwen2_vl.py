@@ -7,18 +7,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import PHOTO, SHAPES, check_fields, edit_json, make_wide, with_paths
+from checkpoints import PHOTO, SHAPES, check_fields, edit_json, with_paths
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from quantized import check_compensation, check_eight_bits, make_wide_with
 from reference import CASES, GOLDEN
 
 from mlx_vlm_mini import Chat, find_detections, load, stream_generate
 from mlx_vlm_mini.axes import PlacedImage, Turn, add_taps, grid_angles, token_positions
 from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.cli.main import main
-from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.describe import describe
 from mlx_vlm_mini.errors import CheckpointError, ImageError
 from mlx_vlm_mini.families import find_family, qwen2_5_vl, qwen2_vl, qwen3_vl
@@ -487,45 +487,21 @@ WIDE = {
 }  # fmt: skip
 
 
-def wide_one(name, folder):
-    """A wide sister whose pictures are small."""
-    make_wide(name, folder, WIDE[name])
-    for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
-        if file.exists() and "patch_size" in file.read_text():
-            settings = json.loads(file.read_text())
-            settings.get("image_processor", settings).update(min_pixels=500, max_pixels=1500)
-            file.write_text(json.dumps(settings))
-    return folder
+def small(settings):
+    if "patch_size" in settings:
+        settings.update(min_pixels=500, max_pixels=1500)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_quantized(name, tmp_path):
     """Fused tensors, three kinds of kernels, and the check layer by layer, which sees no harm at 8 bits."""
-    wide = wide_one(name, tmp_path / "wide")
-    convert(wide, tmp_path / "out", bits=8, group_size=32, part_bits={"vision": 8, "projector": 8}, check=True)
-    report = json.loads((tmp_path / "out" / "conversion.json").read_text())["check"]
-    assert report["problems"] == [] and 0 < report["mean_kl"] < 0.05
-    model, processor = load(tmp_path / "out")
+    model = check_eight_bits(make_wide_with(small, name, tmp_path / "wide", WIDE[name]), tmp_path / "out")
     assert (model.vision.blocks[0].attn.q_proj.bits, model.projector.layers[0].bits) == (8, 8)
-    whole, _ = load(wide)
-    for prompt in ([PHOTO, "What is it?"], "Hi"):
-        one, other = (np.array(each(processor(prompt))[0]) for each in (model, whole))
-        assert 0 < np.abs(one - other).max() < 0.5
 
 
 def test_rounding_with_compensation(tmp_path):
     """The tower's layers, too, whose inputs come picture by picture and window by window."""
-    wide = wide_one("qwen2.5-vl", tmp_path / "wide")
-    (tmp_path / "pictures").mkdir()
-    for picture in (PHOTO, SHAPES, GOLDEN / "strip.png"):
-        shutil.copy(picture, tmp_path / "pictures")
-    options = {"bits": 3, "group_size": 32, "part_bits": {"vision": 3, "projector": 3}, "check": True}
-    kl = {}
-    for method in ("round", "gptq"):
-        calibration = {} if method == "round" else {"calibration": str(tmp_path / "pictures")}
-        convert(wide, tmp_path / method, method=method, **calibration, **options)
-        kl[method] = json.loads((tmp_path / method / "conversion.json").read_text())["check"]["mean_kl"]
-    assert kl["gptq"] < kl["round"]
+    check_compensation(make_wide_with(small, "qwen2.5-vl", tmp_path / "wide", WIDE["qwen2.5-vl"]), tmp_path)
 
 
 def test_what_info_says():

@@ -165,6 +165,26 @@ def test_frames_that_are_seen(kind, total, rate, video, expected):
     assert video_settings({}, kind).choose(total, rate, video).tolist() == expected
 
 
+CHOICES = json.loads((GOLDEN / "video_choices.json").read_text())
+
+
+@pytest.mark.parametrize("number", range(len(CHOICES["frames"])))
+def test_frames_are_those_that_transformers_chose(number):
+    case = CHOICES["frames"][number]
+    settings, expected = video_settings({"max_frames": case["most"]}, case["kind"]), case["chosen"]
+    found = settings.choose(case["total"], case["rate"], Video("x", fps=case["fps"])).tolist()
+    # where its step is rounded up, Qwen2-VL's names a frame more, which a video may not have
+    assert 0 <= len(expected) - len(found) <= (case["kind"] == "Qwen2VL") and found[-1] < case["total"]
+    assert found == expected[: len(found)]
+
+
+@pytest.mark.parametrize("number", range(len(CHOICES["sizes"])))
+def test_sizes_are_those_that_transformers_chose(number):
+    case = CHOICES["sizes"][number]
+    settings = video_settings(case["options"], case["kind"])
+    assert settings.fit(tuple(case["size"]), case["count"]) == tuple(case["fitted"])
+
+
 def test_sizes_of_long_videos():
     """A share of the whole each, but never much less than the least; and what a caller allows."""
     two, three = video_settings({}, "Qwen2VL"), video_settings({}, "Qwen3VL")

@@ -17,7 +17,9 @@ def check_golden(folder: Path, live: dict[str, np.ndarray]) -> None:
     with np.load(folder / "expected.npz") as stored:
         assert set(stored) == set(live)
         for key, array in live.items():
-            np.testing.assert_allclose(stored[key], array, atol=1e-5, err_msg=key)
+            np.testing.assert_allclose(
+                stored[key], array, atol=1e-5, rtol=1e-6, err_msg=key
+            )  # threads move the last bit
 
 
 def check_answer(model: Any, processor: Any, messages: list[dict[str, Any]], expected: Any, *, step: int = 8) -> None:

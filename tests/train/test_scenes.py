@@ -210,3 +210,17 @@ def test_a_test_asks_one_question_of_each_kind_equally_often(tmp_path):
     share = {kind: kinds.count(kind) / 300 for kind in set(kinds)}
     assert set(share) == {"describe", "count", "colour", "where", "size", "follow-up", "shape", "presence"}
     assert all(0.05 < value < 0.25 for value in share.values()), share
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"close": 0.5, "radii": (0.45, 0.2)}, "radii go from the smallest to the largest"),
+        ({"close": 0.5, "radii": (0.2, 0.6)}, "up to 0.5"),
+        ({"digits": 0.5, "pairs": 0.3, "close": 0.3}, "more than all lines"),
+    ],
+)
+def test_sets_that_cannot_be_are_refused_before_anything_is_written(options, message, tmp_path):
+    with pytest.raises(VLMError, match=message):
+        write_scenes(tmp_path / "out", 2, seed=1, **options)
+    assert not (tmp_path / "out").exists()
