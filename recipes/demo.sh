@@ -53,7 +53,11 @@ stage shapes "$work/fresh" "$work/shapes.jsonl" "$work/small.jsonl" --in-order -
 scenes talk --count 40000 --seed 31 --pairs 0.15 --digits 0.1 --close 0.05 --words 60
 [ -f "$work/held.jsonl" ] || head -n 150 "$work/valid/scenes.jsonl" | sed 's#"images/#"valid/images/#g' > "$work/held.jsonl"
 stage talk "$work/run-shapes/model" "$work/talk/scenes.jsonl" "$work/held.jsonl" --batch-size 16 --steps 1850 \
-    --learning-rate 3e-4 --warmup 30 --checkpoint-every 100 --dtype float16
+    --learning-rate 3e-4 --warmup 30 --checkpoint-every 100
+
+scenes more --count 50000 --seed 32 --pairs 0.2 --digits 0.25 --close 0.05 --words 60
+stage more "$work/run-talk/model" "$work/more/scenes.jsonl" "$work/held.jsonl" --batch-size 16 --steps 5000 \
+    --learning-rate 3e-4 --warmup 30 --checkpoint-every 250 --dtype float16
 
 scenes test --count 1000 --seed 2026 --digits 0.1 --test
-mlx-vlm-mini eval "$work/run-talk/model" --data "$work/test/scenes.jsonl"
+mlx-vlm-mini eval "$work/run-more/model" --data "$work/test/scenes.jsonl"
