@@ -16,11 +16,13 @@ from .status import Status
 @click.option(
     "--data", required=True, type=click.Path(path_type=Path), help="JSONL of conversations, each with its `kind`."
 )
+@click.option("--blank/--no-blank", default=True, help="Ask again with blank pictures.  [default: blank]")
 @loading_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str,
     data: Path,
+    blank: bool,
     loading: dict[str, Any],
     as_json: bool,
 ) -> None:
@@ -39,12 +41,14 @@ def command(
         status.show(f"loading {model}")
         vlm, processor = load(model, **loading)
         scores = evaluate(
-            vlm, processor, examples, progress=lambda done, total: status.show(f"asked {done} of {total}")
-        )
+            vlm, processor, examples, blank=blank,
+            progress=lambda done, total: status.show(f"asked {done} of {total}"),
+        )  # fmt: skip
     if as_json:
         click.echo(json.dumps({kind: asdict(score) for kind, score in scores.items()}))
         return
-    click.echo(f"{'kind':<12} {'questions':>9} {'right':>8} {'blank':>8}")
+    click.echo(f"{'kind':<12} {'questions':>9} {'right':>8}" + (f" {'blank':>8}" if blank else ""))
     for kind, score in scores.items():
-        right, blank = (f"{100 * part / score.questions:.1f} %" for part in (score.right, score.right_blank))
-        click.echo(f"{kind:<12} {score.questions:>9} {right:>8} {blank:>8}")
+        parts = (part for part in (score.right, score.right_blank) if part is not None)
+        shares = (f"{100 * part / score.questions:.1f} %" for part in parts)
+        click.echo(f"{kind:<12} {score.questions:>9} " + " ".join(f"{share:>8}" for share in shares))

@@ -19,6 +19,10 @@ if threading.current_thread() is threading.main_thread():
     # A shell's background jobs ignore Ctrl-C, and so would the programs that they start, which tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from mlx_vlm_mini.blas import use_openblas
+
+use_openblas()  # as the program does; before anything imports mlx
+
 from checkpoints import PLAIN, make_wide
 from hub import run_program, serve
 from reference import GOLDEN

@@ -17,11 +17,11 @@ from .examples import Example
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers among the questions of a kind: with the pictures, and with blank ones."""
+    """Right answers among the questions of a kind: with the pictures, and with blank ones, where these were asked."""
 
     questions: int
     right: int
-    right_blank: int
+    right_blank: int | None
 
 
 def evaluate(
@@ -29,11 +29,12 @@ def evaluate(
     processor: Processor,
     examples: Sequence[Example],
     *,
+    blank: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Score]:
     """Ask the last question of every example and compare with its answer, white space at the ends aside.
 
-    A model that answers as well with blank pictures does not look at them.
+    A model that answers as well with blank pictures does not look at them; without `blank` that is not asked.
 
     Returns:
         A score for each kind, in the order of their names, and "all" at the end.
@@ -45,7 +46,10 @@ def evaluate(
         asked = list(example.messages[:last])
         for kind in (example.kind or "unnamed", "all"):
             counts["questions"][kind] += 1
-        for what, messages in (("right", asked), ("right_blank", [_blank(message) for message in asked])):
+        ways = [("right", asked)]
+        if blank:
+            ways.append(("right_blank", [_blank(message) for message in asked]))
+        for what, messages in ways:
             limit = len(processor.tokenizer.encode(expected)) + 8
             if generate(model, processor, messages, max_tokens=limit).strip() == expected:
                 for kind in (example.kind or "unnamed", "all"):
@@ -53,7 +57,10 @@ def evaluate(
         if progress is not None:
             progress(number, len(examples))
     kinds = [*sorted(kind for kind in counts["questions"] if kind != "all"), "all"]
-    return {kind: Score(*(counts[what][kind] for what in ("questions", "right", "right_blank"))) for kind in kinds}
+    return {
+        kind: Score(counts["questions"][kind], counts["right"][kind], counts["right_blank"][kind] if blank else None)
+        for kind in kinds
+    }
 
 
 def _text(message: Message) -> str:

@@ -11,6 +11,7 @@ from checkpoints import PLAIN
 from PIL import Image
 from reference import GOLDEN
 
+from mlx_vlm_mini import load
 from mlx_vlm_mini.attended import AnswerAttention, ImageAttention
 from mlx_vlm_mini.image import read_image
 from mlx_vlm_mini.places import Frame
@@ -99,3 +100,12 @@ def test_the_program(bench, monkeypatch, capsys, form):
         assert all(0 <= share <= 1 for share in figures["attention"])
     else:
         assert "| 1 |" in out and "of 2 answers named the colour" in out
+
+
+@pytest.mark.parametrize("scenes", [40, pytest.param(200, marks=pytest.mark.reference)])
+def test_the_bundled_model_looks_at_what_it_is_asked_about(bench, scenes):
+    """On the object lies more of the attention than of the picture, and the answer hangs on what is looked at."""
+    figures = bench.measure(*load(), scenes=scenes, seed=6, painted=0.15, max_tokens=8)
+    assert figures["right"] > 0.8 * scenes
+    assert np.mean(figures["ratio"]) > 1.2 and min(figures["ratio"]) > 1
+    assert figures["most_attended"] > 1.5 * figures["random"]

@@ -428,6 +428,9 @@ def test_eval_counts_exact_matches(tmp_path, monkeypatch):
         "colour": (1, 1, 1), "count": (2, 1, 0), "all": (3, 2, 1),
     }  # fmt: skip
     assert list(scores) == ["colour", "count", "all"] and blank == [False, True] * 3
+    blank.clear()
+    seeing = evaluate(*load(PLAIN), examples, blank=False)["all"]
+    assert (seeing.questions, seeing.right, seeing.right_blank) == (3, 2, None) and blank == [False] * 3
 
 
 def test_the_whole_way_in_the_terminal(tmp_path, scenes):
@@ -448,6 +451,8 @@ def test_the_whole_way_in_the_terminal(tmp_path, scenes):
     assert (
         table.splitlines()[0].split() == ["kind", "questions", "right", "blank"] and "all                 12" in table
     )
+    seeing = invoke("eval", run / "model", "--data", scenes / "test" / "scenes.jsonl", "--no-blank").splitlines()
+    assert seeing[0].split() == ["kind", "questions", "right"] and len(seeing[1].split()) == 4  # "50.0 %" is two
     assert (
         invoke("scenes", tmp_path / "more", "--count", 3, "--test")
         == f"{tmp_path / 'more' / 'scenes.jsonl'}: 3 lines\n"
