@@ -54,7 +54,9 @@ def corpus() -> list[tuple[str, bytes]]:
         image.copy().save(buffer, form, **options)
         found.append((name, buffer.getvalue()))
 
-    lab = ImageCms.profileToProfile(rgb, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+    lab = ImageCms.profileToProfile(
+        rgb, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     palette = rgb.quantize(16)
     frames: dict[str, Any] = {"save_all": True, "append_images": [rgb.rotate(90), rgb.rotate(180)]}
@@ -75,7 +77,14 @@ def corpus() -> list[tuple[str, bytes]]:
     add("animated.png", rgb, "PNG", **frames)
     for name, image in (("P", palette), ("RGB", rgb)):
         add(f"{name}.gif", image, "GIF", transparency=1, comment=b"hello")
-        add(f"animated {name}.gif", image, "GIF", **{**frames, "append_images": [palette.rotate(90)]}, loop=0, duration=9)
+        add(
+            f"animated {name}.gif",
+            image,
+            "GIF",
+            **{**frames, "append_images": [palette.rotate(90)]},
+            loop=0,
+            duration=9,
+        )
     add("lossy.webp", rgb, "WEBP", exif=exif.tobytes(), icc_profile=profile, xmp=xmp)
     add("lossless.webp", smooth, "WEBP", lossless=True)
     add("animated.webp", smooth, "WEBP", **frames, duration=9)
@@ -107,7 +116,11 @@ def corpus() -> list[tuple[str, bytes]]:
         ("a.txt", b"no picture at all, but a text named .jpg " * 3), ("empty", b""), ("loop.jpg", _looping_exif()),
     ]  # fmt: skip
     for form in ("TGA", "ICO", "PCX", "SGI", "JPEG2000", "IM", "DDS", "ICNS", "MSP", "SPIDER"):  # not opened
-        add(f"a.{form.lower()}", grey.convert("1") if form == "MSP" else grey if form in ("SGI", "SPIDER") else rgb, form)
+        add(
+            f"a.{form.lower()}",
+            grey.convert("1") if form == "MSP" else grey if form in ("SGI", "SPIDER") else rgb,
+            form,
+        )
     return found
 
 
@@ -264,8 +277,12 @@ def report(log: Path) -> None:
     print(f"a second           {total / max(seconds, 1):,.0f}")
     print(f"pictures           {outcomes['a picture']:,}")
     print(f"distinct outcomes  {len(outcomes):,}")
-    print(f"slowest            {max(line['slowest'] for line in lines)[0]:.3f} s (execution {max(line['slowest'] for line in lines)[1]})")
-    print(f"peak memory        {max(line['peak_mb'] for line in lines):,} MB, the interpreter and its libraries included")
+    print(
+        f"slowest            {max(line['slowest'] for line in lines)[0]:.3f} s (execution {max(line['slowest'] for line in lines)[1]})"
+    )
+    print(
+        f"peak memory        {max(line['peak_mb'] for line in lines):,} MB, the interpreter and its libraries included"
+    )
     print(f"failures           {len(failures):,}")
     for number, name, wrong in failures[:40]:
         print(f"  {number}: {name}: {wrong}")
@@ -291,7 +308,9 @@ def guided(runs: int, log: Path) -> None:
         if wrong is not None:
             state["failures"].append([base64.b64encode(data).decode()[:4000], "guided", wrong])
         if sum(state["outcomes"].values()) == BLOCK // 4:
-            _write(log, "guided", 0, time.time() - state["begin"], state["outcomes"], state["slowest"], state["failures"])
+            _write(
+                log, "guided", 0, time.time() - state["begin"], state["outcomes"], state["slowest"], state["failures"]
+            )
             state.update(outcomes=Counter(), failures=[], begin=time.time())
 
     atheris.instrument_all()

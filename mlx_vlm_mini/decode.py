@@ -1,9 +1,13 @@
 """A file's bytes -> upright RGB, within limits of time and memory: what a file claims is checked before it is decoded."""
 
 import io
+import os
 import re
+import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,12 +19,13 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM", "HEIF")
 """What is opened; HEIF where a plugin of the caller's reads it. Others of Pillow's are as good as never asked for, or run
 programs (EPS), or decode without a bound (FITS)."""
 REDUCE_ABOVE = 50_000_000  # pixels, from which on an image is opened at a half, a quarter or an eighth of its sides
-MOST_SECONDS = 2.0  # of this thread's computing time
+MOST_SECONDS = 1.5  # of this thread's computing time, until the last byte is read
 MOST_BYTES = 256 * 2**20  # of a file
 MOST_PIXELS = 250_000_000  # of a JPEG of one scan, which is reduced while it is decoded
-MOST_ELSEWHERE = {"PROGRESSIVE": 64_000_000, "WEBP": 40_000_000, "AVIF": 40_000_000, "HEIF": 40_000_000}  # pixels
+MOST_ELSEWHERE = {"PROGRESSIVE": 64_000_000, "WEBP": 40_000_000, "AVIF": 24_000_000, "HEIF": 24_000_000}  # pixels
 MOST_WHOLE = 110_000_000  # of such a JPEG that is not
 MOST_OTHERWISE = 64_000_000
+MOST_SIDE = 2**18  # pixels: Pillow fills up rows of some forms byte by byte
 MOST_WIDE = 16_000_000  # of numbers of 32 bits
 _MOST_SCANS = 100
 _MOST_SCANNED = 1_200_000_000  # pixels times scans
@@ -50,18 +55,45 @@ _KINDS = (
 
 
 class _Watched(io.BytesIO):
-    """A file whose reader is stopped when it has computed too long, or has read the same bytes again and again."""
+    """A file whose reader is stopped when it has computed too long, or has read all of it again and again.
+
+    Attributes:
+        left: bytes that may still be read.
+    """
 
     def __init__(self, data: bytes, name: str) -> None:
         super().__init__(data)
-        self._name, self._until, self._left = name, time.thread_time() + MOST_SECONDS, 8 * len(data) + 2**20
+        self._name, self._until, self.left = name, time.thread_time() + MOST_SECONDS, 8.0 * len(data) + 2**20
 
     def read(self, size: int | None = -1, /) -> bytes:
         data = super().read(size)
-        self._left -= len(data)
-        if self._left < 0 or time.thread_time() > self._until:
+        self.left -= len(data)
+        if self.left < 0:
+            raise ImageError(f"{self._name} is broken: its parts overlap; save it anew as PNG")
+        if time.thread_time() > self._until:
             raise ImageError(f"{self._name} takes too long to decode, above {MOST_SECONDS:g} s: save it anew as PNG")
         return data
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """libtiff writes what it finds amiss to stderr by itself; nothing reaches that meanwhile."""
+    try:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no stderr
+        yield
+        return
+    with _one_at_a_time:
+        os.dup2(nowhere, 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
+
+
+_one_at_a_time = threading.Lock()
 
 
 def decode(data: bytes, name: str, whole: bool) -> Image.Image:
@@ -75,10 +107,11 @@ def decode(data: bytes, name: str, whole: bool) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's advice on large or odd files; our limits are below its own
-            image = _open(data, name, whole)
-            _check(image, data, name)
-            image.load()
-            del data
+            tiff = data[:2] in (b"II", b"MM")
+            with _silence() if tiff else nullcontext():
+                image = _open(data, name, whole)
+                _check(image, name)
+                image.load()
             return flatten(image, name, whole)
     except ImageError:
         raise
@@ -94,7 +127,7 @@ def decode(data: bytes, name: str, whole: bool) -> Image.Image:
     except MemoryError:
         raise ImageError(f"{name} does not fit into memory; make it smaller first") from None
     except Exception as error:  # decoders of a dozen formats raise anything on broken files
-        raise ImageError(f"{name} is broken: {error or type(error).__name__}") from None
+        raise ImageError(f"{name} is broken: {error or type(error).__name__}; get it or save it anew") from None
 
 
 def factor_of(width: int, height: int) -> int:
@@ -107,7 +140,7 @@ def _open(data: bytes, name: str, whole: bool) -> Image.Image:
     limit = None
     if data.startswith(b"\xff\xd8\xff"):
         limit = _check_jpeg(data, name, whole)
-    elif data[:2] in (b"II", b"MM"):
+    else:
         _check_tiff(data, name)
     Image.init()
     file = _Watched(data, name)
@@ -118,6 +151,7 @@ def _open(data: bytes, name: str, whole: bool) -> Image.Image:
             raise
         file.seek(0)
         image = JpegImagePlugin.JpegImageFile(file)  # it opens without Pillow's limit, ours being kept
+    file.left = float("inf")  # pixels may be read in blocks that overlap
     if isinstance(image, JpegImagePlugin.JpegImageFile) and not whole:
         factor = factor_of(*image.size)
         if factor > 1:
@@ -155,8 +189,11 @@ def _check_jpeg(data: bytes, name: str, whole: bool) -> int:
 
 
 def _check_tiff(data: bytes, name: str) -> None:
-    """The numbers of values of a TIFF's tags, which Pillow makes Python numbers of."""
-    order: Any = "little" if data[:2] == b"II" else "big"
+    """The numbers of values of a TIFF's tags, of which Pillow makes Python numbers; other files are left alone."""
+    orders: dict[bytes, Any] = {b"II": "little", b"MM": "big"}
+    order = orders.get(data[:2])
+    if order is None:
+        return
 
     def number(place: int, size: int) -> int:
         return int.from_bytes(data[place : place + size], order)
@@ -170,9 +207,13 @@ def _check_tiff(data: bytes, name: str) -> None:
             raise ImageError(f"{name} is broken: its tag {tag} has {count} values; save it anew as PNG")
 
 
-def _check(image: Image.Image, data: bytes, name: str) -> None:
+def _check(image: Image.Image, name: str) -> None:
     """What can be known of an opened image before it is decoded."""
     pixels, form = image.width * image.height, str(image.format)
+    if max(image.size) > MOST_SIDE:
+        raise ImageError(
+            f"{name} has {image.width}x{image.height} pixels, and no side may have above {MOST_SIDE:,}: cut it"
+        )
     limit = MOST_ELSEWHERE.get(form, MOST_OTHERWISE)
     if image.mode in ("I", "F"):
         limit = min(limit, MOST_WIDE)
@@ -217,7 +258,7 @@ def flatten(image: Image.Image, name: str, whole: bool) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # as in `decode`: a lazily decoded PIL image fails here
-        raise ImageError(f"{name} is broken: {error or type(error).__name__}") from None
+        raise ImageError(f"{name} is broken: {error or type(error).__name__}; get it or save it anew") from None
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,6 +1,5 @@
 """What the library raises when its input is at fault: one line that says what is wrong, where, and what to do."""
 
-
 _LONGEST = 2000  # characters of a message
 
 

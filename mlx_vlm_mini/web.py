@@ -86,7 +86,9 @@ def _ask(url: str, until: float, private: bool) -> bytes | str:
     clock.start()
     try:
         if secure:
-            wrapped = ssl.create_default_context().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+            wrapped = ssl.create_default_context().wrap_socket(
+                sock, server_hostname=host, do_handshake_on_connect=False
+            )
             held[0] = wrapped  # before it shakes hands, which may take for ever
             wrapped.do_handshake()
         connection = http.client.HTTPConnection(host)
@@ -107,7 +109,9 @@ def _split(url: str) -> SplitResult:
     if parts.scheme not in ("http", "https"):
         raise ImageError(f"{url} is not http(s), and nothing else is allowed: give a path or an http(s) address")
     if "@" in parts.netloc:
-        raise ImageError(f"{parts.scheme}://...@{parts.netloc.rpartition('@')[2]} holds a name or a password: leave it out")
+        raise ImageError(
+            f"{parts.scheme}://...@{parts.netloc.rpartition('@')[2]} holds a name or a password: leave it out"
+        )
     if not parts.hostname:
         raise ImageError(f"{url} names no host")
     return parts
