@@ -1,4 +1,4 @@
-"""A file's bytes -> upright RGB, within limits of time and memory: what a file claims is checked before it is decoded."""
+"""A file's bytes -> upright RGB, within limits of time and memory: what it claims is checked before it is decoded."""
 
 import io
 import os
@@ -16,8 +16,8 @@ from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
 from .errors import ImageError
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM", "HEIF")
-"""What is opened; HEIF where a plugin of the caller's reads it. Others of Pillow's are as good as never asked for, or run
-programs (EPS), or decode without a bound (FITS)."""
+"""What is opened; HEIF where a plugin of the caller's reads it. Others of Pillow's are hardly ever met, run programs
+(EPS), or decode without a bound (FITS)."""
 REDUCE_ABOVE = 50_000_000  # pixels, from which on an image is opened at a half, a quarter or an eighth of its sides
 MOST_SECONDS = 1.5  # of this thread's computing time, until the last byte is read
 MOST_BYTES = 256 * 2**20  # of a file
@@ -32,7 +32,10 @@ _MOST_SCANNED = 1_200_000_000  # pixels times scans
 _MOST_EXIF = 2**17  # bytes in a JPEG, where it may come in pieces
 _MOST_SEGMENTS = 10_000
 _MOST_VALUES = 2**17  # of a TIFF's tag, texts and bytes excepted
-_COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "zstd", "jpeg", "tiff_ccitt", "group3", "group4", "tiff_raw_16")  # fmt: skip
+_COMPRESSIONS = (
+    "raw", "tiff_raw_16", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "zstd", "jpeg", "tiff_ccitt",
+    "group3", "group4",
+)  # fmt: skip
 _BAND = 1 << 22  # pixels that are converted at a time
 
 _SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
@@ -130,6 +133,12 @@ def decode(data: bytes, name: str, whole: bool) -> Image.Image:
         raise ImageError(f"{name} is broken: {error or type(error).__name__}; get it or save it anew") from None
 
 
+def known_formats() -> list[str]:
+    """What `FORMATS` names and this Pillow opens."""
+    Image.init()
+    return [form for form in FORMATS if form in Image.OPEN]
+
+
 def factor_of(width: int, height: int) -> int:
     """By how much an image's sides are divided: 1, 2, 4 or 8."""
     return next((factor for factor in (1, 2, 4) if -(-width // factor) * -(-height // factor) <= REDUCE_ABOVE), 8)
@@ -142,10 +151,9 @@ def _open(data: bytes, name: str, whole: bool) -> Image.Image:
         limit = _check_jpeg(data, name, whole)
     else:
         _check_tiff(data, name)
-    Image.init()
     file = _Watched(data, name)
     try:
-        image: Image.Image = Image.open(file, formats=[form for form in FORMATS if form in Image.OPEN])
+        image: Image.Image = Image.open(file, formats=known_formats())
     except Image.DecompressionBombError:
         if limit is None or whole:
             raise

@@ -7,6 +7,7 @@ import os
 import re
 import select
 import stat
+import sys
 import time
 import urllib.parse
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .decode import MOST_BYTES, decode, factor_of, flatten, from_array
+from .decode import MOST_BYTES, decode, factor_of, flatten, from_array, known_formats
 from .errors import ImageError
 from .web import download, private_allowed
 
@@ -161,6 +162,26 @@ def _read_file(path: Path) -> tuple[bytes, bool]:
         raise ImageError(f"cannot read image {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height as the file says, which is not decoded.
+
+    Raises:
+        ImageError: nothing is there, or it is not an image.
+    """
+    if not path.is_file():  # a device might never end
+        raise ImageError(f"{path} is no file, and no image" if path.exists() else f"image not found: {path}")
+    try:
+        with Image.open(path, formats=known_formats()) as image:
+            return image.size
+    except Exception as error:  # plugins raise anything on broken files
+        raise ImageError(f"{path} is not an image: {error or type(error).__name__}") from None
+
+
+def read_stdin() -> bytes:
+    """An image's bytes from stdin, or as many more than the limit as show that it is too large."""
+    return sys.stdin.buffer.read(MOST_BYTES + 1)
+
+
 def _drain(read: Callable[[int], bytes], path: Path) -> bytes:
     """All that `read` gives, within `MOST_BYTES`: a file may grow while it is read."""
     data = bytearray()
@@ -181,7 +202,7 @@ def _pipe(number: int, path: Path) -> Callable[[int], bytes]:
                 part = os.read(number, size)
             except BlockingIOError:  # its writer is there
                 if not select.select([number], [], [], _SILENCE)[0]:
-                    raise ImageError(f"{path} is a pipe that gave nothing for {_SILENCE} s: give a file") from None
+                    raise ImageError(f"{path}, a pipe, gave nothing for {_SILENCE} s: give a file") from None
                 continue
             begun = begun or bool(part)
             if begun or time.monotonic() - opened > _WRITER:
@@ -194,8 +215,8 @@ def _pipe(number: int, path: Path) -> Callable[[int], bytes]:
 def _read_data_url(url: str) -> bytes:
     if len(url) > _DATA_URL_LIMIT or url.count("%") > _PERCENTS:
         raise ImageError(
-            f"the data: URL has {len(url) / 2**20:,.1f} MiB, {url.count('%'):,} characters of them as %XX, and the limits "
-            f"are {_DATA_URL_LIMIT // 2**20} and {_PERCENTS:,}: give the image as a file"
+            f"the data: URL has {len(url) / 2**20:,.1f} MiB, {url.count('%'):,} characters as %XX, and the limits are "
+            f" {_DATA_URL_LIMIT // 2**20} and {_PERCENTS:,}: give the image as a file"
         )
     header, comma, data = url.partition(",")
     if not comma:

@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 from .errors import ImageError
 
 MOST_BYTES = 64 * 2**20
-MOST_SECONDS = 30.0  # from the first connection to the last byte, redirects included
+MOST_SECONDS = 30.0  # from the first request to the last byte, redirects included
 MOST_REDIRECTS = 5
 PRIVATE = "MLX_VLM_MINI_PRIVATE_URLS"
 _HAND_OVER = 5.0  # seconds after which the next of a name's addresses is tried
@@ -118,12 +118,12 @@ def _split(url: str) -> SplitResult:
 
 
 def _resolve(host: str, port: int, url: str, private: bool) -> list[tuple[str, int]]:
-    """All addresses of a host, in whatever form it is written: names, and numbers with octal, hexadecimal or few parts."""
+    """All addresses of a host, in whatever form it is written: names, and numbers with octal, or few parts."""
     found = [(str(entry[4][0]), port) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not private and not all(is_public(address) for address, _ in found):
         raise ImageError(
-            f"{url} leads to this machine or a private network, and only public addresses are opened: give the file, or "
-            f"set {PRIVATE}=1"
+            f"{url} leads to this machine or a private network, and only public addresses are opened: give the file, "
+            f"or set {PRIVATE}=1"
         )
     return found
 
@@ -159,5 +159,5 @@ def _read(answer: http.client.HTTPResponse, url: str) -> bytes | str:
     if too_large or len(data) > MOST_BYTES:
         raise ImageError(f"{url} is larger than {MOST_BYTES // 2**20} MiB: download it and give its path")
     if answer.length:
-        raise ImageError(f"cannot download {url}: it ended {answer.length} bytes too early; try again")
+        raise OSError(f"it ended {answer.length} bytes too early; try again")
     return data
