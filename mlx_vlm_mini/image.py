@@ -216,7 +216,7 @@ def _read_data_url(url: str) -> bytes:
     if len(url) > _DATA_URL_LIMIT or url.count("%") > _PERCENTS:
         raise ImageError(
             f"the data: URL has {len(url) / 2**20:,.1f} MiB, {url.count('%'):,} characters as %XX, and the limits are "
-            f" {_DATA_URL_LIMIT // 2**20} and {_PERCENTS:,}: give the image as a file"
+            f"{_DATA_URL_LIMIT // 2**20} and {_PERCENTS:,}: give the image as a file"
         )
     header, comma, data = url.partition(",")
     if not comma:
