@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .anyres import Tiling, cut_frames, read_pinpoints
+from .bars import pad_and_resize, pad_to_square
 from .canvas import Canvas, canvas_frames
 from .crops import Crops, crop_frames
 from .errors import CheckpointError, ImageError
@@ -47,7 +48,6 @@ class ImageSettings:
 
 _MOST_PIXELS = 1 << 26  # of a step on the way to a model: far above all that they ask for
 _MOST_SQUARE = 1 << 28  # pixels of an image made square that is shrunk at once, a band at a time
-_BAND = 1 << 22
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP_DEFAULTS: dict[str, Any] = {
@@ -300,11 +300,11 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
         _check_pixels(image, *target)
         kernel = Image.Resampling(settings.resample)
         if settings.pad_color is not None:
-            image = _pad_and_resize(image, settings.pad_color, target, kernel)
+            image = pad_and_resize(image, settings.pad_color, target, kernel)
         else:
             image = image.resize(target, resample=kernel)
     elif settings.pad_color is not None:
-        image = _pad_to_square(image, settings.pad_color)
+        image = pad_to_square(image, settings.pad_color)
     array = np.asarray(image)
     if settings.crop_size is not None:
         array = _center_crop(array, *settings.crop_size)
@@ -386,31 +386,6 @@ def _target_size(width: int, height: int, size: Mapping[str, int]) -> tuple[int,
     raise CheckpointError(
         f"preprocessor_config.json: cannot resize by {dict(size)}; height and width, or shortest_edge are needed"
     )
-
-
-def _pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), color)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
-def _pad_and_resize(
-    image: Image.Image, color: tuple[int, ...], target: tuple[int, int], kernel: Image.Resampling
-) -> Image.Image:
-    """`_pad_to_square`, then resized to `target`, without the square, which is large where an image is long and narrow.
-
-    Pillow resizes first every row, then every column, and rows of one colour keep it: so the image's own rows are
-    resized a band at a time. The pixels are the same.
-    """
-    side, width = max(image.size), target[0]
-    left, top, rows = (side - image.width) // 2, (side - image.height) // 2, max(_BAND // side, 1)
-    narrow = Image.new("RGB", (width, side), color)
-    for begin in range(0, image.height, rows):
-        band = Image.new("RGB", (side, min(rows, image.height - begin)), color)
-        band.paste(image.crop((0, begin, image.width, begin + band.height)), (left, 0))
-        narrow.paste(band.resize((width, band.height), resample=kernel), (0, top + begin))
-    return narrow.resize(target, resample=kernel)
 
 
 def _center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
