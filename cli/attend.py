@@ -96,7 +96,7 @@ def command(
       mlx-vlm-mini attend llava-hf/llava-1.5-7b-hf -i photo.jpg -p "What colour is the car?" -o heat.png -o heat.html
     """
     from mlx_vlm_mini.errors import PromptError
-    from mlx_vlm_mini.image import open_image, read_image
+    from mlx_vlm_mini.image import open_image, read_image, read_stdin
 
     if not images:
         raise click.UsageError("attend needs an image to look at: give --image")
@@ -113,7 +113,7 @@ def command(
         check_folder(folder)
     options |= {"layers": parse_numbers("--layers", layers), "heads": parse_numbers("--heads", heads)}
     # Opened first: a wrong path should not cost the time that loading takes.
-    pictures = [read_image(sys.stdin.buffer.read()) if image == "-" else read_picture(image) for image in images]
+    pictures = [read_image(read_stdin()) if image == "-" else read_picture(image) for image in images]
     for picture in pictures:
         open_image(picture)
 

@@ -150,7 +150,10 @@ def _is_file_of_picture(path: str) -> bool:
 def _digest(name: str) -> str | None:
     """SHA-256 of a file; None of what is none."""
     try:
-        with Path(name).expanduser().open("rb") as file:
+        path = Path(name).expanduser()
+        if not path.is_file():  # a device might never end
+            return None
+        with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError, RuntimeError):
         return None

@@ -78,7 +78,7 @@ def command(
       mlx-vlm-mini generate Qwen/Qwen2.5-VL-3B-Instruct -p "What happens?" --video clip.mp4 --fps 1
     """
     from mlx_vlm_mini.errors import PromptError
-    from mlx_vlm_mini.image import open_image
+    from mlx_vlm_mini.image import open_image, read_stdin
 
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give --prompt, or --prompt-file for many" if prompt is None else "one prompt or many?")
@@ -98,7 +98,7 @@ def command(
         _answer_many(ctx, model, items, output, loading, options)
         return
     # Opened first: a wrong path should not cost the time that loading takes.
-    opened = [open_image(sys.stdin.buffer.read() if image == "-" else image) for image in images]
+    opened = [open_image(read_stdin() if image == "-" else image) for image in images]
     check_videos(videos)
 
     from mlx_vlm_mini import load, stream_generate

@@ -40,7 +40,7 @@ class Features:
         """
         if isinstance(source, PreparedImage | Video):
             return processor.prepare(source)
-        picture = source if isinstance(source, Picture) else read_image(source)
+        picture = source if isinstance(source, Picture) else read_image(source, processor.access)
         key = picture.sha256, repr(processor.image_settings)
         found = self._find(key, lambda: processor.prepare(picture), lambda image: image.nbytes)
         return found if found.origin.path == picture.path else replace(found, origin=without_data(picture))

@@ -3,30 +3,53 @@
 import base64
 import binascii
 import hashlib
-import io
 import os
 import re
-import urllib.error
+import select
+import stat
+import sys
+import time
 import urllib.parse
-import urllib.request
-import warnings
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image
 
+from .decode import MOST_BYTES, decode, factor_of, flatten, from_array, known_formats
 from .errors import ImageError
+from .web import download, private_allowed
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 """A path, a `data:` URL, an http(s) URL (all three may be `str`), an encoded file's bytes, a PIL image, an array."""
 
-REDUCE_ABOVE = 50_000_000  # pixels, from which on an image is opened at a half, a quarter or an eighth of its sides
-MOST_PIXELS = 500_000_000  # of a JPEG, which is reduced while it is decoded; others have Pillow's limit
-_DOWNLOAD_LIMIT = 64 * 2**20  # bytes
-_DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+_DATA_URL_LIMIT = 64 * 2**20  # characters
+_PERCENTS = 100_000  # of its characters written as %XX
+_WRITER = 2  # seconds in which a named pipe finds a writer
+_SILENCE = 30  # seconds in which a pipe's writer writes nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """What an image's name may reach. Who serves others gives `SERVED`, and grants no more than is meant.
+
+    Attributes:
+        files: files of this machine.
+        urls: http(s) addresses of the internet.
+        private_urls: also those of this machine, its networks and its cloud; None: where the environment variable
+            MLX_VLM_MINI_PRIVATE_URLS is 1.
+    """
+
+    files: bool = False
+    urls: bool = False
+    private_urls: bool | None = False
+
+
+SERVED = Access()
+"""Bytes, `data:` URLs, PIL images and arrays alone: a name that another sends opens nothing here."""
+LOCAL = Access(files=True, urls=True, private_urls=None)
+"""The user of this machine, who names what is theirs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,25 +69,31 @@ class Picture:
     sha256: str
 
 
-def read_image(source: ImageSource) -> Picture:
+def read_image(source: ImageSource, access: Access = LOCAL) -> Picture:
     """Read an image without decoding it, so that one that was seen before is known by its bytes.
 
     Raises:
-        ImageError: nothing is there, or it is no source of images.
+        ImageError: nothing is there, or it is no source of images, or `access` does not reach it.
     """
     path, name = None, "the image"
     data: bytes | Image.Image
     if isinstance(source, bytes | bytearray | memoryview):
         data, name = bytes(source), "the image bytes"
+        check_size(len(data), name)
     elif isinstance(source, str) and re.match("data:", source, re.IGNORECASE):
         data, name = _read_data_url(source), "the data: URL"
     elif isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
-        data, name = _download(source), source
+        if not access.urls:
+            raise ImageError(f"{source[:200]} is an address, and addresses are not opened here: send the image itself")
+        private = private_allowed() if access.private_urls is None else access.private_urls
+        data, name = download(source, private=private), source
     elif isinstance(source, str | Path):
+        if not access.files:
+            raise ImageError(f"{str(source)[:200]} names a file, and files are not opened here: send the image itself")
         name = str(source)
         file = Path(os.path.expanduser(source))  # noqa: PTH111 - never raises
-        data = _read_file(file)
-        path = file.absolute() if file.is_file() else None  # a pipe cannot be read again
+        data, again = _read_file(file)
+        path = file.absolute() if again else None
     else:
         data = open_image(source)
         sha256 = hashlib.sha256(repr(data.size).encode() + data.tobytes())
@@ -72,47 +101,123 @@ def read_image(source: ImageSource) -> Picture:
     return Picture(data, name, path, hashlib.sha256(data).hexdigest())
 
 
-def open_image(source: ImageSource | Picture, *, whole: bool = False) -> Image.Image:
+def open_image(source: ImageSource | Picture, *, whole: bool = False, access: Access = LOCAL) -> Image.Image:
     """Open an image as upright RGB; transparency shows white, an animation its first frame.
 
-    An image of more than `REDUCE_ABOVE` pixels comes with a half, a quarter or an eighth of its sides: the largest of
-    these that is within the limit. A JPEG is reduced while it is decoded, so that the whole never lies in memory.
+    An image of more than `decode.REDUCE_ABOVE` pixels comes with a half, a quarter or an eighth of its sides: the
+    largest of these that is within the limit. A JPEG is reduced while it is decoded, so that the whole never lies in
+    memory.
 
     Args:
         source: see `ImageSource`. Arrays are [height, width] or [height, width, 1, 3 or 4] (or channels first): uint8,
             uint16, bool, or floats between 0 and 1.
         whole: never reduced.
+        access: what a name may reach.
 
     Raises:
         ImageError: nothing is there, or it is not an image, or it is too large.
     """
     if isinstance(source, Image.Image):
-        image = _to_rgb(source, "the image", whole)
+        image = flatten(source, "the image", whole)
     elif isinstance(source, Picture | bytes | bytearray | memoryview | str | Path):
-        picture = source if isinstance(source, Picture) else read_image(source)
+        picture = source if isinstance(source, Picture) else read_image(source, access)
         data = picture.data
-        image = data if isinstance(data, Image.Image) else _decode(data or b"", picture.name, whole)
+        image = data if isinstance(data, Image.Image) else decode(data or b"", picture.name, whole)
     elif hasattr(source, "__array__") or hasattr(source, "__buffer__") or hasattr(source, "__array_interface__"):
-        image = _from_array(np.asarray(source))
+        image = from_array(np.asarray(source))
     else:
         raise ImageError(
             f"cannot open an image from {type(source).__name__}: give a path, a URL, bytes, a PIL image or an array"
         )
-    return image if whole else _reduce(image)
+    factor = 1 if whole else factor_of(*image.size)
+    return image if factor == 1 else image.reduce(factor)
 
 
-def _read_file(path: Path) -> bytes:
+def check_size(size: int, name: object) -> None:
+    """Raises ImageError where a file is too large to be read."""
+    if size > MOST_BYTES:
+        raise ImageError(
+            f"{name} has {size / 2**20:,.0f} MiB, and the limit for an image is {MOST_BYTES // 2**20}: save it smaller"
+        )
+
+
+def _read_file(path: Path) -> tuple[bytes, bool]:
+    """Its bytes, and whether they can be read again. Devices are not read, and pipes not waited for without an end."""
     try:
-        return path.read_bytes()
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(number)
+            if stat.S_ISREG(status.st_mode):
+                check_size(status.st_size, path)
+                return _drain(lambda size: os.read(number, size), path), True
+            if stat.S_ISFIFO(status.st_mode):
+                return _drain(_pipe(number, path), path), False
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device"
+            raise ImageError(f"{path} is {what}, not an image")
+        finally:
+            os.close(number)
     except FileNotFoundError:
         raise ImageError(f"image not found: {path}") from None
-    except IsADirectoryError:
-        raise ImageError(f"{path} is a folder, not an image") from None
     except (OSError, ValueError) as error:
         raise ImageError(f"cannot read image {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height as the file says, which is not decoded.
+
+    Raises:
+        ImageError: nothing is there, or it is not an image.
+    """
+    if not path.is_file():  # a device might never end
+        raise ImageError(f"{path} is no file, and no image" if path.exists() else f"image not found: {path}")
+    try:
+        with Image.open(path, formats=known_formats()) as image:
+            return image.size
+    except Exception as error:  # plugins raise anything on broken files
+        raise ImageError(f"{path} is not an image: {error or type(error).__name__}") from None
+
+
+def read_stdin() -> bytes:
+    """An image's bytes from stdin, or as many more than the limit as show that it is too large."""
+    return sys.stdin.buffer.read(MOST_BYTES + 1)
+
+
+def _drain(read: Callable[[int], bytes], path: Path) -> bytes:
+    """All that `read` gives, within `MOST_BYTES`: a file may grow while it is read."""
+    data = bytearray()
+    while part := read(1 << 20):
+        data += part
+        check_size(len(data), path)
+    return bytes(data)
+
+
+def _pipe(number: int, path: Path) -> Callable[[int], bytes]:
+    """Reads a pipe that was opened without waiting."""
+    opened, begun = time.monotonic(), False
+
+    def read(size: int) -> bytes:
+        nonlocal begun
+        while True:
+            try:
+                part = os.read(number, size)
+            except BlockingIOError:  # its writer is there
+                if not select.select([number], [], [], _SILENCE)[0]:
+                    raise ImageError(f"{path}, a pipe, gave nothing for {_SILENCE} s: give a file") from None
+                continue
+            begun = begun or bool(part)
+            if begun or time.monotonic() - opened > _WRITER:
+                return part
+            time.sleep(0.01)
+
+    return read
+
+
 def _read_data_url(url: str) -> bytes:
+    if len(url) > _DATA_URL_LIMIT or url.count("%") > _PERCENTS:
+        raise ImageError(
+            f"the data: URL has {len(url) / 2**20:,.1f} MiB, {url.count('%'):,} characters as %XX, and the limits are "
+            f"{_DATA_URL_LIMIT // 2**20} and {_PERCENTS:,}: give the image as a file"
+        )
     header, comma, data = url.partition(",")
     if not comma:
         raise ImageError("the data: URL has no comma between its header and its data")
@@ -123,136 +228,3 @@ def _read_data_url(url: str) -> bytes:
         return urllib.parse.unquote_to_bytes(data)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"the data: URL is not valid base64: {error}") from None
-
-
-class _HttpOnly(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        if not re.match(r"https?://", newurl, re.IGNORECASE):
-            raise ImageError(f"{req.full_url} redirects to {newurl}, which is not http(s)")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "mlx-vlm-mini"})
-    try:
-        with urllib.request.build_opener(_HttpOnly).open(request, timeout=_DOWNLOAD_TIMEOUT) as answer:
-            data: bytes = answer.read(_DOWNLOAD_LIMIT + 1)
-    except urllib.error.HTTPError as error:
-        raise ImageError(f"cannot download {url}: HTTP {error.code} {error.reason}") from None
-    except (OSError, ValueError) as error:
-        raise ImageError(f"cannot download {url}: {getattr(error, 'reason', None) or error}") from None
-    if len(data) > _DOWNLOAD_LIMIT:
-        raise ImageError(f"{url} is larger than {_DOWNLOAD_LIMIT // 2**20} MiB; download it and give its path")
-    return data
-
-
-def _factor(width: int, height: int) -> int:
-    """By how much an image's sides are divided: 1, 2, 4 or 8."""
-    return next((factor for factor in (1, 2, 4) if -(-width // factor) * -(-height // factor) <= REDUCE_ABOVE), 8)
-
-
-def _reduce(image: Image.Image) -> Image.Image:
-    factor = _factor(*image.size)
-    return image if factor == 1 else image.reduce(factor)
-
-
-def _open_file(data: bytes, name: str, whole: bool) -> Image.Image:
-    """A file opened, not decoded: a JPEG set to be reduced while it is."""
-    try:
-        image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError:
-        if whole or not data.startswith(b"\xff\xd8\xff"):
-            raise
-        image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))  # it opens without Pillow's limit, for which see below
-    if isinstance(image, JpegImagePlugin.JpegImageFile) and not whole:
-        width, height = image.size
-        if width * height > MOST_PIXELS:
-            raise ImageError(_too_large(name, width * height, MOST_PIXELS))
-        factor = _factor(width, height)
-        if factor > 1:
-            image.draft(None, (width // factor, height // factor))
-    return image
-
-
-def _too_large(name: str, pixels: int, limit: int) -> str:
-    return (
-        f"{name} is too large: {pixels / 1e6:,.0f} megapixels, about {pixels * 3 / 1e9:.1f} GB, and the limit is "
-        f"{limit / 1e6:,.0f}; make it smaller first"
-    )
-
-
-def _decode(data: bytes, name: str, whole: bool) -> Image.Image:
-    if not data:
-        raise ImageError(f"{name} is empty, not an image")
-    if data.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):  # Pillow would run Ghostscript on it
-        raise ImageError(f"{name} is PostScript, not an image that Pillow can read")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's advice on large or odd files; its hard limit stays
-            image = _open_file(data, name, whole)
-            image.load()
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise ImageError(f"{name} is not an image that Pillow can read") from None
-    except Image.DecompressionBombError as error:
-        found = re.search(r"\((\d+) pixels\).* (\d+) pixels", str(error))
-        pixels, limit = (int(number) for number in found.groups()) if found else (2**62, 2**62)
-        raise ImageError(_too_large(name, pixels, limit)) from None
-    except MemoryError:
-        raise ImageError(f"{name} does not fit into memory; make it smaller first") from None
-    except Exception as error:  # decoders of a dozen formats raise anything on broken files
-        raise ImageError(f"{name} is broken: {error or type(error).__name__}") from None
-    return _to_rgb(image, name, whole)
-
-
-def _to_rgb(image: Image.Image, name: str, whole: bool) -> Image.Image:
-    if 0 in image.size:
-        raise ImageError(f"{name} is {image.width}x{image.height} pixels large: there is nothing in it")
-    try:
-        with suppress(Exception):  # a broken EXIF block says nothing about the picture, which is kept as it stands
-            image = ImageOps.exif_transpose(image)
-        if not whole and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"):  # before it is copied further
-            image = _reduce(image)
-        if image.mode == "LAB":
-            lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
-            return converted if converted is not None else image
-        if image.mode == "La":  # premultiplied, which converts only to this
-            image = image.convert("LA")
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            return _from_array(np.asarray(image))
-        if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, image).convert("RGB")
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except ImageError:
-        raise
-    except Exception as error:  # as in _decode: a lazily decoded PIL image fails here
-        raise ImageError(f"{name} is broken: {error or type(error).__name__}") from None
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
-        array = np.moveaxis(array, 0, -1)
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)) or not array.size:
-        raise ImageError(f"an image array is [height, width] or [height, width, 1, 3 or 4], not {list(array.shape)}")
-    if array.dtype.kind not in "buif":
-        raise ImageError(f"an image array holds numbers, not {array.dtype}")
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.dtype == np.bool_:
-        array = array * np.uint8(255)
-    elif array.dtype == np.uint16:
-        array = array >> 8
-    elif array.dtype != np.uint8:
-        low, high = float(array.min()), float(array.max())
-        if np.issubdtype(array.dtype, np.floating) and low >= 0 and high <= 1:
-            array = np.rint(array * 255.0)
-        elif low >= 0 and 255 < high <= 65535:
-            array = array / 257.0
-        elif not (low >= 0 and high <= 255):  # true for NaN too
-            raise ImageError(f"pixel values run from {low:g} to {high:g}: give uint8, or floats from 0 to 1")
-    image = Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
-    return image if image.mode == "RGB" else _to_rgb(image, "the image", whole=True)

@@ -16,6 +16,7 @@ from .errors import CheckpointError
 from .families import Family, find_family, qwen_vl
 from .grid import EdgeGrid
 from .hub import INSTRUCTIONS
+from .image import LOCAL, Access
 from .model import VLM
 from .preprocess import TILINGS, ImageSettings, image_settings
 from .processor import Processor
@@ -224,6 +225,7 @@ def load(
     max_pixels: int | None = None,
     vision_tower: str | Path | None = None,
     conversation: str | None = None,
+    access: Access = LOCAL,
 ) -> tuple[VLM, Processor]:
     """Load a model and its processor.
 
@@ -238,6 +240,8 @@ def load(
             the checkpoint says.
         vision_tower: of an original LLaVA checkpoint, in place of the one that its config.json names.
         conversation: of an original LLaVA checkpoint, its prompt's name in place of the one that belongs to its name.
+        access: what names of images in messages may reach: by default files and public addresses. A program that
+            serves others gives `mlx_vlm_mini.image.SERVED`, by which it opens neither.
 
     Returns:
         `(model, processor)`, to be given to `generate`, `stream_generate` or `Chat`.
@@ -253,6 +257,7 @@ def load(
             "choose bfloat16 or float32"
         )
     processor = load_processor(checkpoint, planned.family, planned.config)
+    processor.access = access
     if min_tiles is not None or max_tiles is not None:
         processor.limit_tiles(min_tiles, max_tiles)
     if min_pixels is not None or max_pixels is not None:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .anyres import Tiling, cut_frames, read_pinpoints
+from .bars import pad_and_resize, pad_to_square
 from .canvas import Canvas, canvas_frames
 from .crops import Crops, crop_frames
 from .errors import CheckpointError, ImageError
@@ -45,7 +46,8 @@ class ImageSettings:
     """How an image is prepared that is not the conversation's only one (LLaVA-OneVision); None: no differently."""
 
 
-_MOST_PIXELS = 1 << 28  # of a step on the way to a model: far above all that they ask for
+_MOST_PIXELS = 1 << 26  # of a step on the way to a model: far above all that they ask for
+_MOST_SQUARE = 1 << 28  # pixels of an image made square that is shrunk at once, a band at a time
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP_DEFAULTS: dict[str, Any] = {
@@ -283,11 +285,11 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
         height, width = settings.tiling.fit((image.height, image.width))
         _check_pixels(image, width, height)
         image = image.resize((width, height), resample=Image.Resampling(settings.resample))
-    if settings.pad_color is not None:
-        _check_pixels(image, max(image.size), max(image.size))
-        image = _pad_to_square(image, settings.pad_color)
+    side = None if settings.pad_color is None else max(image.size)
+    if side is not None:
+        _check_pixels(image, side, side, _MOST_PIXELS if settings.size is None else _MOST_SQUARE)
     if settings.size is not None:
-        target = _target_size(image.width, image.height, settings.size)
+        target = _target_size(side or image.width, side or image.height, settings.size)
         if min(target) < 1:
             raise ImageError(f"an image of {image.width}x{image.height} pixels is too narrow for this model")
         if prod(_target_size(1, 1, settings.size)) > _MOST_PIXELS:  # of any image: then the settings are at fault
@@ -296,7 +298,13 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
                 f"images say: it would become one of {target[0]}x{target[1]}"
             )
         _check_pixels(image, *target)
-        image = image.resize(target, resample=Image.Resampling(settings.resample))
+        kernel = Image.Resampling(settings.resample)
+        if settings.pad_color is not None:
+            image = pad_and_resize(image, settings.pad_color, target, kernel)
+        else:
+            image = image.resize(target, resample=kernel)
+    elif settings.pad_color is not None:
+        image = pad_to_square(image, settings.pad_color)
     array = np.asarray(image)
     if settings.crop_size is not None:
         array = _center_crop(array, *settings.crop_size)
@@ -344,9 +352,9 @@ def _frame(frame: Frame, height: int, width: int, settings: ImageSettings) -> Fr
     return frame
 
 
-def _check_pixels(image: Image.Image, width: int, height: int) -> None:
+def _check_pixels(image: Image.Image, width: int, height: int, most: int = _MOST_PIXELS) -> None:
     """Raises ImageError where a step on the way to the model would need gigabytes: of a very long and narrow image."""
-    if width * height > _MOST_PIXELS:
+    if width * height > most:
         raise ImageError(
             f"an image of {image.width}x{image.height} pixels becomes one of {width}x{height} for this model, about "
             f"{width * height * 3 / 1e9:.1f} GB: crop it first"
@@ -378,13 +386,6 @@ def _target_size(width: int, height: int, size: Mapping[str, int]) -> tuple[int,
     raise CheckpointError(
         f"preprocessor_config.json: cannot resize by {dict(size)}; height and width, or shortest_edge are needed"
     )
-
-
-def _pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), color)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def _center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from .crops import Crops
 from .errors import CheckpointError, PromptError
 from .families import Family
 from .grid import Grid
-from .image import ImageSource, Picture, open_image, read_image
+from .image import LOCAL, Access, ImageSource, Picture, open_image, read_image
 from .model import InputImage, Inputs
 from .preprocess import ImageSettings
 from .prompt import ChatTemplate, Message, Prompt, images_of, text_of, to_messages
@@ -69,6 +69,7 @@ class Processor:
         tokenizer: text to ids and back.
         instruction_tokenizer: what a Q-Former reads texts by (InstructBLIP).
         image_token, image_token_id: what stands in the prompt where a row of image features goes.
+        access: what names of images may reach: who serves others sets `image.SERVED`.
         eos_token_ids: the ids that end an answer.
         stops: texts that end it, too.
     """
@@ -84,8 +85,10 @@ class Processor:
         eos_token_ids: frozenset[int],
         video_settings: VideoSettings | None = None,
         instruction_tokenizer: Tokenizer | None = None,
+        access: Access = LOCAL,
     ) -> None:
         self.config = config
+        self.access = access
         self.family = family
         self.tokenizer = tokenizer
         self.instruction_tokenizer = instruction_tokenizer
@@ -181,6 +184,8 @@ class Processor:
                 f"the video processor makes a token of {settings.grid.factor} pixels a side, config.json of "
                 f"{self.config.vision.image_size}: copy video_preprocessor_config.json from the original repository"
             )
+        if not self.access.files:
+            raise PromptError("videos are files, and files are not opened here: send some of its frames as images")
         family: Any = self.family
         clip = read_clip(video, settings)
         layout = family.video_layout(self.config, clip, self.image_token)
@@ -207,7 +212,7 @@ class Processor:
                 "the checkpoint has neither preprocessor_config.json nor an image_processor in processor_config.json, "
                 "so how it takes images is unknown: copy the file from the original repository"
             )
-        picture = source if isinstance(source, Picture) else read_image(source)
+        picture = source if isinstance(source, Picture) else read_image(source, self.access)
         image = open_image(picture)
         found = self._form(image, self.image_settings, picture)
         among = self.image_settings.among

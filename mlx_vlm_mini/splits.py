@@ -13,7 +13,7 @@ from PIL import Image
 from .errors import CheckpointError, ImageError
 from .places import Frame
 
-_MOST_PIXELS = 1 << 28  # of an image in whole tiles: a very long and narrow one that is not resized first
+_MOST_PIXELS = 1 << 26  # of an image in whole tiles: a very long and narrow one that is not resized first
 LONGEST = 4096  # pixels along an image's longer side at most, before tiles are counted
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
+from mlx_vlm_mini.image import image_size
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.prompt import Message, images_of
@@ -75,7 +75,7 @@ def _blank(message: Message) -> Message:
     parts = []
     for part in message["content"]:
         if part["type"] == "image":
-            with Image.open(part["image"]) as image:
-                part = {**part, "image": np.full((image.height, image.width, 3), 128, dtype=np.uint8)}
+            width, height = image_size(part["image"])
+            part = {**part, "image": np.full((height, width, 3), 128, dtype=np.uint8)}
         parts.append(part)
     return {**message, "content": parts}

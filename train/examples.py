@@ -12,9 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image
 
-from mlx_vlm_mini.errors import ImageError, PromptError, VLMError
+from mlx_vlm_mini.errors import PromptError, VLMError
+from mlx_vlm_mini.image import image_size
 from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.prompt import Message, images_of, to_messages
 
@@ -70,7 +70,7 @@ def read_examples(file: Path) -> list[Example]:
             messages = _messages(entry, file.parent)
             for part in images_of(messages):
                 if part["image"] not in seen:
-                    _check_image(part["image"])
+                    image_size(part["image"])
                     seen.add(part["image"])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, VLMError) as error:
             reason = str(error) if isinstance(error, VLMError) else f"not a line of training data ({error!r})"
@@ -115,16 +115,6 @@ def _from_llava(entry: Any) -> list[dict[str, Any]]:
     if images:
         raise PromptError(f"{len(images)} of its images have no <image> in the text")
     return messages
-
-
-def _check_image(path: Path) -> None:
-    try:
-        with Image.open(path):
-            pass
-    except FileNotFoundError:
-        raise ImageError(f"image not found: {path}") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ImageError(f"{path} is not an image: {error}") from None
 
 
 def encode(processor: Processor, example: Example) -> Encoded:
