@@ -24,7 +24,7 @@ def check_layers(hf: Mapping[str, Any]) -> None:
             waiting.append(value)
             if isinstance(value, int) and _LAYERS.search(str(key)) and value > _MOST_LAYERS:
                 raise CheckpointError(
-                    f"config.json asks for {value:,} layers ({key}), at most {_MOST_LAYERS:,} are read: each takes "
+                    f"config.json asks for {value} layers ({key}), at most {_MOST_LAYERS} are read: each takes "
                     "thousands of bytes before its weights"
                 )
 
