@@ -200,6 +200,8 @@ def _indexed(index: Path) -> list[Path]:
     names = sorted({str(name) for name in weight_map.values()})
     if any(Path(name).name != name or "\0" in name for name in names):
         raise CheckpointError(f"{index} names a file outside its folder")
+    if any(len(name.encode(errors="replace")) > 255 for name in names):
+        raise CheckpointError(f"{index} names a file that no file system has: {names[-1][:40]}...")
     return [index.parent / name for name in names]
 
 

@@ -10,6 +10,7 @@ Sources: sandbox.py and compiler.py of pallets/jinja; utils/chat_template_utils.
 import functools
 import json
 import re
+import warnings
 from collections.abc import (
     Callable,
     ItemsView,
@@ -389,7 +390,8 @@ def compile_template(source: str) -> jinja2.Template:
     """
     if len(source) > LONGEST_TEMPLATE:
         raise Stopped(f"it has {len(source):,} characters; at most {LONGEST_TEMPLATE:,} are read")
-    with counting():
+    with counting(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's about what jinja2 makes of it
         return Sandbox().from_string(source)
 
 

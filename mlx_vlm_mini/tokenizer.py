@@ -27,7 +27,7 @@ _CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
     "QWenTokenizer": {"eos_token": "<|endoftext|>"},
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
 }
-MOST_ADDED = 100_000  # tokens beside the vocabulary: they are looked for one by one
+MOST_ADDED = 50_000  # tokens beside the vocabulary: they are looked for one by one
 _LARGEST = 128 * 2**20  # bytes of a tokenizer.json; the largest that are known have a third of that
 _SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer", "InternLM2Tokenizer")
 """Classes whose tokenizer.model is known to be read as theirs is."""
@@ -175,6 +175,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             text = _text_of(value)
             if key.endswith("_token") and isinstance(text, str):
                 special[key] = text
+    for listed, name in ((settings.get("added_tokens_decoder"), "tokenizer_config.json"), (added, "added_tokens.json")):
+        if isinstance(listed, dict | list) and len(listed) > MOST_ADDED:
+            raise CheckpointError(f"{folder}/{name} adds {len(listed):,} tokens, at most {MOST_ADDED:,} are read")
     file = folder / "tokenizer.json"
     try:
         if file.is_file():
@@ -275,8 +278,6 @@ def _add_tokens(backend: Backend, settings: dict[str, Any], special: list[str], 
 def _add(backend: Backend, tokens: Sequence[tuple[int, AddedToken]], file: str, folder: Path) -> None:
     """Add tokens, in the order of their ids, which must be the next free ones; all at once: each time the library
     builds its table of them anew."""
-    if len(tokens) > MOST_ADDED:
-        raise CheckpointError(f"{folder}/{file} adds {len(tokens):,} tokens, at most {MOST_ADDED:,} are read")
     new = {token.content: token_id for token_id, token in tokens[::-1] if backend.token_to_id(token.content) is None}
     backend.add_tokens([token for _, token in tokens])
     for content, token_id in new.items():
