@@ -20,6 +20,7 @@ from .errors import CheckpointError
 from .pickled import MOST_AXES, Pickled, read_pickled
 
 _LARGEST = 32 * 2**20  # bytes of a header, or of a JSON file: the largest that are known have a third of that
+_DEEPEST = 100  # lists in one another
 _MOST_ENTRIES = 3_000_000  # commas and brackets in one, which say what memory it takes
 
 DTYPES: dict[str, tuple[mx.Dtype, int]] = {  # safetensors' name -> MLX's type, bytes an element
@@ -68,7 +69,19 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object")
+    _check_depth(content, file)
     return content
+
+
+def _check_depth(content: dict[str, Any], file: Path) -> None:
+    """Refuse JSON that can be read, but no longer be written: a conversion writes it again."""
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST):
+        parts = [each for part in level for each in (part.values() if isinstance(part, dict) else part)]
+        level = [each for each in parts if isinstance(each, dict | list)]
+        if not level:
+            return
+    raise CheckpointError(f"{file} is not valid JSON: its lists lie too deep in one another")
 
 
 def read_bytes(file: Path, most: int = _LARGEST) -> bytes:
@@ -281,6 +294,8 @@ class Checkpoint:
         settings = self.quantization or {}
         own = settings.get(module)
         bits = (own if isinstance(own, Mapping) else settings).get("bits", 4)
+        if type(bits) is not int or not 1 <= bits <= 32:
+            raise CheckpointError(f"{self.folder}/config.json: weights have 1 to 32 bits, not {bits!r}")
         return prod(info.shape) * 32 // bits if parameter == "weight" else prod(info.shape)
 
     def read(self, name: str) -> mx.array:

@@ -1,17 +1,21 @@
-"""Regular expressions of a tokenizer.json: those that could take for ever are refused before they read anything.
+"""What the `tokenizers` library is given and what it raises, kept in bounds.
 
-The `tokenizers` library tries all ways in which a text may match. A repetition inside a repetition has as many ways as
+Regular expressions of a tokenizer.json that could take for ever are refused before they read anything.
+
+The library tries all ways in which a text may match. A repetition inside a repetition has as many ways as
 there are subsets of the text, and several wide ones behind one another as many as a power of its length.
 """
 
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, VLMError
 
+_LARGEST = 128 * 2**20  # bytes of a vocabulary's file; the largest that are known have a third of that
 _MOST_REPEATED = 8  # repetitions without end in one alternative; the published ones have up to three
 _LONGEST = 20_000  # characters
 _PART = re.compile(
@@ -20,6 +24,29 @@ _PART = re.compile(
     r"|(?P<times>[*+]|\{\d*,\})[?+]?|(?P<few>\?|\{\d*(?:,\d*)?\})[?+]?|.",
     re.DOTALL,
 )
+
+
+@contextmanager
+def library_errors(what: str, *, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn what the library raises into one line: plain `Exception`, or, where its code gives up, a kind of its own
+    that is not even that.
+
+    Args:
+        but: what is left to the caller.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, (VLMError, KeyboardInterrupt, SystemExit, GeneratorExit, *but)):
+            raise
+        raise CheckpointError(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+
+
+def check_size(file: Path) -> None:
+    """Raises CheckpointError where a file that the library reads is larger than any vocabulary."""
+    size = file.stat().st_size
+    if size > _LARGEST:
+        raise CheckpointError(f"{file} has {size >> 20} MB, at most {_LARGEST >> 20} MB are read")
 
 
 def check_patterns(part: Any, file: Path) -> None:

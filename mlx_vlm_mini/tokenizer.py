@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from .bytelevel import MERGES, VOCABULARY, read_byte_level
 from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
-from .patterns import check_patterns
+from .patterns import check_patterns, check_size, library_errors
 from .ranks import RANKS, read_tiktoken
 from .sentencepiece import Prefix, build_backend, read_sentencepiece
 from .wordpieces import WORDS, read_word_pieces
@@ -28,7 +28,6 @@ _CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
 }
 MOST_ADDED = 50_000  # tokens beside the vocabulary: they are looked for one by one
-_LARGEST = 128 * 2**20  # bytes of a tokenizer.json; the largest that are known have a third of that
 _SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer", "InternLM2Tokenizer")
 """Classes whose tokenizer.model is known to be read as theirs is."""
 
@@ -59,12 +58,8 @@ class Tokenizer:
                 text.encode()
             except UnicodeEncodeError:
                 raise PromptError("the prompt is not valid UTF-8 text") from None
-        try:
+        with library_errors(f"the tokenizer cannot read {text[:40]!r}"):
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
-        except BaseException as error:  # the library raises a kind of its own where its code gives up
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise CheckpointError(f"the tokenizer cannot read {text[:40]!r}: {error}") from None
 
     def has_bos(self, text: str, image_token: str) -> bool:
         """Whether a prompt has a `bos_token` in front, of which images may stand."""
@@ -98,7 +93,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids beyond the vocabulary give nothing."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with library_errors("the tokenizer cannot write its tokens"):
+            text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def show(self, tokens: Collection[str]) -> None:
@@ -180,23 +176,26 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             raise CheckpointError(f"{folder}/{name} adds {len(listed):,} tokens, at most {MOST_ADDED:,} are read")
     file = folder / "tokenizer.json"
     try:
-        if file.is_file():
-            backend = _from_json(file)
-        elif (folder / RANKS).is_file():
-            backend = read_tiktoken(folder / RANKS)
-        else:
-            byte_level = (folder / VOCABULARY).is_file() and (folder / MERGES).is_file()
-            words = (folder / WORDS).is_file() and not (folder / "tokenizer.model").is_file()
-            if byte_level:
-                backend = read_byte_level(folder, gpt2=_class_of(settings) == "GPT2Tokenizer")
-            elif words:
-                backend = read_word_pieces(folder, settings)
+        with library_errors(
+            f"{folder}: the tokenizer's files do not make one", but=(TypeError, ValueError, AttributeError)
+        ):
+            if file.is_file():
+                backend = _from_json(file)
+            elif (folder / RANKS).is_file():
+                backend = read_tiktoken(folder / RANKS)
             else:
-                backend = _from_sentencepiece(folder, settings, special)
-            own = sorted((int(token_id), text) for text, token_id in added.items())
-            tokens = [(token_id, AddedToken(text, special=True, normalized=False)) for token_id, text in own]
-            _add(backend, tokens, "added_tokens.json", folder)
-        _add_tokens(backend, settings, list(special.values()), folder)
+                byte_level = (folder / VOCABULARY).is_file() and (folder / MERGES).is_file()
+                words = (folder / WORDS).is_file() and not (folder / "tokenizer.model").is_file()
+                if byte_level:
+                    backend = read_byte_level(folder, gpt2=_class_of(settings) == "GPT2Tokenizer")
+                elif words:
+                    backend = read_word_pieces(folder, settings)
+                else:
+                    backend = _from_sentencepiece(folder, settings, special)
+                own = sorted((int(token_id), text) for text, token_id in added.items())
+                tokens = [(token_id, AddedToken(text, special=True, normalized=False)) for token_id, text in own]
+                _add(backend, tokens, "added_tokens.json", folder)
+            _add_tokens(backend, settings, list(special.values()), folder)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}/tokenizer_config.json is malformed: {error!r}") from None
     return Tokenizer(backend, special)
@@ -207,15 +206,9 @@ def _class_of(settings: dict[str, Any]) -> str:
 
 
 def _from_json(file: Path) -> Backend:
-    size = file.stat().st_size
-    if size > _LARGEST:
-        raise CheckpointError(f"{file} has {size >> 20} MB, at most {_LARGEST >> 20} MB are read")
-    try:
+    check_size(file)
+    with library_errors(f"{file} is broken"):
         backend = Backend.from_file(str(file))
-    except BaseException as error:  # plain Exception for whatever is wrong in the file, or where its code gives up
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise CheckpointError(f"{file} is broken: {(str(error).splitlines() or [''])[0]}") from None
     if len(backend.get_added_tokens_decoder()) > MOST_ADDED:
         raise CheckpointError(f"{file} adds more than {MOST_ADDED:,} tokens to its vocabulary")
     for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder):

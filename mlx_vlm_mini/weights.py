@@ -188,7 +188,7 @@ def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) ->
     if any(name.endswith(".scales") for name in ours):
         try:
             nn.quantize(model, class_predicate=quantization_of(ours, checkpoint.quantization))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
             raise CheckpointError(f"config.json: quantization does not fit the model: {error}") from None
     expected = dict(tree_flatten(model.parameters()))
     block = [name for name in expected if name.startswith("vision.blocks.0.")]
