@@ -149,6 +149,11 @@ def _open_tower(folder: Path, config: Mapping[str, Any], name: str, need: Need, 
     if given is None and (not isinstance(named, str) or not named):
         raise CheckpointError(f"{folder}/config.json names no vision tower: give its folder as vision tower")
     places = [folder / named, Path(named)] if given is None and isinstance(named, str) else []
+    if places and _leads_out(folder, str(named)):
+        raise CheckpointError(
+            f"{folder}/config.json names the vision tower '{named}', outside its folder: where that is yours, give it "
+            "as vision tower (--vision-tower)"
+        )
     source: str | Path = next((place for place in places if place.is_dir()), given or str(named))
     try:
         tower = open_checkpoint(find_folder(source, weights=need == "tensors"))
@@ -166,6 +171,15 @@ def _open_tower(folder: Path, config: Mapping[str, Any], name: str, need: Need, 
             f"{tower.folder}: the vision tower is a {kind}; original LLaVA checkpoints take CLIP or InternViT"
         )
     return tower
+
+
+def _leads_out(folder: Path, named: str) -> bool:
+    """Whether a name in a config.json goes up or to the root of this machine's folders."""
+    upward = Path(named).is_absolute() or named.startswith("~") or ".." in Path(named).parts
+    try:
+        return upward and not (folder / named).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # no name of a file: RuntimeError of links in a circle
+        return True
 
 
 def _take_tower(whole: Assembly, tower: Checkpoint, inside: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from .errors import CheckpointError
+from .patterns import check_size, library_errors
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 
@@ -26,10 +26,10 @@ def read_byte_level(folder: Path, *, gpt2: bool = False) -> Tokenizer:
     Raises:
         CheckpointError: one of the files is broken.
     """
-    try:
+    check_size(folder / VOCABULARY)
+    check_size(folder / MERGES)
+    with library_errors(f"{folder}: {VOCABULARY} or {MERGES} is broken"):
         tokenizer = Tokenizer(BPE.from_file(str(folder / VOCABULARY), str(folder / MERGES)))
-    except Exception as error:  # the library raises plain Exception for whatever is wrong in the files
-        raise CheckpointError(f"{folder}: {VOCABULARY} or {MERGES} is broken: {str(error).splitlines()[0]}") from None
     tokenizer.decoder = decoders.ByteLevel()
     if gpt2:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

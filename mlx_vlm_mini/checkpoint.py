@@ -17,9 +17,11 @@ from typing import Any, cast
 import mlx.core as mx
 
 from .errors import CheckpointError
-from .pickled import Pickled, read_pickled
+from .pickled import MOST_AXES, Pickled, read_pickled
 
-_HEADER_LIMIT = 100 * 2**20  # bytes, the format's own limit
+_LARGEST = 32 * 2**20  # bytes of a header, or of a JSON file: the largest that are known have a third of that
+_DEEPEST = 100  # lists in one another
+_MOST_ENTRIES = 3_000_000  # commas and brackets in one, which say what memory it takes
 
 DTYPES: dict[str, tuple[mx.Dtype, int]] = {  # safetensors' name -> MLX's type, bytes an element
     "F32": (mx.float32, 4), "F16": (mx.float16, 2), "BF16": (mx.bfloat16, 2),
@@ -58,15 +60,56 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, not JSON or not an object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(_check_size(read_bytes(file), file).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise CheckpointError(f"{file} is not valid JSON: its lists lie too deep in one another") from None
+    except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object")
+    _check_depth(content, file)
+    return content
+
+
+def _check_depth(content: dict[str, Any], file: Path) -> None:
+    """Refuse JSON that can be read, but no longer be written: a conversion writes it again."""
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST):
+        parts = [each for part in level for each in (part.values() if isinstance(part, dict) else part)]
+        level = [each for each in parts if isinstance(each, dict | list)]
+        if not level:
+            return
+    raise CheckpointError(f"{file} is not valid JSON: its lists lie too deep in one another")
+
+
+def read_bytes(file: Path, most: int = _LARGEST) -> bytes:
+    """A file's content.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it has more than `most` bytes, is no file, or cannot be read.
+    """
+    try:
+        if not file.is_file() and file.exists():  # a pipe would be waited for, a device read for ever
+            raise CheckpointError(f"{file} is no regular file")
+        with file.open("rb") as stream:
+            content = stream.read(most + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
+    if len(content) > most:
+        raise CheckpointError(f"{file} has more than {most >> 20} MB, which no model's has: it was not read")
+    return content
+
+
+def _check_size(content: bytes, file: Path) -> bytes:
+    """Refuse JSON whose objects would take gigabytes."""
+    entries = sum(map(content.count, (b",", b"[", b"{")))
+    if entries > _MOST_ENTRIES:
+        raise CheckpointError(f"{file} lists {entries:,} things, at most {_MOST_ENTRIES:,} are read")
     return content
 
 
@@ -78,12 +121,14 @@ def parse_header(header: bytes, file: Path, data_start: int) -> tuple[dict[str, 
     """
     tensors = {}
     try:
-        content = json.loads(header, object_pairs_hook=lambda pairs: _without_doubles(pairs, file))
+        _check_size(header, file)
+        content = json.loads(header.decode(), object_pairs_hook=lambda pairs: _without_doubles(pairs, file))
         metadata = content.pop("__metadata__", None)
         for name, entry in content.items():
             shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-            if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
-                raise ValueError("not a whole number")
+            numbers = (*shape, start, end)
+            if len(shape) > MOST_AXES or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+                raise ValueError("no whole numbers of 63 bits")
             dtype = str(entry["dtype"])
             check_dtype(dtype, name, file)
             if end - start != prod(shape) * DTYPES[dtype][1]:
@@ -91,7 +136,8 @@ def parse_header(header: bytes, file: Path, data_start: int) -> tuple[dict[str, 
             tensors[name] = TensorInfo(file, dtype, shape, data_start + start, data_start + end)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{file} has a broken safetensors header; download it again") from None
-    for before, after in pairwise(sorted(tensors.values(), key=lambda info: (info.start, info.end))):
+    front = TensorInfo(file, "U8", (0,), data_start, data_start)
+    for before, after in pairwise([front, *sorted(tensors.values(), key=lambda info: (info.start, info.end))]):
         if after.start < before.end:
             raise CheckpointError(f"{file}: two tensors lie in one place; download it again")
         if after.start > before.end:
@@ -123,11 +169,11 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         with file.open("rb") as stream:
             start = stream.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else _HEADER_LIMIT + 1
-            if length > _HEADER_LIMIT:
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 2**64
+            if length > _LARGEST:
                 raise CheckpointError(f"{file} is not a safetensors file, or is truncated; download it again")
             header = stream.read(length)
-            size = file.stat().st_size
+            size = stream.seek(0, 2)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing; download it again") from None
     except OSError as error:
@@ -167,6 +213,8 @@ def _indexed(index: Path) -> list[Path]:
     names = sorted({str(name) for name in weight_map.values()})
     if any(Path(name).name != name or "\0" in name for name in names):
         raise CheckpointError(f"{index} names a file outside its folder")
+    if any(len(name.encode(errors="replace")) > 255 for name in names):
+        raise CheckpointError(f"{index} names a file that no file system has: {names[-1][:40]}...")
     return [index.parent / name for name in names]
 
 
@@ -246,6 +294,8 @@ class Checkpoint:
         settings = self.quantization or {}
         own = settings.get(module)
         bits = (own if isinstance(own, Mapping) else settings).get("bits", 4)
+        if type(bits) is not int or not 1 <= bits <= 32:
+            raise CheckpointError(f"{self.folder}/config.json: weights have 1 to 32 bits, not {bits!r}")
         return prod(info.shape) * 32 // bits if parameter == "weight" else prod(info.shape)
 
     def read(self, name: str) -> mx.array:
@@ -255,7 +305,12 @@ class Checkpoint:
             return info.read()
         file = info.file
         if name not in self._arrays.get(file, {}):
-            self._arrays[file] = cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
+            try:
+                self._arrays[file] = cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise CheckpointError(f"MLX cannot read {file}: {error}") from None
+        if name not in self._arrays[file]:
+            raise CheckpointError(f"{file} no longer holds {name}: it was changed while it was read")
         return self._arrays[file].pop(name)
 
 
@@ -270,4 +325,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint folder {folder} {what}" if folder.exists() else f"folder {what}: {folder}")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint folder")
+    _check_links(folder)
     return Checkpoint(folder, read_json(folder / "config.json"))
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse a folder with links that lead out of it: what they name would be read, and copied by a conversion.
+
+    The Hub's cache has its files in `blobs`, two folders above a model's.
+    """
+    try:
+        whole = folder.resolve()
+        allowed = [whole, whole.parent.parent / "blobs"] if whole.parent.name == "snapshots" else [whole]
+        parts = [part for part in folder.iterdir() if part.is_dir() and not part.is_symlink()]
+        for file in [each for part in (folder, *parts) for each in part.iterdir()]:
+            if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in allowed):
+                raise CheckpointError(
+                    f"{file} is a link to {file.resolve()}, outside its folder: put the file itself in its place"
+                )
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise CheckpointError(f"cannot read {folder}: {getattr(error, 'strerror', None) or error}") from None

@@ -1,25 +1,23 @@
 """What the library raises when its input is at fault: one line that says what is wrong, where, and what to do."""
 
-_LONGEST = 2000  # characters of a message
+_LONGEST = 1000  # characters of a message: names in a hostile file may have millions
+
+
+def _one_line(text: str) -> str:
+    """A message without line ends, control characters and what turns writing round; of a long one the middle is left
+    out."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - 300]} ... {text[-295:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " if c in "\r\n\t" else ascii(c)[1:-1] for c in text)
 
 
 class VLMError(Exception):
-    """Base of every error that a caller's input can cause. The command line prints it as one line and exits with 1.
+    """Base of every error that a caller's input can cause. The command line prints it as one line and exits with 1."""
 
-    Its text is one line whatever names from strangers' files stand in it: control characters are written as such, so
-    that none reaches a terminal, and what is very long is cut.
-    """
-
-    def __str__(self) -> str:
-        text = super().__str__()
-        text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 300]} ... {text[-300:]}"
-        return "".join(_shown(letter) for letter in text)
-
-
-def _shown(letter: str) -> str:
-    if letter.isprintable():
-        return letter
-    return " " if letter.isspace() else letter.encode("unicode_escape", "surrogatepass").decode()
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_one_line(str(message)))
 
 
 class CheckpointError(VLMError):

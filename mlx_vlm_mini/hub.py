@@ -1,6 +1,7 @@
 """A model's name -> a folder here: a path, a Hub name, downloaded once and then cached, or the bundled model."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from . import bundled
-from .checkpoint import Header, TensorInfo, check_dtype, find_tensor_files
+from .checkpoint import Header, find_tensor_files, parse_header
 from .errors import CheckpointError
 from .pickled import read_pickled
 
@@ -189,11 +190,11 @@ def fetch_headers(name: str, *, revision: str | None = None) -> list[Header]:
             return _fetch_pickled(name, revision)
     headers: list[Header] = []
     for file, part in sorted(metadata.files_metadata.items()):
-        tensors = {}
-        place = Path(name) / file
-        for key, info in part.tensors.items():
-            check_dtype(info.dtype, key, place)
-            tensors[key] = TensorInfo(place, info.dtype, tuple(info.shape), *info.data_offsets)
+        content = {
+            key: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
+            for key, info in part.tensors.items()
+        }
+        tensors, _ = parse_header(json.dumps(content).encode(), Path(name) / file, 0)
         headers.append((tensors, dict(part.metadata or {})))
     return headers
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 from . import bundled
 from .assembly import open_model
 from .checkpoint import DTYPES, Checkpoint, read_json
-from .config import VLMConfig
+from .config import VLMConfig, check_layers
 from .errors import CheckpointError
 from .families import Family, find_family, qwen_vl
 from .grid import EdgeGrid
@@ -58,6 +58,7 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, VLMConfig]:
     hf, file = checkpoint.config, checkpoint.folder / GENERATION
     if family is qwen_vl and file.is_file():  # it alone says whether the model was trained on conversations
         hf = {**hf, "generation_config": read_json(file)}
+    check_layers(hf)
     try:
         return family, family.config(hf)
     except (TypeError, KeyError, AttributeError, ValueError, ArithmeticError) as error:

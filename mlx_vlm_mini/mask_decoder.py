@@ -5,6 +5,7 @@ no part of a checkpoint: big_vision publishes them as vae-oid.npz, in torch's la
 """
 
 import zipfile
+import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .errors import CheckpointError
 from .hub import find_file
 
 FILE = "vae-oid.npz"
+_LARGEST = 256 * 2**20  # bytes of all its arrays, twenty times what they have
 ADDRESS = f"https://huggingface.co/spaces/big-vision/paligemma-hf/resolve/main/{FILE}"
 
 _NAMES = {  # torch's module -> ours
@@ -71,6 +73,9 @@ def load_mask_decoder(name: str | Path) -> MaskDecoder:
     if not file.is_file():
         raise CheckpointError(f"mask decoder not found: {file}; it is {FILE}, from {ADDRESS}")
     try:
+        with zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > _LARGEST:
+                raise CheckpointError(f"{file} is not {FILE}, PaliGemma's mask decoder: it unpacks to over 256 MB")
         with np.load(file, allow_pickle=False) as arrays:
             codebook = arrays["_vq_vae._embedding"]
             decoder = MaskDecoder(*codebook.shape)
@@ -79,7 +84,9 @@ def load_mask_decoder(name: str | Path) -> MaskDecoder:
                 weight = arrays[f"{theirs}.weight"]  # (out, in, h, w), of transposed convolutions (in, out, h, w)
                 order = (1, 2, 3, 0) if ours.startswith("ups.") else (0, 2, 3, 1)
                 tensors |= {f"{ours}.weight": weight.transpose(order), f"{ours}.bias": arrays[f"{theirs}.bias"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, RuntimeError) as error:
+        raise CheckpointError(f"{file} is not {FILE}, PaliGemma's mask decoder: {error}") from None
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{file} is not {FILE}, PaliGemma's mask decoder: {error}") from None
     expected = {name: array.shape for name, array in tree_flatten(decoder.parameters())}
     wrong = [name for name, array in tensors.items() if array.shape != expected[name] or array.dtype.kind != "f"]

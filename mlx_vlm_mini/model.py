@@ -330,7 +330,7 @@ class VLM(nn.Module):
                 taps = encode(image).reshape(image.tokens, -1, self.config.decoder.hidden_size)[:, 1:].swapaxes(0, 1)
             apart = np.flatnonzero(np.diff(own) > 1) + 1  # text stands between a video's steps (Qwen3-VL)
             for part in np.split(np.arange(len(own)), apart):
-                shown = None if taps is None else taps[:, part[0] : part[-1] + 1]
+                shown = None if taps is None else taps[:, int(part[0]) : int(part[-1]) + 1]
                 times = (0,) if len(apart) else image.times
                 placed.append(PlacedImage(int(own[part[0]]), rows, columns, shown, times))
         return placed

@@ -1,16 +1,17 @@
 """PyTorch's `.bin` files, read without torch and without running anything.
 
 Format: torch/serialization.py of pytorch/pytorch: a zip archive without compression that holds a pickle, whose tensors
-refer to storages by name, and each storage as a file. A pickle can call any function there is; here it gets stand-ins
-for tensors, storages and plain containers, and everything else is refused by name.
+refer to storages by name, and each storage as a file. A pickle can call any function there is, so Python's own reader
+of them is not used: one of ours follows the opcodes that tensors and plain containers need, and refuses all others by
+name.
 """
 
-import collections
-import io
-import pickle
+import lzma
+import pickletools
 import struct
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,7 +22,9 @@ import numpy as np
 
 from .errors import CheckpointError
 
-_PICKLE_LIMIT = 100 * 2**20  # bytes; that of a model of 70 billion weights has less than one million
+_PICKLE_LIMIT = 16 * 2**20  # bytes; that of a model of 70 billion weights has less than one million
+_MOST_STEPS = 1_000_000  # opcodes; a tensor takes about 35
+MOST_AXES = 16  # of a tensor; products of more numbers only waste time
 
 _STORAGES = {  # torch's storage class -> safetensors' type, numpy's type of the same size
     "FloatStorage": ("F32", np.float32), "HalfStorage": ("F16", np.float16), "BFloat16Storage": ("BF16", np.uint16),
@@ -66,7 +69,10 @@ class Pickled:
         """The tensor; copies it out of the file."""
         flat = np.zeros(0, dtype=self.numpy_type)
         if self.span:
-            flat = np.memmap(self.file, dtype=self.numpy_type, mode="r", offset=self.start, shape=(self.span,))
+            try:
+                flat = np.memmap(self.file, dtype=self.numpy_type, mode="r", offset=self.start, shape=(self.span,))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"cannot read {self.file}: {error}") from None
         strides = [flat.itemsize * stride for stride in self.strides]
         array = mx.array(np.array(np.lib.stride_tricks.as_strided(flat, self.shape, strides)))
         return array.view(mx.bfloat16) if self.dtype == "BF16" else array
@@ -79,46 +85,153 @@ class _Storage:
     size: int  # elements
 
 
-class _StorageClass:
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+class _Mark:
+    """Stands for a name that a pickle may ask for; nothing can be done to it but what `_Reader` does."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors, their storages and ordered dictionaries; calls nothing of what the pickle names."""
+_REBUILD, _PARAMETER, _ORDERED = _Mark("tensor"), _Mark("parameter"), _Mark("ordered dictionary")
+_ALLOWED = {
+    ("collections", "OrderedDict"): _ORDERED,
+    ("torch._utils", "_rebuild_tensor_v2"): _REBUILD,
+    ("torch._utils", "_rebuild_parameter"): _PARAMETER,
+    **{("torch", kind): _Mark(kind) for kind in _STORAGES},
+}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_VALUES = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"})
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
-    def __init__(self, data: bytes, file: Path, storages: Mapping[str, tuple[int, int]]) -> None:
-        super().__init__(io.BytesIO(data))
+
+class _Reader:
+    """Follows the opcodes that torch.save writes; it has no way to import, call or change anything."""
+
+    def __init__(self, file: Path, storages: Mapping[str, tuple[int, int]]) -> None:
         self.file = file
         self.storages = storages
+        self.stack: list[Any] = []
+        self.marks: list[int] = []  # places on the stack
+        self.memo: dict[int, Any] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGES:
-            return _StorageClass(name)
-        allowed = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): self._rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-        }
-        if (module, name) not in allowed:
+    def read(self, data: bytes) -> Any:
+        """What the pickle holds.
+
+        Raises:
+            CheckpointError: it asks for anything but tensors, or has more than `_MOST_STEPS` opcodes.
+        """
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if number == _MOST_STEPS:
+                raise CheckpointError(f"{self.file} has more than {_MOST_STEPS:,} steps in its pickle: it was not read")
+            if opcode.name == "STOP":
+                (content,) = self.stack
+                return content
+            self._step(opcode.name, argument)
+        raise ValueError("it has no end")
+
+    def _step(self, name: str, argument: Any) -> None:
+        stack = self.stack
+        if name in _VALUES:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self.memo[argument])
+        elif name == "MARK":
+            self.marks.append(len(stack))
+        elif name == "TUPLE":
+            stack.append(tuple(self._since_mark()))
+        elif name in _TUPLES:
+            stack.append(tuple([stack.pop() for _ in range(_TUPLES[name])][::-1]))
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name == "EMPTY_LIST":
+            stack.append([])
+        elif name in ("SETITEM", "SETITEMS", "APPEND", "APPENDS"):
+            self._fill(name)
+        elif name in ("GLOBAL", "INST"):
+            stack.append(self._find(*argument.split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            last, module = stack.pop(), stack.pop()
+            stack.append(self._find(str(module), str(last)))
+        elif name == "BINPERSID":
+            stack.append(self._storage(stack.pop()))
+        elif name == "REDUCE":
+            arguments = stack.pop()
+            stack.append(self._make(stack.pop(), arguments))
+        elif name == "BUILD":
+            _, target = stack.pop(), stack[-1]  # a model's dictionary has notes about its modules: not read
+            if not isinstance(target, dict):
+                raise CheckpointError(f"{self.file} sets the insides of what is no dictionary: it was not done")
+        elif name not in ("PROTO", "FRAME"):
+            raise CheckpointError(f"{self.file} has opcode {name} in its pickle, which no tensor needs: it was not run")
+
+    def _since_mark(self) -> list[Any]:
+        start = self.marks.pop()
+        if start > len(self.stack):
+            raise ValueError("a mark beyond the stack")
+        taken = self.stack[start:]
+        del self.stack[start:]
+        return taken
+
+    def _fill(self, name: str) -> None:
+        many = name.endswith("S")
+        count = 2 if name.startswith("SET") else 1
+        taken = self._since_mark() if many else [self.stack.pop() for _ in range(count)][::-1]
+        target = self.stack[-1]
+        if count == 1 and isinstance(target, list):
+            target.extend(taken)
+        elif count == 2 and isinstance(target, dict):
+            self._put(target, zip(taken[::2], taken[1::2], strict=True))
+        else:
+            raise ValueError("entries for something that takes none")
+
+    def _put(self, target: dict[Any, Any], pairs: Iterable[tuple[Any, Any]]) -> None:
+        for key, value in pairs:
+            if not isinstance(key, str | int):  # a nest of tuples would take for ever to hash
+                raise CheckpointError(f"{self.file} holds more than tensors: a name that is a {type(key).__name__}")
+            target[key] = value
+
+    def _find(self, module: str, name: str) -> _Mark:
+        if (module, name) not in _ALLOWED:
             raise CheckpointError(f"{self.file} asks for {module}.{name}, which is no tensor: it was not run")
-        return allowed[module, name]
+        return _ALLOWED[module, name]
 
-    def persistent_load(self, reference: Any) -> _Storage:
+    def _make(self, what: Any, arguments: Any) -> Any:
+        if not isinstance(what, _Mark) or not isinstance(arguments, tuple):
+            raise ValueError("a call of something that is no function")
+        if what is _REBUILD:
+            return self._tensor(*arguments)
+        if what is _PARAMETER:
+            return arguments[0]
+        if what is not _ORDERED:
+            raise ValueError("a call of a type")
+        made: dict[Any, Any] = {}
+        for entries in arguments:
+            self._put(made, ((key, value) for key, value in entries))
+        return made
+
+    def _storage(self, reference: Any) -> _Storage:
         tag, kind, key, _, size = reference
-        if tag != "storage" or not isinstance(kind, _StorageClass) or key not in self.storages:
+        known = isinstance(kind, _Mark) and kind.what in _STORAGES
+        if tag != "storage" or not known or not isinstance(key, str) or key not in self.storages:
             raise CheckpointError(f"{self.file} refers to something that is no storage of its own")
         start, nbytes = self.storages[key]
-        itemsize = np.dtype(_STORAGES[kind.kind][1]).itemsize
+        itemsize = np.dtype(_STORAGES[kind.what][1]).itemsize
         if not isinstance(size, int) or not 0 <= size * itemsize <= nbytes:
             raise CheckpointError(f"{self.file} is truncated, or lies about the size of storage {key}")
-        return _Storage(kind.kind, start, size)
+        return _Storage(kind.what, start, size)
 
-    def _rebuild_tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Pickled:
+    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Pickled:
         if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
             raise CheckpointError(f"{self.file} holds a tensor without a storage")
         numbers = (offset, *shape, *strides)
-        if len(shape) != len(strides) or not all(type(number) is int and number >= 0 for number in numbers):
+        whole = len(shape) <= MOST_AXES and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        if len(shape) != len(strides) or not whole:
             raise CheckpointError(f"{self.file} holds a tensor whose shape makes no sense")
         dtype, numpy_type = _STORAGES[storage.kind]
         start = storage.start + offset * np.dtype(numpy_type).itemsize
@@ -139,8 +252,9 @@ def read_pickled(file: Path, stream: IO[bytes] | None = None) -> dict[str, Pickl
     """
     try:
         with zipfile.ZipFile(file if stream is None else stream) as archive:
+            names = archive.namelist()
             pickles = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
-            if len(pickles) != 1 or pickles[0].file_size > _PICKLE_LIMIT:
+            if len(pickles) != 1 or pickles[0].file_size > _PICKLE_LIMIT or len(set(names)) < len(names):
                 _refuse(file)
             folder = pickles[0].filename.removesuffix("data.pkl")
             storages = {}
@@ -150,13 +264,19 @@ def read_pickled(file: Path, stream: IO[bytes] | None = None) -> dict[str, Pickl
                         _refuse(file)
                     key = entry.filename.removeprefix(f"{folder}data/")
                     storages[key] = (_data_start(archive, entry), entry.file_size)
-            content = _Unpickler(archive.read(pickles[0]), file, storages).load()
-    except zipfile.BadZipFile:
+            assert archive.fp is not None
+            size = archive.fp.seek(0, 2)
+            if any(start + nbytes > size for start, nbytes in storages.values()):
+                _refuse(file)
+            content = _Reader(file, storages).read(archive.read(pickles[0]))
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, lzma.LZMAError):  # or it is encrypted
         _refuse(file)
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{file} holds a broken pickle: {error}") from None
-    except (RecursionError, MemoryError, struct.error, OverflowError):
+    except (MemoryError, struct.error, OverflowError):
         raise CheckpointError(f"{file} holds a broken pickle") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):

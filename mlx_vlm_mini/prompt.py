@@ -1,13 +1,12 @@
 """Prompts: what a caller gives -> messages -> text by the checkpoint's chat template -> one slot per image token."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from .checkpoint import read_json
+from .checkpoint import read_bytes, read_json
 from .errors import CheckpointError, PromptError
 from .image import ImageSource
 from .video import Video
@@ -133,7 +132,7 @@ def find_chat_template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
+            return read_bytes(file).decode("utf-8")
         except ValueError:
             raise CheckpointError(f"{file} is not UTF-8 text") from None
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
@@ -151,7 +150,7 @@ def find_chat_template(folder: Path) -> str | None:
 
 @dataclass
 class ChatTemplate:
-    """A chat template, rendered in jinja2's sandbox: it computes text and reaches nothing else.
+    """A chat template, rendered in a sandbox: it computes text, within limits, and reaches nothing else.
 
     Some templates take a message's content as a list of parts, some as a text, some both: which is found out once, by
     rendering a probe.
@@ -169,11 +168,13 @@ class ChatTemplate:
     video_token: str | None = None
 
     def __post_init__(self) -> None:
-        from jinja2 import TemplateError
+        from .sandbox import compile_template
 
         try:
-            self._template = _environment().from_string(self.source)
-        except TemplateError as error:
+            self._template = compile_template(self.source)
+        except RecursionError:
+            raise CheckpointError("the chat template is broken: its parts lie too deep in one another") from None
+        except (Exception, MemoryError) as error:  # Python's own of what jinja2 makes of it, too
             raise CheckpointError(f"the chat template is broken: {error}") from None
         probe = "mlx-vlm-mini-probe"
         rendered = self._try([{"role": "user", "content": [{"type": "text", "text": probe}]}])
@@ -249,44 +250,13 @@ class ChatTemplate:
         return "".join(part["text"] if part["type"] == "text" else f"{tokens[part['type']]}\n" for part in parts)
 
     def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
+        from .sandbox import Stopped, render
 
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.variables
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise PromptError(f"the chat template refuses these messages: {error}") from None
+            return render(self._template, {**self.variables, "add_generation_prompt": add_generation_prompt}, messages)
+        except Stopped as error:
+            raise CheckpointError(f"the chat template was stopped: {error}") from None
         except RecursionError:
-            raise PromptError("the chat template never ends: it calls itself") from None
-
-
-def _environment() -> Any:
-    """The environment that chat templates expect (utils/chat_template_utils.py of huggingface/transformers)."""
-    from datetime import datetime
-
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what the assistant says, for training; here its body renders as it is."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja2's interface
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+            raise CheckpointError("the chat template never ends: it calls itself") from None
+        except (Exception, MemoryError) as error:  # whatever a program can raise
+            raise PromptError(f"the chat template refuses these messages: {error}") from None

@@ -18,7 +18,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from .bytelevel import WORDS
+from .checkpoint import read_bytes
 from .errors import CheckpointError
+from .sentencepiece import LONGEST_TOKEN, MOST_TOKENS
 
 RANKS = "qwen.tiktoken"
 
@@ -40,14 +42,16 @@ def read_ranks(file: Path) -> list[bytes]:
     """
     ranks: dict[int, bytes] = {}
     try:
-        for line in file.read_bytes().splitlines():
+        for line in read_bytes(file).splitlines():
             if line:
                 token, rank = line.split()
                 ranks[int(rank)] = base64.b64decode(token, validate=True)
     except (ValueError, binascii.Error):
         raise CheckpointError(f"{file} is broken: a line must be a token in base64 and its rank") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
+    if len(ranks) > MOST_TOKENS or any(len(token) > LONGEST_TOKEN for token in ranks.values()):
+        raise CheckpointError(
+            f"{file} is no vocabulary: at most {MOST_TOKENS:,} tokens of at most {LONGEST_TOKEN} bytes are read"
+        )
     tokens = [ranks[rank] for rank in sorted(ranks)]
     whole = sorted(ranks) == list(range(len(ranks))) and {bytes([i]) for i in range(256)} <= set(tokens)
     if not whole or len(set(tokens)) < len(tokens):

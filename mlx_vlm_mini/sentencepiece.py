@@ -12,8 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from .checkpoint import read_bytes
 from .errors import CheckpointError
 
+MOST_TOKENS = 2_000_000  # of a vocabulary; the largest that are known have a quarter of a million
+LONGEST_TOKEN = 1000  # characters: the ways to join one are as many
 SPACE = "▁"  # U+2581, what stands for a space in pieces
 
 Prefix = Literal["each", "first", "none"]
@@ -59,9 +62,9 @@ def read_sentencepiece(file: Path) -> SentencePiece:
         CheckpointError: it is missing, broken, or of a kind that is not read here.
     """
     try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
+        data = read_bytes(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; download it again") from None
     try:
         model = _parse(data)
     except (ValueError, IndexError, struct.error, TypeError):
@@ -90,6 +93,8 @@ def _parse(data: bytes) -> SentencePiece:
             normalizer = dict(_fields(_message(value)))
     if not pieces or trainer is None or normalizer is None:
         raise ValueError("a part is missing")
+    if len(pieces) > MOST_TOKENS or any(len(piece.text) > LONGEST_TOKEN for piece in pieces):
+        raise ValueError("a vocabulary of no model")
     if trainer.get(24) or not normalizer.get(5, 1):
         raise ValueError("spaces in a form that nobody uses")
     return SentencePiece(

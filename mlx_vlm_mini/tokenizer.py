@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from .bytelevel import MERGES, VOCABULARY, read_byte_level
 from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
+from .patterns import check_patterns, check_size, library_errors
 from .ranks import RANKS, read_tiktoken
 from .sentencepiece import Prefix, build_backend, read_sentencepiece
 from .wordpieces import WORDS, read_word_pieces
@@ -26,6 +27,7 @@ _CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
     "QWenTokenizer": {"eos_token": "<|endoftext|>"},
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
 }
+MOST_ADDED = 50_000  # tokens beside the vocabulary: they are looked for one by one
 _SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer", "InternLM2Tokenizer")
 """Classes whose tokenizer.model is known to be read as theirs is."""
 
@@ -56,10 +58,8 @@ class Tokenizer:
                 text.encode()
             except UnicodeEncodeError:
                 raise PromptError("the prompt is not valid UTF-8 text") from None
-        try:
+        with library_errors(f"the tokenizer cannot read {text[:40]!r}"):
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
-        except Exception as error:  # the library raises no other; it means a vocabulary with gaps
-            raise CheckpointError(f"the tokenizer cannot read {text[:40]!r}: {error}") from None
 
     def has_bos(self, text: str, image_token: str) -> bool:
         """Whether a prompt has a `bos_token` in front, of which images may stand."""
@@ -93,7 +93,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids beyond the vocabulary give nothing."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with library_errors("the tokenizer cannot write its tokens"):
+            text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def show(self, tokens: Collection[str]) -> None:
@@ -170,30 +171,31 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             text = _text_of(value)
             if key.endswith("_token") and isinstance(text, str):
                 special[key] = text
+    for listed, name in ((settings.get("added_tokens_decoder"), "tokenizer_config.json"), (added, "added_tokens.json")):
+        if isinstance(listed, dict | list) and len(listed) > MOST_ADDED:
+            raise CheckpointError(f"{folder}/{name} adds {len(listed):,} tokens, at most {MOST_ADDED:,} are read")
     file = folder / "tokenizer.json"
     try:
-        if file.is_file():
-            backend = _from_json(file)
-        elif (folder / RANKS).is_file():
-            backend = read_tiktoken(folder / RANKS)
-        else:
-            byte_level = (folder / VOCABULARY).is_file() and (folder / MERGES).is_file()
-            words = (folder / WORDS).is_file() and not (folder / "tokenizer.model").is_file()
-            if byte_level:
-                backend = read_byte_level(folder, gpt2=_class_of(settings) == "GPT2Tokenizer")
-            elif words:
-                backend = read_word_pieces(folder, settings)
+        with library_errors(
+            f"{folder}: the tokenizer's files do not make one", but=(TypeError, ValueError, AttributeError)
+        ):
+            if file.is_file():
+                backend = _from_json(file)
+            elif (folder / RANKS).is_file():
+                backend = read_tiktoken(folder / RANKS)
             else:
-                backend = _from_sentencepiece(folder, settings, special)
-            for text, token_id in sorted(added.items(), key=lambda item: int(item[1])):
-                _add(
-                    backend,
-                    AddedToken(text, special=True, normalized=False),
-                    int(token_id),
-                    "added_tokens.json",
-                    folder,
-                )
-        _add_tokens(backend, settings, list(special.values()), folder)
+                byte_level = (folder / VOCABULARY).is_file() and (folder / MERGES).is_file()
+                words = (folder / WORDS).is_file() and not (folder / "tokenizer.model").is_file()
+                if byte_level:
+                    backend = read_byte_level(folder, gpt2=_class_of(settings) == "GPT2Tokenizer")
+                elif words:
+                    backend = read_word_pieces(folder, settings)
+                else:
+                    backend = _from_sentencepiece(folder, settings, special)
+                own = sorted((int(token_id), text) for text, token_id in added.items())
+                tokens = [(token_id, AddedToken(text, special=True, normalized=False)) for token_id, text in own]
+                _add(backend, tokens, "added_tokens.json", folder)
+            _add_tokens(backend, settings, list(special.values()), folder)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}/tokenizer_config.json is malformed: {error!r}") from None
     return Tokenizer(backend, special)
@@ -204,10 +206,13 @@ def _class_of(settings: dict[str, Any]) -> str:
 
 
 def _from_json(file: Path) -> Backend:
-    try:
+    check_size(file)
+    with library_errors(f"{file} is broken"):
         backend = Backend.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception for whatever is wrong in the file
-        raise CheckpointError(f"{file} is broken: {str(error).splitlines()[0]}") from None
+    if len(backend.get_added_tokens_decoder()) > MOST_ADDED:
+        raise CheckpointError(f"{file} adds more than {MOST_ADDED:,} tokens to its vocabulary")
+    for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
+        check_patterns(part, file)
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -250,25 +255,27 @@ def _from_sentencepiece(folder: Path, settings: dict[str, Any], special: dict[st
 def _add_tokens(backend: Backend, settings: dict[str, Any], special: list[str], folder: Path) -> None:
     """Add the tokens that only tokenizer_config.json lists, which take the next free ids, and its flags to all."""
     added = settings.get("added_tokens_decoder") or {}
+    tokens = []
     for token_id, entry in sorted(added.items(), key=lambda item: int(item[0])):
         text = _text_of(entry)
         if not isinstance(text, str):
             continue
         options = {key: entry[key] for key in ("lstrip", "rstrip", "normalized", "single_word") if key in entry}
-        token = AddedToken(text, special=bool(entry.get("special", False)), **options)
-        _add(backend, token, int(token_id), "tokenizer_config.json", folder)
+        tokens.append((int(token_id), AddedToken(text, special=bool(entry.get("special", False)), **options)))
+    _add(backend, tokens, "tokenizer_config.json", folder)
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    for entry in [*special, *(extra.values() if isinstance(extra, dict) else extra)]:
-        text = _text_of(entry)
-        if isinstance(text, str) and backend.token_to_id(text) is None:
-            backend.add_special_tokens([text])
+    named = [_text_of(entry) for entry in [*special, *(extra.values() if isinstance(extra, dict) else extra)]]
+    backend.add_special_tokens([text for text in named if isinstance(text, str) and backend.token_to_id(text) is None])
 
 
-def _add(backend: Backend, token: AddedToken, token_id: int, file: str, folder: Path) -> None:
-    known = backend.token_to_id(token.content) is not None
-    (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-    if not known and backend.token_to_id(token.content) != token_id:
-        raise CheckpointError(
-            f"{folder}/{file} gives '{token.content}' the id {token_id}, "
-            f"the next free one of the tokenizer is {backend.token_to_id(token.content)}"
-        )
+def _add(backend: Backend, tokens: Sequence[tuple[int, AddedToken]], file: str, folder: Path) -> None:
+    """Add tokens, in the order of their ids, which must be the next free ones; all at once: each time the library
+    builds its table of them anew."""
+    new = {token.content: token_id for token_id, token in tokens[::-1] if backend.token_to_id(token.content) is None}
+    backend.add_tokens([token for _, token in tokens])
+    for content, token_id in new.items():
+        if backend.token_to_id(content) != token_id:
+            raise CheckpointError(
+                f"{folder}/{file} gives '{content}' the id {token_id}, "
+                f"the next free one of the tokenizer is {backend.token_to_id(content)}"
+            )

@@ -231,5 +231,8 @@ def load_answerer(name: str | Path, *, revision: str | None = None) -> Answerer:
         hf["size"] = {"shortest_edge": hf["size"]}
     for name_of_class in ("image_processor_type", "feature_extractor_type"):
         hf.pop(name_of_class, None)
+    divisor = hf.get("size_divisor", 32)
+    if type(divisor) is not int or not 0 < divisor < 4096:
+        raise CheckpointError(f"{file}: size_divisor must be a whole number of pixels, not {divisor!r}")
     settings = image_settings(hf, default_type="Siglip")  # of mean and deviation 0.5, as this one
-    return Answerer(model, load_tokenizer(checkpoint.folder), settings, hf.get("size_divisor", 32))
+    return Answerer(model, load_tokenizer(checkpoint.folder), settings, divisor)

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .checkpoint import Checkpoint
-from .config import VLMConfig
+from .config import VLMConfig, check_layers
 from .errors import CheckpointError
 from .families.maps import PerHead, Weights
 from .model import VLM
@@ -142,6 +142,31 @@ def quantization_of(
     return predicate
 
 
+def _least_weights(config: VLMConfig) -> int:
+    """Weights that the largest matrices of a model have, whatever its family: it has no fewer."""
+    decoder, vision = config.decoder, config.vision
+    heads = decoder.num_attention_heads + decoder.num_key_value_heads
+    layer = 2 * decoder.hidden_size * (heads * decoder.head_dim + decoder.intermediate_size)
+    block = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+    tower = 0 if config.text_alone else vision.depth * block
+    own = [kind for kind in decoder.layer_types if kind != "cross_attention"]
+    return decoder.num_embeddings * decoder.hidden_size + len(own) * layer + tower
+
+
+def _check_weights(config: VLMConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a config whose model cannot be in the files, before anything is made of it.
+
+    Raises:
+        CheckpointError: it asks for more than four weights a byte; the narrowest have two bits.
+    """
+    asked, held = _least_weights(config), sum(info.nbytes for info in checkpoint.tensors.values())
+    if asked > 4 * held:
+        raise CheckpointError(
+            f"config.json asks for a model of {asked:.2g} weights or more, about {2 * asked / 1e9:.2g} GB in bfloat16; "
+            f"{checkpoint.folder} holds {held / 1e9:.2g} GB of tensors: the files do not belong together"
+        )
+
+
 def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) -> VLM:
     """The model with every tensor of the checkpoint's type and shape expected, none of them read.
 
@@ -155,6 +180,7 @@ def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) ->
         raise CheckpointError(
             f"config.json asks for {layers} layers, {checkpoint.folder} has {len(checkpoint.tensors)} tensors in all"
         )
+    _check_weights(config, checkpoint)
     try:
         model = VLM(config)
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
@@ -162,7 +188,7 @@ def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) ->
     if any(name.endswith(".scales") for name in ours):
         try:
             nn.quantize(model, class_predicate=quantization_of(ours, checkpoint.quantization))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
             raise CheckpointError(f"config.json: quantization does not fit the model: {error}") from None
     expected = dict(tree_flatten(model.parameters()))
     block = [name for name in expected if name.startswith("vision.blocks.0.")]
@@ -313,6 +339,7 @@ def load_whole(checkpoint: Checkpoint, kind: str, weights: Weights, build: Calla
     Raises:
         CheckpointError: config.json is malformed, or names or shapes do not fit it.
     """
+    check_layers(checkpoint.config)
     parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
     layers = [part["num_hidden_layers"] for part in parts if isinstance(part.get("num_hidden_layers"), int)]
     if max(layers, default=0) > len(checkpoint.tensors):  # before a model of a billion layers is built

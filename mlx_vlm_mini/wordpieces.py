@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 from tokenizers.processors import TemplateProcessing
 
+from .checkpoint import read_bytes
 from .errors import CheckpointError
 
 WORDS = "vocab.txt"
@@ -27,7 +28,8 @@ def read_word_pieces(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
         CheckpointError: the file is broken.
     """
     try:
-        lines = (folder / WORDS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        text = read_bytes(folder / WORDS).decode("utf-8").replace("\r\n", "\n")
+        lines = text.removesuffix("\n").split("\n")
     except (OSError, ValueError):
         raise CheckpointError(f"{folder / WORDS} is not UTF-8 text") from None
     vocabulary = {line: number for number, line in enumerate(lines)}

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +15,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside one another, so each computes on one core
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 
 if threading.current_thread() is threading.main_thread():
     # A shell's background jobs ignore Ctrl-C, and so would the programs that they start, which tests interrupt.
@@ -28,6 +30,19 @@ from hub import run_program, serve
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
+
+
+def _no_network(event: str, arguments: tuple[Any, ...]) -> None:
+    """Tests talk to this machine alone, whatever library they come through."""
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo"):
+        place = arguments[0] if event == "socket.getaddrinfo" else arguments[1]
+        host = place[0] if isinstance(place, tuple) else place if event == "socket.getaddrinfo" else None
+        host = host.decode() if isinstance(host, bytes) else host
+        if host not in (None, "", "localhost", "::1") and not str(host).startswith("127."):
+            raise AssertionError(f"a test asks for {host}: tests reach no network ({event})")
+
+
+sys.addaudithook(_no_network)
 
 
 @pytest.fixture(scope="session")

@@ -111,5 +111,5 @@ def load_adapters(model: VLM, folder: Path) -> None:
         if {name: array.shape for name, array in names.items()} != expected:
             raise CheckpointError(f"{folder} holds adapters for another model")
         model.load_weights(list(names.items()), strict=False)
-    except (KeyError, TypeError, RuntimeError, OSError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, OSError) as error:
         raise CheckpointError(f"{folder} is not a folder of adapters: {error!r}") from None

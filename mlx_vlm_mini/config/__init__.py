@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mlx_vlm_mini.errors import CheckpointError
 
-from .checks import Activation
+from .checks import Activation, check_layers
 from .decoder import (
     BiasConfig,
     BlindRows,
@@ -34,6 +34,7 @@ __all__ = [
     "DecoderConfig", "GridConfig", "InstructionConfig", "LayerType", "MergerConfig", "NormConfig", "OPTConfig",
     "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig", "QueryConfig", "ResamplerConfig", "ScaleConfig",
     "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "VisionNorm", "WindowConfig",
+    "check_layers",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]

@@ -1,12 +1,32 @@
 """What every config demands of its numbers."""
 
-from typing import Literal
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from mlx_vlm_mini.errors import CheckpointError
 
 Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"]
 
+_LAYERS = re.compile(r"layers?$|depth$|_pattern$|frequency$|^n_layer")
 _LARGEST = 10**8  # of any size in a config: far above every model, and products of two still fit 64 bits
+
+
+_MOST_LAYERS = 10_000  # of a part: far above every model, and lists of so many cost nothing
+
+
+def check_layers(hf: Mapping[str, Any]) -> None:
+    """Refuse numbers of layers that nobody can mean, wherever in a config.json, before anything is made of them."""
+    waiting: list[Any] = [hf]
+    while waiting:
+        part = waiting.pop()
+        for key, value in part.items() if isinstance(part, Mapping) else ():
+            waiting.append(value)
+            if isinstance(value, int) and _LAYERS.search(str(key)) and value > _MOST_LAYERS:
+                raise CheckpointError(
+                    f"config.json asks for {value} layers ({key}), at most {_MOST_LAYERS} are read: each takes "
+                    "thousands of bytes before its weights"
+                )
 
 
 def check_sizes(config: object, *names: str) -> None:

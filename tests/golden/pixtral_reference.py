@@ -5,11 +5,17 @@ import sys
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
-from transformers.models.pixtral import image_processing_pil_pixtral
 
-sys.modules.setdefault("transformers.models.pixtral.image_processing_pixtral", image_processing_pil_pixtral)
-from transformers.models.pixtral.processing_pixtral import PixtralProcessor  # noqa: E402 - which reads that module
+try:
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.pixtral import image_processing_pil_pixtral
+
+    sys.modules.setdefault("transformers.models.pixtral.image_processing_pixtral", image_processing_pil_pixtral)
+    from transformers.models.pixtral.processing_pixtral import PixtralProcessor  # which reads that module
+except (
+    ImportError
+):  # an older transformers, which mlx-lm may have brought: this folder's paths are asked for all the same
+    PixtralProcessor = object
 
 TOKENS = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
 

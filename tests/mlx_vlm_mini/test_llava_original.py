@@ -265,8 +265,10 @@ def test_a_tower_given_by_hand(copy_of, tmp_path):
         load(folder)
     expected = logits(GOLDEN / V15)
     assert (logits(folder, vision_tower=tmp_path / "elsewhere") == expected).all()
-    edit_json(folder / "config.json", mm_vision_tower=str(tmp_path / "elsewhere"))
-    assert (logits(folder) == expected).all()
+    for outside in (str(tmp_path / "elsewhere"), "../elsewhere", "tower/../../elsewhere"):
+        edit_json(folder / "config.json", mm_vision_tower=outside)
+        with pytest.raises(CheckpointError, match="outside its folder: where that is yours, give it as vision tower"):
+            load(folder)
     convert(folder, tmp_path / "out", vision_tower=str(tmp_path / "elsewhere"), conversation="llava_v1")
     (tmp_path / "elsewhere").rename(tmp_path / "gone")
     np.testing.assert_allclose(logits(tmp_path / "out"), expected, atol=1e-4)

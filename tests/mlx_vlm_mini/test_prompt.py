@@ -134,7 +134,7 @@ def test_text_that_is_no_text(llava):
 
 
 def test_a_template_that_calls_itself():
-    with pytest.raises(PromptError, match="never ends"):
+    with pytest.raises(CheckpointError, match="never ends"):
         template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}").render(user("Hi"))
 
 
