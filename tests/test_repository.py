@@ -17,7 +17,7 @@ FOLDERS = ("mlx_vlm_mini", "convert", "train", "cli")
 ORDER = (
     "errors", "blas", "borrow", "config", "activation", "exponential", "attention", "cross_attention", "query_attention", "contrast", "image_blocks", "rope", "axes", "vision", "grid_vision", "places", "canvas", "tiled_vision", "projector", "resampler", "merger", "qformer", "decoder", "opt", "pooling", "anyres", "model",
     "pickled", "checkpoint", "image", "tiles", "splits", "crops", "grid", "preprocess", "video_file", "video", "bytelevel", "ranks", "sentencepiece", "wordpieces", "tokenizer", "families", "weights", "hub", "assembly", "prompt", "processor", "loading", "generation",
-    "features", "stream", "fingerprint", "cache", "transcript", "chat", "describe", "detections", "draw", "mask_decoder", "clip", "vilt", "matching",
+    "features", "stream", "fingerprint", "cache", "transcript", "chat", "measure", "describe", "detections", "draw", "mask_decoder", "clip", "vilt", "matching",
     "attended", "inspection", "heat", "page",
 )  # fmt: skip
 
