@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from .errors import ImageError
 
@@ -88,6 +88,7 @@ def open_image(source: ImageSource | Picture, *, whole: bool = False) -> Image.I
     """
     if isinstance(source, Image.Image):
         image = _to_rgb(source, "the image", whole)
+        image = image.copy() if image is source else image  # which may change later
     elif isinstance(source, Picture | bytes | bytearray | memoryview | str | Path):
         picture = source if isinstance(source, Picture) else read_image(source)
         data = picture.data
@@ -211,7 +212,8 @@ def _to_rgb(image: Image.Image, name: str, whole: bool) -> Image.Image:
         raise ImageError(f"{name} is {image.width}x{image.height} pixels large: there is nothing in it")
     try:
         with suppress(Exception):  # a broken EXIF block says nothing about the picture, which is kept as it stands
-            image = ImageOps.exif_transpose(image)
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # upright ones it copies, 36 MB of a photograph
+                image = ImageOps.exif_transpose(image)
         if not whole and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"):  # before it is copied further
             image = _reduce(image)
         if image.mode == "LAB":
