@@ -11,7 +11,7 @@ import click
 from mlx_vlm_mini import __version__
 from mlx_vlm_mini.errors import VLMError
 
-COMMANDS = ("chat", "generate", "convert", "info", "attend", "compose", "train", "eval", "scenes", "score")
+COMMANDS = ("chat", "generate", "convert", "info", "attend", "compose", "train", "eval", "scenes", "score", "bench")
 INTERRUPTED = 128 + signal.SIGINT
 
 

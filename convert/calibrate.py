@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_map
 
 from mlx_vlm_mini.axes import PlacedImage, add_taps
 from mlx_vlm_mini.cross_attention import ShownImage
@@ -22,6 +22,7 @@ from mlx_vlm_mini.prompt import Message
 from mlx_vlm_mini.train.examples import read_examples
 from mlx_vlm_mini.train.questions import Asker, dialogue, user
 from mlx_vlm_mini.train.scenes import draw, random_scene
+from mlx_vlm_mini.unpack import unpack
 from mlx_vlm_mini.weights import load_weights
 
 QUESTION = "Describe the picture."
@@ -124,19 +125,8 @@ def release(module: nn.Module) -> None:
 
 def expand(module: nn.Module, dtype: mx.Dtype) -> None:
     """On a CPU, replace quantized linear layers by dequantized ones, which are many times faster on many rows."""
-    if mx.default_device().type == mx.DeviceType.gpu:
-        return
-    found = []
-    for path, layer in module.named_modules():
-        if isinstance(layer, nn.QuantizedLinear):
-            plain = nn.Linear(1, 1, bias=False)
-            plain.weight = mx.dequantize(
-                layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode
-            ).astype(dtype)
-            if "bias" in layer:
-                plain.bias = layer.bias
-            found.append((path, plain))
-    module.update_modules(tree_unflatten(found))
+    if mx.default_device().type != mx.DeviceType.gpu:
+        unpack(module, dtype)
 
 
 class Walk:

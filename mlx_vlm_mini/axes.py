@@ -59,13 +59,31 @@ class Turn:
 
     def __init__(self, angles: np.ndarray, scale: float = 1.0) -> None:
         """`angles` float32[..., L, D / 2]; the result is `scale` times as long."""
-        self._cos, self._sin = mx.array(np.cos(angles)) * scale, mx.array(np.sin(angles)) * scale
+        self._cos, self._sin = (
+            mx.array(part if scale == 1 else part * scale) for part in (np.cos(angles), np.sin(angles))
+        )
 
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
         """`offset` is not used: the angles are those of the tokens themselves."""
         one, other = mx.split(x.astype(mx.float32), 2, axis=-1)
         turned = [one * self._cos - other * self._sin, other * self._cos + one * self._sin]
         return mx.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def turn_once(rope: Any, offset: int, length: int) -> Any:
+    """What turns `length` tokens behind `offset` others as `rope` does, with angles computed once for all layers.
+
+    On a CPU `mx.fast.rope` is some twenty operations, which each call builds anew: half of Python's time for a token.
+    On a GPU it is one, and `rope` is given back; as is one whose frequencies are not known.
+    """
+    rope = getattr(rope, "plain", rope)
+    periods = rope.periods(offset + length) if hasattr(rope, "periods") else getattr(rope, "_freqs", None)
+    if periods is None or mx.default_device().type != mx.DeviceType.cpu:
+        return rope
+    positions = np.arange(offset, offset + length, dtype=np.float32)
+    angles = positions[:, None] * (np.float32(1) / np.array(periods))
+    scale: Any = getattr(rope, "mscale", None) or getattr(rope, "scale", 1.0)
+    return Turn(angles, scale)
 
 
 def grid_angles(
@@ -145,7 +163,8 @@ class SectionedRoPE(nn.Module):
         """What turns `length` tokens behind `start` others of a prompt with these images."""
         if all(image.end <= start for image in images):  # text alone: what it follows moved it
             shift = sum(map(_shift, images))
-            return lambda x, offset: self.plain(x, offset=offset + shift)
+            turn = turn_once(self.plain, start + shift, length)
+            return turn if turn is not self.plain else lambda x, offset: self.plain(x, offset=offset + shift)
         positions = token_positions(images, start, length)[self._axis].T  # (L, D / 2)
         return Turn(positions.astype(np.float32) * self._frequencies, getattr(self.plain, "mscale", 1.0))
 

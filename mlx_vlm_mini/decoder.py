@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from .activation import ACTIVATIONS
 from .attention import Attention, Mask, Recorder
-from .axes import PlacedImage, SectionedRoPE, add_taps, remember
+from .axes import PlacedImage, SectionedRoPE, add_taps, remember, turn_once
 from .config import DecoderConfig, LayerType
 from .cross_attention import CrossAttention, ImageCache, ShownImage, Sight, Span, look
 from .image_blocks import ImageBlock, block_mask
@@ -296,7 +296,9 @@ class Decoder(nn.Module):
             "full_attention": full,
             "query_attention": QuerySight(full, features),
             "sliding_attention": causal_mask(length, offset, self.config.sliding_window, prefix),
-            "cross_attention": look(spans, length, offset, blind_attend=self.looks_ahead, whole=whole),
+            "cross_attention": look(spans, length, offset, blind_attend=self.looks_ahead, whole=whole)
+            if spans
+            else None,
         }
 
     def __call__(
@@ -356,8 +358,8 @@ class Decoder(nn.Module):
         """By kind of layer what turns `length` tokens behind `offset` others of a sequence with these images, which
         begins with a prompt of so many tokens."""
         among = images and isinstance(self.rope, SectionedRoPE)
-        usual = self.rope.among(images, offset, length) if among else self.rope_after(prompt)
-        sliding = self.sliding_rope if "sliding_rope" in self else usual
+        usual = self.rope.among(images, offset, length) if among else turn_once(self.rope_after(prompt), offset, length)
+        sliding = turn_once(self.sliding_rope, offset, length) if "sliding_rope" in self else usual
         return {kind: sliding if kind == "sliding_attention" else usual for kind in self.config.layer_types}
 
     def logits(self, hidden: mx.array) -> mx.array:

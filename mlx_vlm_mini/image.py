@@ -119,6 +119,7 @@ def open_image(source: ImageSource | Picture, *, whole: bool = False, access: Ac
     """
     if isinstance(source, Image.Image):
         image = flatten(source, "the image", whole)
+        image = image.copy() if image is source else image  # which may change later
     elif isinstance(source, Picture | bytes | bytearray | memoryview | str | Path):
         picture = source if isinstance(source, Picture) else read_image(source, access)
         data = picture.data

@@ -22,6 +22,7 @@ from .preprocess import TILINGS, ImageSettings, image_settings
 from .processor import Processor
 from .prompt import find_chat_template
 from .tokenizer import Tokenizer, load_tokenizer
+from .unpack import unpack_for_cpu
 from .video import VideoSettings, video_settings
 from .weights import build, load_weights, match_names
 
@@ -265,4 +266,5 @@ def load(
         processor.limit_pixels(min_pixels, max_pixels)
     chosen: Any = getattr(mx, dtype) if dtype is not None else compute_dtype(planned)
     load_weights(planned.model, planned.ours, checkpoint, chosen, planned.family.WEIGHTS)
+    unpack_for_cpu(planned.model, chosen)
     return planned.model, processor

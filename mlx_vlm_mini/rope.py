@@ -46,12 +46,16 @@ class RoPE(nn.Module):
         self.dims, self.base, self.growth = dims, base, growth
         self._freqs = _periods(base, dims) * stretch
 
+    def periods(self, total: int) -> mx.array:
+        """Positions a radian where so many tokens are read at last, float32[dims / 2]."""
+        if self.growth is None or total <= self.growth[1]:
+            return self._freqs
+        factor, length = self.growth
+        larger = factor * total / length - (factor - 1)
+        return _periods(self.base * larger ** (self.dims / (self.dims - 2)), self.dims)
+
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        freqs = self._freqs
-        if self.growth is not None and x.shape[-2] + offset > self.growth[1]:
-            factor, length = self.growth
-            larger = factor * (x.shape[-2] + offset) / length - (factor - 1)
-            freqs = _periods(self.base * larger ** (self.dims / (self.dims - 2)), self.dims)
+        freqs = self.periods(x.shape[-2] + offset)
         return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
 
 
@@ -72,8 +76,12 @@ class LongRoPE(nn.Module):
         self._short = mx.array(scaling["short_factor"], dtype=mx.float32) * frequencies
         self._long = mx.array(scaling["long_factor"], dtype=mx.float32) * frequencies
 
+    def periods(self, total: int) -> mx.array:
+        """As of `RoPE`."""
+        return self._long if total > self.original_length else self._short
+
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        freqs = self._long if x.shape[-2] + offset > self.original_length else self._short
+        freqs = self.periods(x.shape[-2] + offset)
         return mx.fast.rope(
             self.scale * x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs
         )

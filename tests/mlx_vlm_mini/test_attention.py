@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 
 from mlx_vlm_mini import attention, exponential
+from mlx_vlm_mini.activation import ACTIVATIONS
 from mlx_vlm_mini.attention import attend
+from mlx_vlm_mini.axes import Turn, turn_once
+from mlx_vlm_mini.borrow import borrow
+from mlx_vlm_mini.rope import LongRoPE, RoPE
 
 
 def test_the_exponential_is_the_exponential():
@@ -106,3 +110,46 @@ def test_attention_holds_one_block_of_scores_at_a_time(softcap, mask, monkeypatc
     assert peak() > scores
     monkeypatch.setattr(attention, "BLOCK", 2**19)
     assert peak() < scores / 4
+
+
+@pytest.mark.parametrize("name", ["silu", "quick_gelu", "gelu_pytorch_tanh", "gelu"])
+@pytest.mark.parametrize("slow", [True, False])
+def test_activations_and_their_gradients_are_mlxs(monkeypatch, name, slow):
+    monkeypatch.setattr(exponential, "is_slow", lambda: slow)
+    monkeypatch.setattr(exponential, "FEW", 0)
+    plain = {
+        "silu": lambda x: x * mx.sigmoid(x),
+        "quick_gelu": lambda x: x * mx.sigmoid(1.702 * x),
+        "gelu_pytorch_tanh": lambda x: 0.5 * x * (1 + mx.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))),
+        "gelu": lambda x: x * (1 + mx.erf(x * 0.5**0.5)) / 2,
+    }[name]
+    x = mx.concatenate([mx.linspace(-12, 12, 4001), mx.array([-200.0, -1e30, 1e30, 0.0])])
+    np.testing.assert_allclose(ACTIVATIONS[name](x), plain(x), rtol=2e-6, atol=2e-6)
+    x = x[:4001]
+    ours, theirs = (mx.grad(lambda x, act=act: act(x).sum())(x) for act in (ACTIVATIONS[name], plain))
+    np.testing.assert_allclose(ours, theirs, atol=5e-6)
+    assert np.isnan(ACTIVATIONS[name](mx.array([np.nan])).item())
+
+
+def test_angles_computed_once_turn_as_the_rope_itself():
+    scaling = {
+        "original_max_position_embeddings": 30,
+        "factor": 4.0,
+        "short_factor": [1.1] * 8,
+        "long_factor": [3.0] * 8,
+    }
+    yarn = borrow("models.rope_utils").YarnRoPE(16, scaling_factor=4.0)
+    for rope in (
+        RoPE(16, 1e4),
+        RoPE(16, 1e6, stretch=4),
+        RoPE(16, 1e4, growth=(2, 30)),
+        LongRoPE(16, 1e4, scaling, 120),
+        yarn,
+    ):
+        for offset, length in ((0, 9), (20, 10), (25, 10), (2000, 1)):
+            x = mx.random.normal((1, 2, length, 16))
+            turn = turn_once(rope, offset, length)
+            assert isinstance(turn, Turn)
+            np.testing.assert_allclose(turn(x), rope(mx.array(x), offset=offset), atol=2e-6)
+    unknown = object()
+    assert turn_once(unknown, 0, 1) is unknown

@@ -1,0 +1,98 @@
+"""`mlx-vlm-mini bench`: how fast a checkpoint runs here."""
+
+import json
+from typing import Any
+
+import click
+
+from .options import loading_options
+from .status import Status
+
+_ROWS = (
+    ("loading", "load_s"), ("picture: opening and preprocessing", "open_s"), ("picture: encoding", "encode_s"),
+    ("first token, warm", "first_token_s"), ("first token, follow-up turn", "follow_up_s"),
+)  # fmt: skip
+
+
+def _as_contexts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    """`600,4000` -> (600, 4000)."""
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in value.split(",")):
+        raise click.BadParameter(f"{value!r} is no list of token numbers, such as 600,4000")
+    return tuple(int(part) for part in value.split(","))
+
+
+@click.command("bench")
+@click.argument("model", metavar="MODEL")
+@click.option("-i", "--image", metavar="IMAGE", help="The picture; by default one is drawn, 1024x768 pixels.")
+@click.option(
+    "--context", "contexts", callback=_as_contexts, default="600,4000", show_default=True, metavar="N,...",
+    help="Tokens behind which decoding is measured.",
+)  # fmt: skip
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Length of the first prompt, at least.")
+@click.option("--max-tokens", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded a context.")
+@click.option(
+    "--bandwidth", type=click.FloatRange(0, min_open=True), metavar="GB/S", help="Of the memory.  [default: measured]"
+)
+@loading_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def command(
+    model: str,
+    image: str | None,
+    contexts: tuple[int, ...],
+    prompt_tokens: int | None,
+    max_tokens: int,
+    bandwidth: float | None,
+    as_json: bool,
+    loading: dict[str, Any],
+) -> None:
+    """Measure how fast MODEL runs on this machine, and how near decoding comes to the limit of its memory.
+
+    \b
+    Example:
+      mlx-vlm-mini bench mlx-community/Qwen2-VL-2B-Instruct-4bit --bandwidth 400
+    """
+    from mlx_vlm_mini.blas import use_openblas
+
+    with Status() as status:
+        status.show("starting")
+        use_openblas()
+        from mlx_vlm_mini.measure import bench
+
+        found = bench(
+            model, image=image, contexts=contexts, prompt_tokens=prompt_tokens, max_tokens=max_tokens,
+            bandwidth=None if bandwidth is None else bandwidth * 1e9, say=status.show, **loading,
+        )  # fmt: skip
+    click.echo(json.dumps(found, ensure_ascii=False) if as_json else table(found))
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `measure.bench` gives, for people: a Markdown table, and a line on the machine."""
+    lines = [f"| {found['model']} ({found['family']}, {found['dtype']}) | |", "|---|---|"]
+    lines += [f"| {title} | {_seconds(found[key])} |" for title, key in _ROWS]
+    lines += [
+        f"| tokens of the first prompt, of the picture | {found['prompt_tokens']:,}, {found['image_tokens']:,} |",
+        f"| weights, those read for a token | {_bytes(found['weight_bytes'])}, {_bytes(found['bytes_per_token'])} |",
+        f"| memory bandwidth | {found['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s |",
+    ]
+    for one in found["decoding"]:
+        lines.append(
+            f"| decoding behind {one['context']:,} tokens | {one['tokens_per_s']:.1f} tokens/s: "
+            f"{_bytes(one['bytes_per_token'])} a token, {100 * one['bandwidth_share']:.0f} % of the bandwidth; "
+            f"Python {one['python_s'] * 1e3:.2f} ms |"
+        )
+    lines.append(
+        f"| peak memory: MLX, process | {_bytes(found['peak_memory_bytes'])}, {_bytes(found['peak_rss_bytes'])} |"
+    )
+    machine, versions = found["machine"], found["versions"]
+    where = f"{machine['device']} ({machine['kind']}), {machine['cores']} cores, {machine['system']}"
+    return "\n".join([*lines, "", f"{where}; " + ", ".join(f"{name} {number}" for name, number in versions.items())])
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
