@@ -1,7 +1,7 @@
 """Answers as they come: prompt -> text, with stop strings, finish reasons and statistics."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 from .borrow import borrow
 from .errors import PromptError
 from .features import Features
-from .generation import PREFILL_STEP, LogitsProcessor, Sampler, decode, prefill, wired_memory
+from .generation import PREFILL_STEP, LogitsProcessor, Sampler, decode, prefill, take_turns, wired_memory
 from .image import ImageSource
 from .model import VLM, InputImage, Inputs
 from .processor import Processor
@@ -163,7 +163,7 @@ def stream_inputs(
     features: Features | None = None,
     context: int | None = None,
 ) -> Iterator[Chunk]:
-    """Answer inputs whose first `cached` tokens the cache already holds.
+    """Answer inputs whose first `cached` tokens the cache already holds. Several threads' answers take turns.
 
     Args:
         started: `time.perf_counter()` at which the caller began, for the statistics.
@@ -171,6 +171,21 @@ def stream_inputs(
         context: for the statistics.
     """
     begin = time.perf_counter() if started is None else started
+    return take_turns(_answer(model, processor, inputs, cache, options, cached, begin, features or Features(), context))
+
+
+def _answer(
+    model: VLM,
+    processor: Processor,
+    inputs: Inputs,
+    cache: Sequence[Any],
+    options: Options,
+    cached: int,
+    begin: float,
+    kept: Features,
+    context: int | None,
+) -> Generator[Chunk, None, None]:
+    """The steps of `stream_inputs`: its chunks."""
     stats = Stats(
         prompt_tokens=len(inputs.slots),
         image_tokens=int(inputs.slots.sum()),
@@ -181,8 +196,6 @@ def stream_inputs(
     def encode(image: InputImage) -> mx.array:
         stats.encoded_images += 1
         return model.encode(image)
-
-    kept = Features() if features is None else features
 
     def find(image: InputImage) -> mx.array:
         return kept.encode(image, encode)
