@@ -37,8 +37,7 @@ class Token:
 def take_turns(steps: Generator[Step, None, None]) -> Iterator[Step]:
     """What `steps` yields; each step is computed while no other thread of the process computes one.
 
-    So answers that several threads ask for take turns token by token, and each is what it would be alone: a seed counts
-    for the thread that asked (MLX's random state is a thread's own).
+    So answers that several threads ask for take turns token by token, and each is what it would be alone.
     """
     try:
         while True:
