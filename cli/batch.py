@@ -159,6 +159,13 @@ def _digest(name: str) -> str | None:
         return None
 
 
+def check_pictures(item: Item, seen: Sequence[str]) -> None:
+    """Raises PromptError where a picture was another one, by its SHA-256, when its question got its key."""
+    for name, sha256 in zip(item.images, seen, strict=True):
+        if _digest(name) not in (None, sha256):
+            raise PromptError(f"{name} changed meanwhile: the same command asks about it again")
+
+
 class Output:
     """Lines of JSON, in a file that is gone on with, or on stdout.
 
@@ -229,6 +236,7 @@ class Output:
 
 def left_to_do(items: Sequence[Item], output: Output, settings: dict[str, Any]) -> list[tuple[str, Item]]:
     """What the output lacks, with its keys. A question that is asked again has a key of its own."""
+    _digest.cache_clear()  # files may have changed since another run of this process
     asked: Counter[str] = Counter()
     todo = []
     for item in items:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .batch import Item, Output, answer_all, ask, ask_about, left_to_do, read_prompts, spread
+from .batch import Item, Output, answer_all, ask, ask_about, check_pictures, left_to_do, read_prompts, spread
 from .drawing import check_drawing, draw_answer, drawing_options, find_mask_decoder
 from .look import Look
 from .main import INTERRUPTED
@@ -161,6 +161,7 @@ def _answer_many(
             return
 
         from mlx_vlm_mini import Chat, load
+        from mlx_vlm_mini.prompt import images_of
 
         status.show(f"loading {model}")
         chat = Chat(*load(model, **loading), **options)
@@ -168,7 +169,9 @@ def _answer_many(
 
         def answer(item: Item) -> dict[str, Any]:
             chat.messages = []  # the cache stays: questions about the same picture share how they begin
-            return _as_object(list(chat.send(item.messages)), {}, False)
+            chunks = list(chat.send(item.messages))
+            check_pictures(item, [part["image"].origin.sha256 for part in images_of(chat.messages)])
+            return _as_object(chunks, {}, False)
 
         try:
             failed = answer_all(todo, output, answer)

@@ -69,12 +69,13 @@ def command(
     """
     from mlx_vlm_mini.errors import CheckpointError
     from mlx_vlm_mini.train.questions import write_scenes
+    from mlx_vlm_mini.train.save import written_whole
 
     if destination.exists():
         raise CheckpointError(f"{destination} exists; name another folder or remove it first")
-    with Status() as status:
+    with Status() as status, written_whole(destination) as work:
         write_scenes(
-            destination, count, seed=seed, most=most, pairs=pairs, digits=digits, close=close, radii=radii, words=words,
+            work, count, seed=seed, most=most, pairs=pairs, digits=digits, close=close, radii=radii, words=words,
             test=test,
             progress=lambda done, total: status.show(f"drawing: {done} of {total}"),
         )  # fmt: skip

@@ -61,11 +61,11 @@ def command(
     from mlx_vlm_mini.loading import load_processor, plan
     from mlx_vlm_mini.train.examples import read_examples
     from mlx_vlm_mini.train.lora import fuse_adapters, save_adapters
-    from mlx_vlm_mini.train.save import save_trained
+    from mlx_vlm_mini.train.save import one_process, save_trained
     from mlx_vlm_mini.train.trainer import Settings, Trainer
     from mlx_vlm_mini.weights import load_weights
 
-    with Status() as status:
+    with Status() as status, one_process(output):
         status.show(f"checking {data}")
         examples = read_examples(data)
         held = read_examples(valid) if valid is not None else []

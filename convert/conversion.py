@@ -260,11 +260,11 @@ def _convert(
         if progress is not None:
             progress(done, prepared.preview.bytes)
 
-    outputs = [(output.entries, output.kind) for output in prepared.outputs]
+    outputs, identity = [(output.entries, output.kind) for output in prepared.outputs], found.identity()
     work.start(
         {
             "versions": _versions(),
-            "source": found.identity(),
+            "source": identity,
             "settings": asdict(settings),
             "outputs": hashlib.sha256(json.dumps(outputs).encode()).hexdigest(),
             "shard_limit": shard_limit,
@@ -280,6 +280,8 @@ def _convert(
         checked = None
         if reference is not None:
             checked = compare(reference, look(open_checkpoint(work.folder), "result", say))
+        if found.identity() != identity:
+            raise CheckpointError(f"{found.name} changed while it was read: run the command again")
         work.record["source"] = {"name": found.name, "revision": found.revision, "sha256": hashes.finish()}
     work.record["bits_per_weight"] = prepared.preview.bits_per_weight
     work.record["check"] = None if checked is None else checked.as_json()

@@ -1,7 +1,9 @@
 """A conversation that keeps its KV cache from turn to turn."""
 
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +57,8 @@ class Chat:
     (dynamic and longrope scaling), where the prompt has grown into another step of them (Qwen-VL), where the cache is
     quantized, and where a full rotating one would have to go back.
 
-    Whatever is done while an answer is being given ends it; what was said so far stays, except with `clear`.
+    Whatever is done while an answer is being given ends it; what was said so far stays, except with `clear`. What
+    another thread asks while a token is computed is refused: each thread needs its own Chat, and these take turns.
 
     Attributes:
         messages: the conversation so far, images prepared and in their places.
@@ -107,11 +110,16 @@ class Chat:
         self.notes: list[str] = []
         self._settings: dict[str, Any] = {"context": context, "on_full": on_full, "kv_bits": kv_bits, "rotate": rotate}
         self._system = system
+        self._thread = threading.RLock()
         self._cache = TurnCache(model, kv_bits=kv_bits, rotate=rotate)
         self.clear()
 
     def clear(self) -> None:
         """Forget the conversation, an answer that is being given included."""
+        with self._alone():
+            self._forget()
+
+    def _forget(self) -> None:
         self._open: _Answer | None = None
         self.messages: list[Message] = []
         self._said: tuple[Message, list[int]] = {}, []
@@ -161,7 +169,7 @@ class Chat:
         """
         started = time.perf_counter()
         self._close_answer()
-        yield from self._answer(self.messages, to_messages(prompt, images), options, started)
+        yield from self._steps(self._answer(self.messages, to_messages(prompt, images), options, started))
 
     def retry(self, **options: Any) -> Iterator[Chunk]:
         """Answer the last message again and forget the answer that it had; nothing of the prompt is read again.
@@ -175,7 +183,7 @@ class Chat:
         before, turn = self._last_turn()
         if "seed" not in options and self.options.get("seed") is not None:
             self.options["seed"] = (self.options["seed"] + 1) % 2**64
-        yield from self._answer(before, turn, options, started)
+        yield from self._steps(self._answer(before, turn, options, started))
 
     def edit(self, prompt: Prompt, *, images: Sequence[Any] = (), **options: Any) -> Iterator[Chunk]:
         """Say something else in place of the last message and its answer; arguments and errors as of `send`.
@@ -184,7 +192,7 @@ class Chat:
         """
         started = time.perf_counter()
         before, _ = self._last_turn()
-        yield from self._answer(before, to_messages(prompt, images), options, started)
+        yield from self._steps(self._answer(before, to_messages(prompt, images), options, started))
 
     def undo(self) -> list[Message]:
         """Forget the last message and its answer; return what was said, ready to be sent again.
@@ -292,9 +300,32 @@ class Chat:
             inputs = None
         self._used = 0 if inputs is None else len(inputs.slots)
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raises PromptError where another thread is using the conversation."""
+        if not self._thread.acquire(blocking=False):
+            raise PromptError("another thread is using this conversation: give each a Chat of its own (see fork)")
+        try:
+            yield
+        finally:
+            self._thread.release()
+
+    def _steps(self, chunks: Generator[Chunk, None, None]) -> Iterator[Chunk]:
+        """The chunks of an answer, during each of which no other thread can use the conversation."""
+        try:
+            while True:
+                with self._alone():
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+        finally:
+            with self._alone():
+                chunks.close()
+
     def _answer(
         self, before: list[Message], turn: list[Message], options: dict[str, Any], started: float
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         chosen = Options(**{**self.options, **options})
         turn = [{**message, "content": _copy(message["content"])} for message in turn]
         for part in images_of(turn):
@@ -351,9 +382,13 @@ class Chat:
 
     def _close_answer(self) -> None:
         """Put the answer that is being given, or was, into the conversation."""
-        answer, self._open = self._open, None
-        if answer is None:
-            return
+        with self._alone():
+            answer, self._open = self._open, None
+            if answer is None:
+                return
+            self._keep_answer(answer)
+
+    def _keep_answer(self, answer: _Answer) -> None:
         self._cache.keep(answer.prompt, answer.tokens)
         said = {"role": "assistant", "content": [{"type": "text", "text": "".join(answer.text)}]}
         self.messages, self._said = [*answer.messages, said], (said, answer.tokens)

@@ -1,9 +1,10 @@
 """Prefill and decode. Knows token ids only, and hands on what cross-attention layers look at."""
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
@@ -20,6 +21,10 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 PREFILL_STEP = 512  # prompt tokens a chunk: bounds the activations' memory
 
+Step = TypeVar("Step")
+_turn = threading.RLock()
+_wired: list[int] = []  # of each answer that is being given, the limit to go back to
+
 
 @dataclass(frozen=True)
 class Token:
@@ -29,18 +34,40 @@ class Token:
     logprob: float
 
 
+def take_turns(steps: Generator[Step, None, None]) -> Iterator[Step]:
+    """What `steps` yields; each step is computed while no other thread of the process computes one.
+
+    So answers that several threads ask for take turns token by token, and each is what it would be alone.
+    """
+    try:
+        while True:
+            with _turn:
+                try:
+                    step = next(steps)
+                except StopIteration:
+                    return
+            yield step
+    finally:
+        with _turn:
+            steps.close()
+
+
 @contextmanager
 def wired_memory() -> Iterator[None]:
-    """On Metal, let weights and caches stay resident while generating: up to what the device recommends."""
+    """On Metal, let weights and caches stay resident while generating: up to what the device recommends. Where several
+    answers are being given, until the last of them has ended."""
     if not mx.metal.is_available():
         yield
         return
     before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    _wired.append(_wired[0] if _wired else before)
     try:
         yield
     finally:
         mx.synchronize()
-        mx.set_wired_limit(before)
+        before = _wired.pop()
+        if not _wired:
+            mx.set_wired_limit(before)
 
 
 def prefill(

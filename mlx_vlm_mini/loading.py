@@ -267,4 +267,6 @@ def load(
     chosen: Any = getattr(mx, dtype) if dtype is not None else compute_dtype(planned)
     load_weights(planned.model, planned.ours, checkpoint, chosen, planned.family.WEIGHTS)
     unpack_for_cpu(planned.model, chosen)
+    # Frequencies and the like, too: what MLX has yet to compute can be computed by this thread alone.
+    mx.eval([[part for part in module.values() if isinstance(part, mx.array)] for module in planned.model.modules()])
     return planned.model, processor

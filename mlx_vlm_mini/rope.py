@@ -45,6 +45,7 @@ class RoPE(nn.Module):
         super().__init__()
         self.dims, self.base, self.growth = dims, base, growth
         self._freqs = _periods(base, dims) * stretch
+        mx.eval(self._freqs)  # what is left to be computed belongs to the thread that asked for it
 
     def periods(self, total: int) -> mx.array:
         """Positions a radian where so many tokens are read at last, float32[dims / 2]."""

@@ -1,8 +1,9 @@
 """Answers as they come: prompt -> text, with stop strings, finish reasons and statistics."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ import mlx.core as mx
 from .borrow import borrow
 from .errors import PromptError
 from .features import Features
-from .generation import PREFILL_STEP, LogitsProcessor, Sampler, decode, prefill, wired_memory
+from .generation import PREFILL_STEP, LogitsProcessor, Sampler, decode, prefill, take_turns, wired_memory
 from .image import ImageSource
 from .model import VLM, InputImage, Inputs
 from .processor import Processor
@@ -18,6 +19,8 @@ from .prompt import Prompt
 from .tokenizer import TextStream
 
 FinishReason = Literal["stop", "length"]
+
+_FAR = 0x9E3779B97F4A7C15  # an odd number near 2^64 divided by the golden ratio: no two seeds' tokens come near
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Options:
         max_tokens: tokens of an answer at most.
         temperature: 0 always takes the likeliest token.
         top_p, min_p, top_k, repetition_penalty: mlx-lm's samplers and penalty; at their defaults off.
-        seed: makes a sampled answer repeatable.
+        seed: makes a sampled answer repeatable: its n-th token depends on the seed and n, whatever else draws numbers.
         stop: texts that end the answer; they are not part of it.
         sampler, logits_processors: own ones, in mlx-lm's form, in place of those above.
         prefill_step: prompt tokens a chunk.
@@ -114,8 +117,18 @@ class Options:
         return tuple(stop for stop in stops if stop)
 
     def make_sampler(self, vocab_size: int) -> Sampler:
-        if self.sampler is not None:
-            return self.sampler
+        sampler, numbers = self.sampler or self._choose_sampler(vocab_size), count()
+        if self.seed is None:
+            return sampler
+        first = self.seed * _FAR
+
+        def seeded(logprobs: mx.array) -> mx.array:
+            mx.random.seed((first + next(numbers)) % 2**64)
+            return sampler(logprobs)
+
+        return seeded
+
+    def _choose_sampler(self, vocab_size: int) -> Sampler:
         top_k = self.top_k if self.top_k < vocab_size else 0  # mlx-lm refuses what would leave nothing out
         sampler: Sampler = borrow("sample_utils").make_sampler(
             temp=self.temperature, top_p=self.top_p, min_p=self.min_p, top_k=top_k
@@ -163,7 +176,7 @@ def stream_inputs(
     features: Features | None = None,
     context: int | None = None,
 ) -> Iterator[Chunk]:
-    """Answer inputs whose first `cached` tokens the cache already holds.
+    """Answer inputs whose first `cached` tokens the cache already holds. Several threads' answers take turns.
 
     Args:
         started: `time.perf_counter()` at which the caller began, for the statistics.
@@ -171,6 +184,21 @@ def stream_inputs(
         context: for the statistics.
     """
     begin = time.perf_counter() if started is None else started
+    return take_turns(_answer(model, processor, inputs, cache, options, cached, begin, features or Features(), context))
+
+
+def _answer(
+    model: VLM,
+    processor: Processor,
+    inputs: Inputs,
+    cache: Sequence[Any],
+    options: Options,
+    cached: int,
+    begin: float,
+    kept: Features,
+    context: int | None,
+) -> Generator[Chunk, None, None]:
+    """The steps of `stream_inputs`: its chunks."""
     stats = Stats(
         prompt_tokens=len(inputs.slots),
         image_tokens=int(inputs.slots.sum()),
@@ -182,13 +210,9 @@ def stream_inputs(
         stats.encoded_images += 1
         return model.encode(image)
 
-    kept = Features() if features is None else features
-
     def find(image: InputImage) -> mx.array:
         return kept.encode(image, encode)
 
-    if options.seed is not None:
-        mx.random.seed(options.seed)
     stop_filter, text_stream = _StopFilter((*options.stops, *processor.stops)), TextStream(processor.tokenizer)
     with wired_memory():
         embeddings = model.embed(inputs, cached, find)

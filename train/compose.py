@@ -24,7 +24,7 @@ from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.weights import hub_name, rename, to_mlx_layout, to_torch_layout
 
-from .save import save_tensors
+from .save import save_tensors, written_whole
 
 IMAGE_TOKEN = "<image>"
 CHAT_TEMPLATE = (  # LLaVA-1.5's prompt; an answer is closed by the end token, so that the model learns to stop
@@ -72,9 +72,8 @@ def compose(
     tower, text = _open_part(vision), _open_part(decoder)
     tokens = find_folder(tokenizer, weights=False) if tokenizer is not None else text.folder
     vision_config, text_config = _part_config(tower.config, "vision_config"), _part_config(text.config, "text_config")
-    try:
-        destination.mkdir(parents=True)
-        image_token_id = _write_tokenizer(tokens, destination)
+    with written_whole(destination) as work:
+        image_token_id = _write_tokenizer(tokens, work)
         vocab_size = text_config["vocab_size"] = max(int(text_config.get("vocab_size", 32000)), image_token_id + 1)
         clip = str(vision_config["model_type"]).startswith("clip")
         config: dict[str, Any] = {
@@ -90,7 +89,7 @@ def compose(
         }
         if projector != "mlp":
             config["projector_type"] = projector
-        (destination / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (work / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         understood = llava.config(config)
         mx.random.seed(seed)
         whole = replace(understood.vision, feature_layers=(understood.vision.num_hidden_layers,))
@@ -103,9 +102,9 @@ def compose(
         tensors |= {f"{_NORM}.{part}": array for part, array in _fill(ours, tower, _VISION_NAMES, vocab_size).items()}
         _fill(ours, text, _TEXT_NAMES, vocab_size)
         tensors |= {hub_name(name, llava.WEIGHTS): to_torch_layout(name, array) for name, array in ours.items()}
-        save_tensors(destination / "model.safetensors", tensors, dtype)
+        save_tensors(work / "model.safetensors", tensors, dtype)
         given = None if Path(vision).suffix == ".json" else tower.folder
-        _write_image_settings(given, whole.image_size, clip, destination)
+        _write_image_settings(given, whole.image_size, clip, work)
         for_others = {  # who make one `<image>` as many tokens as the tower gives features
             "processor_class": "LlavaProcessor",
             "patch_size": whole.patch_size,
@@ -113,11 +112,8 @@ def compose(
             "vision_feature_select_strategy": config["vision_feature_select_strategy"],
             "image_token": IMAGE_TOKEN,
         }
-        (destination / "processor_config.json").write_text(json.dumps(for_others, indent=2), encoding="utf-8")
-        plan(open_checkpoint(destination))
-    except BaseException:
-        shutil.rmtree(destination, ignore_errors=True)
-        raise
+        (work / "processor_config.json").write_text(json.dumps(for_others, indent=2), encoding="utf-8")
+        plan(open_checkpoint(work))
 
 
 def _places(side: int, shape: tuple[int, ...]) -> mx.array:

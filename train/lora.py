@@ -15,6 +15,8 @@ from mlx_vlm_mini.checkpoint import read_json
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.model import VLM
 
+from .save import write_arrays, written_whole
+
 KEYS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
@@ -79,19 +81,19 @@ def _tree(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
 
 def save_adapters(model: VLM, folder: Path, rank: int, scale: float) -> None:
     """Write adapters.safetensors and adapter_config.json; names are those of LLaVA's layers on the Hub."""
-    folder.mkdir(parents=True, exist_ok=True)
     adapters = {
         "language_model.model." + name.removeprefix("decoder."): array
         for name, array in tree_flatten(model.parameters())
         if name.endswith((".lora_a", ".lora_b"))
     }
-    mx.save_safetensors(str(folder / "adapters.safetensors"), adapters, {"format": "mlx"})
     config = {
         "fine_tune_type": "lora",
         "num_layers": len(model.decoder.layers),
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": list(KEYS)},
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    with written_whole(folder) as work:
+        write_arrays(work / "adapters.safetensors", adapters, "mlx")
+        (work / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def load_adapters(model: VLM, folder: Path) -> None:

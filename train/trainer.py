@@ -30,6 +30,7 @@ from mlx_vlm_mini.processor import Processor
 
 from .examples import Batch, Encoded, Example, collate, encode
 from .lora import add_adapters
+from .save import write_arrays, write_text
 
 Stage = Literal["projector", "full", "lora"]
 OptimizerName = Literal["adamw", "muon"]
@@ -287,8 +288,8 @@ class Trainer:
         new, current, old = (self.folder / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        mx.save_safetensors(str(new / "model.safetensors"), dict(tree_flatten(self.model.trainable_parameters())))
-        mx.save_safetensors(str(new / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state)))
+        write_arrays(new / "model.safetensors", dict(tree_flatten(self.model.trainable_parameters())), "mlx")
+        write_arrays(new / "optimizer.safetensors", dict(tree_flatten(self.optimizer.state)), "mlx")
         (new / "step.json").write_text(json.dumps({"step": self.step}), encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)
         if current.exists():
@@ -303,8 +304,8 @@ class Trainer:
         if not current.exists() and old.exists():  # killed between the two renames of _save
             old.rename(current)
         if not current.exists():
-            file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-            (self.folder / "log.jsonl").write_text("", encoding="utf-8")
+            write_text(file, json.dumps(settings, indent=1))
+            write_text(self.folder / "log.jsonl", "")
             return
         before = json.loads(file.read_text(encoding="utf-8"))
         if before != settings:
@@ -316,7 +317,7 @@ class Trainer:
         self.optimizer.state = tree_unflatten(list(state.items()))
         self._gradients, self._update = self._compile()
         log = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[: self.step]
-        (self.folder / "log.jsonl").write_text("".join(line + "\n" for line in log), encoding="utf-8")
+        write_text(self.folder / "log.jsonl", "".join(line + "\n" for line in log))
 
 
 @cache

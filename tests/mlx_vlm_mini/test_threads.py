@@ -1,0 +1,129 @@
+"""Several threads and one model: answers take turns, each is what it would be alone, and a conversation is one thread's."""
+
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from checkpoints import PHOTO, PLAIN, SHAPES
+from reference import GOLDEN
+
+from mlx_vlm_mini import Chat, generate, load, stream_generate
+from mlx_vlm_mini.errors import PromptError
+
+QUESTIONS: list[tuple[str, list[Path]]] = [
+    ("What is it?", [PHOTO]), ("Hello there", []), ("Which colour?", [SHAPES]), ("Two?", [PHOTO, SHAPES]),
+]  # fmt: skip
+
+
+def in_threads(*calls: Callable[[], Any]) -> list[Any]:
+    """What calls return, each in a thread of its own, all at once; an error is returned, too."""
+    found: list[Any] = [None] * len(calls)
+
+    def run(number: int) -> None:
+        try:
+            found[number] = calls[number]()
+        except Exception as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("name", [PLAIN.name, "gemma3-hub", "mllama-meta", "qwen2.5-vl"])
+def test_a_model_that_one_thread_loaded_answers_in_another(name):
+    """Nothing is left to be computed that belongs to the thread that loaded it."""
+    ((model, processor),) = in_threads(lambda: load(GOLDEN / name))
+    (there,) = in_threads(lambda: generate(model, processor, "What is it?", images=[PHOTO], max_tokens=4))
+    assert there == generate(model, processor, "What is it?", images=[PHOTO], max_tokens=4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_of_several_threads_equal_those_of_one(llava, temperature):
+    def ask(number: int) -> str:
+        prompt, images = QUESTIONS[number]
+        return generate(*llava, prompt, images=images, max_tokens=12, temperature=temperature, seed=number)
+
+    alone = [ask(number) for number in range(4)]
+    assert len(set(alone)) == 4
+    assert in_threads(*(lambda number=number: ask(number) for number in range(4))) == alone  # type: ignore[misc]
+
+
+def test_one_step_at_a_time(llava):
+    """While one thread computes a token no other one does, and they take turns."""
+    inside, order = threading.Lock(), []
+
+    def watch(_: mx.array, logits: mx.array) -> mx.array:
+        assert inside.acquire(blocking=False), "two at once"
+        order.append(threading.get_ident())
+        time.sleep(0.002)
+        inside.release()
+        return logits
+
+    def ask() -> str:
+        begun.wait()
+        said = ""
+        for chunk in stream_generate(*llava, "What is it?", max_tokens=8, logits_processors=[watch]):
+            said += chunk.text
+            time.sleep(0.005)  # what is done with a token does not hold the others up
+        return said
+
+    begun = threading.Barrier(3)
+    first, *others = in_threads(ask, ask, ask)
+    assert isinstance(first, str) and others == [first, first]
+    changes = sum(one != other for one, other in pairwise(order))
+    assert len(order) == 24 and changes > 2
+
+
+def test_each_token_may_be_asked_for_by_another_thread(llava):
+    """As web servers do that run a generator in a pool of threads."""
+    options = {"max_tokens": 6, "temperature": 1.0, "seed": 3, "repetition_penalty": 1.1}
+    alone = [chunk.token for chunk in stream_generate(*llava, "What is it?", images=[PHOTO], **options)]
+    steps = stream_generate(*llava, "What is it?", images=[PHOTO], **options)
+    assert [in_threads(lambda: next(steps))[0].token for _ in alone] == alone
+
+
+def test_a_conversation_is_one_threads(llava):
+    chat, refused = Chat(*llava), []
+
+    def meddle(logprobs: mx.array) -> mx.array:
+        asked = (chat.undo, chat.fork, chat.clear, lambda: list(chat.send("Me, too")), lambda: chat.save("never.json"))
+        refused.append(in_threads(*asked))
+        return mx.argmax(logprobs, axis=-1)
+
+    said = "".join(chunk.text for chunk in chat.send(["What is it?", PHOTO], max_tokens=3, sampler=meddle))
+    assert len(refused) == 3
+    for error in refused[0]:
+        assert isinstance(error, PromptError) and "another thread is using this conversation" in str(error)
+    assert said == generate(*llava, ["What is it?", PHOTO], max_tokens=3)
+    assert len(chat.messages) == 2
+    (later,) = in_threads(lambda: "".join(chunk.text for chunk in chat.send("And now?", max_tokens=3)))  # it is free
+    fresh = Chat(*llava)
+    fresh.messages = chat.messages[:2]
+    assert later == "".join(chunk.text for chunk in fresh.send("And now?", max_tokens=3))
+
+
+def test_wired_memory_lasts_as_long_as_any_answer(llava, monkeypatch):
+    limits = [5]
+
+    def set_limit(limit: int) -> int:
+        limits.append(limit)
+        return limits[-2]
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 100})
+    monkeypatch.setattr(mx, "set_wired_limit", set_limit)
+    one, other = (stream_generate(*llava, "Hello", max_tokens=4) for _ in range(2))
+    next(one), next(other)
+    list(one)
+    assert limits == [5, 100, 100]
+    list(other)
+    assert limits == [5, 100, 100, 5]
