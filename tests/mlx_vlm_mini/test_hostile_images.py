@@ -92,7 +92,10 @@ LAB_PROFILE[16:20] = b"Lab "
         (PROGRESSIVE[:-2] + SCAN * 200 + b"\xff\xd9", "a JPEG with .* parts, 101 of them scans"),
         (b"\xff\xd8" + b"\xff\xfe\x00\x02" * 20_000 + JPEG[2:], "a JPEG with 10001 parts"),
         (with_exif(JPEG, *[exif_of(size=60_000)] * 3), "bytes of EXIF"),
-        (bmp(60_000_000, 1, b"\x01\x01\0\0"), "no side may have above 262,144"),  # found by fuzzing: a row of 17 million took 1.7 s
+        (
+            bmp(60_000_000, 1, b"\x01\x01\0\0"),
+            "no side may have above 262,144",
+        ),  # found by fuzzing: a row of 17 million took 1.7 s
         (tiff([*SIZE, (273, 4, 5_000_000, 8), (279, 4, 1, 9)]), "its tag 273 has 5000000 values"),
         (
             tiff([*SIZE, (259, 3, 1, 5), (322, 4, 1, 46000), (323, 4, 1, 46000), (324, 4, 1, 200), (325, 4, 1, 9)]),
