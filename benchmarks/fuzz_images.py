@@ -21,19 +21,31 @@ import resource
 import signal
 import struct
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
+from contextlib import nullcontext
 from functools import cache
 from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms
 
-from mlx_vlm_mini.errors import VLMError
-from mlx_vlm_mini.image import open_image
+if "--atheris" in sys.argv:  # which has to see these being imported
+    import atheris
+
+    watching = atheris.instrument_imports(include=["PIL", "mlx_vlm_mini"])
+else:
+    watching = nullcontext()
+with watching:
+    from PIL import Image, ImageCms
+
+    Image.init()
+
+    from mlx_vlm_mini.errors import VLMError
+    from mlx_vlm_mini.image import open_image
 
 MOST_SECONDS, MOST_MEGABYTES = 2.0, 1000
 BLOCK = 20_000  # executions between two lines of the log
@@ -291,10 +303,6 @@ def report(log: Path) -> None:
 
 def guided(runs: int, log: Path) -> None:
     """The same through atheris, whose choice of inputs follows the coverage of Pillow's and our Python code."""
-    import tempfile
-
-    import atheris
-
     folder = tempfile.mkdtemp()
     for number, (_, data) in enumerate(corpus()):
         (Path(folder) / str(number)).write_bytes(data)
@@ -312,7 +320,6 @@ def guided(runs: int, log: Path) -> None:
             )
             state.update(outcomes=Counter(), failures=[], begin=time.time())
 
-    atheris.instrument_all()
     atheris.Setup([sys.argv[0], f"-runs={runs}", "-max_len=4096", "-rss_limit_mb=2000", "-timeout=20", folder], one)
     atheris.Fuzz()
 

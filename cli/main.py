@@ -43,7 +43,7 @@ class Commands(click.Group):
             if error.errno == errno.EPIPE:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{where}{error.strerror or error}") from None
+            raise click.ClickException(str(VLMError(f"{where}{error.strerror or error}"))) from None
 
 
 def _terminate(number: int, _: object) -> None:

@@ -119,9 +119,9 @@ def decode(data: bytes, name: str, whole: bool) -> Image.Image:
     except ImageError:
         raise
     except UnidentifiedImageError:
-        kind = next((f"{kind}, " for start, kind in _KINDS if re.match(start, data)), "")
+        kind = next((f", but {kind}" for start, kind in _KINDS if re.match(start, data)), "")
         raise ImageError(
-            f"{name} is {kind}not an image that Pillow can read: save it as JPEG or PNG, and give that"
+            f"{name} is not an image that Pillow can read{kind}: save it as JPEG or PNG, and give that"
         ) from None
     except Image.DecompressionBombError as error:
         found = re.search(r"\((\d+) pixels\).* (\d+) pixels", str(error))
@@ -263,8 +263,8 @@ def flatten(image: Image.Image, name: str, whole: bool) -> Image.Image:
                 band = _to_rgb(image.crop((0, top, image.width, min(top + rows, image.height))))
                 flat.paste(band if factor == 1 else band.reduce(factor), (0, top // factor))
         return flat if turn is None else flat.transpose(turn)
-    except ImageError:
-        raise
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # as in `decode`: a lazily decoded PIL image fails here
         raise ImageError(f"{name} is broken: {error or type(error).__name__}; get it or save it anew") from None
 

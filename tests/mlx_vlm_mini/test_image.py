@@ -145,7 +145,7 @@ JPEG = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40
         (np.zeros((0, 4, 3)), "[0, 4, 3]"),
         (np.full((2, 2, 3), -1.0), "from -1 to -1"),
         (np.full((2, 2, 3), np.nan), "from nan to nan"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "is PostScript"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "but PostScript"),
         ("~nobody-of-this-name/x.png", "image not found"),
         (np.array([["a"]]), "holds numbers"),
         (Image.new("RGB", (0, 5)), "0x5 pixels"),

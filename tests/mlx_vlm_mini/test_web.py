@@ -1,7 +1,10 @@
 """Addresses of images: what is asked, and what is not."""
 
 import base64
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -97,12 +100,39 @@ def test_pictures_are_downloaded(server):
     assert read_image(server.replace("http", "HTTP") + "/a.jpg").data == DATA
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+def test_encrypted_ones_are_checked(monkeypatch, tmp_path):
+    """A certificate that is trusted and for this host is needed; one who never shakes hands is left."""
+    monkeypatch.setenv(room.PRIVATE, "1")
+    made = tmp_path / "made.pem"
+    options = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(made), "-out", str(tmp_path / "c.pem")]
+    subprocess.run(["openssl", *options.split(), *names], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "c.pem", made)
+    trusting = ssl.create_default_context(cafile=str(tmp_path / "c.pem"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pictures) as http, socket.create_server(("127.0.0.1", 0)) as silent:
+        http.daemon_threads = True
+        http.socket = context.wrap_socket(http.socket, server_side=True)
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        with pytest.raises(ImageError, match="cannot download .*CERTIFICATE_VERIFY_FAILED"):
+            open_image(f"https://localhost:{http.server_port}/a.jpg")
+        monkeypatch.setattr(ssl, "create_default_context", lambda: trusting)
+        assert read_image(f"https://localhost:{http.server_port}/a.jpg").data == DATA
+        with pytest.raises(ImageError, match="cannot download .*127.0.0.1"):
+            open_image(f"https://127.0.0.1:{http.server_port}/a.jpg")
+        http.shutdown()
+        monkeypatch.setattr(room, "MOST_SECONDS", 0.2)
+        with pytest.raises(ImageError, match="takes longer than 0.2 s"):
+            open_image(f"https://localhost:{silent.getsockname()[1]}/a.jpg")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
         ("/none", "HTTP 404"),
         ("/nowhere", "HTTP 302"),
-        ("/text.jpg", "is a web page, not an image"),
+        ("/text.jpg", "not an image .* but a web page"),
         ("/file", "not http"),
         ("/ftp", "not http"),
         ("/loop", "redirects more than 5 times"),
