@@ -85,9 +85,7 @@ def mutate(content: Any, rng: random.Random) -> Any:
             del part[key]
         elif what < 0.3 and len(places) > 1:
             other, name = rng.choice(places)
-            part[key] = (
-                deepcopy(other.get(name)) if isinstance(other, dict) else other[name % len(other)] if other else 0
-            )
+            part[key] = deepcopy(other[name]) if not isinstance(other, list) or name < len(other) else 0
         elif what < 0.45 and type(part[key]) in (int, float):
             part[key] = part[key] * rng.choice((-1, 2, 3, 10, 1000, 10**6)) + rng.choice((-1, 0, 1))
         else:

@@ -11,17 +11,7 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import (
-    Callable,
-    ItemsView,
-    Iterable,
-    Iterator,
-    KeysView,
-    Mapping,
-    Sequence,
-    Sized,
-    ValuesView,
-)
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
@@ -61,8 +51,8 @@ _SHALLOW = frozenset({
 _ORDERING = frozenset({"dictsort", "groupby", "max", "min", "sort", "unique"})
 _NO_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 _COUNTS = {"batch": _WIDEST, "center": _WIDEST, "indent": _UNIT, "round": 32, "slice": _WIDEST, "truncate": _WIDEST}
-_WIDE_PERCENT, _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{4}|\*)"), re.compile(r":[^}]*(\d{4}|\{)")
-_VIEWS = (KeysView, ValuesView, ItemsView)
+_WIDE_PERCENT, _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{4}|\*)"), re.compile(r"\{[^{}]*:[^{}]*(\d{4}|\{)")
+_VIEWS: Any = type({}.keys()), type({}.values()), type({}.items())
 _COUNTED, _WEIGHED, _WRITTEN, _BUILT = "counted here", "weighed here", "written here", "built here"
 
 
