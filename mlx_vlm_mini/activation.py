@@ -1,7 +1,7 @@
 """Activations by the names that Hugging Face's configs use.
 
 MLX's own are compiled: on a GPU into one kernel; on a CPU by the system's C++ compiler, half a second the first time,
-and no faster for it. Where MLX computes e^x slowly (see exponential.py) they are written with what is fast there: four
+and no faster for it. Where MLX computes e^x slowly (see exponential.py) they are written with what is fast there: 2.5
 times as fast for a prompt, the same to 1e-6.
 """
 
@@ -15,24 +15,30 @@ from . import exponential
 from .config import Activation
 
 
-def _sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + e^-x); the fast way where there are enough numbers to gain from it."""
-    return exponential.sigmoid(x) if x.dtype == mx.float32 and x.size > exponential.FEW else mx.sigmoid(x)
+def _times_sigmoid(x: mx.array, inner: Callable[[mx.array], mx.array]) -> mx.array:
+    """x / (1 + e^-inner(x)); the fast way where there are enough numbers to gain from it, few of them at a time, so
+    that what stands between stays in the cache."""
+    if x.dtype != mx.float32 or x.size <= exponential.FEW:
+        return x * mx.sigmoid(inner(x))
+    flat = x.reshape(-1)
+    step = exponential.CHUNK // 2
+    parts = mx.split(flat, list(range(step, flat.size, step)))
+    return mx.concatenate([part * exponential.sigmoid(inner(part)) for part in parts]).reshape(x.shape)
 
 
 def silu(x: mx.array) -> mx.array:
-    return x * _sigmoid(x) if exponential.is_slow() else nn.silu(x)
+    return _times_sigmoid(x, lambda x: x) if exponential.is_slow() else nn.silu(x)
 
 
 def quick_gelu(x: mx.array) -> mx.array:
-    return x * _sigmoid(1.702 * x) if exponential.is_slow() else nn.gelu_fast_approx(x)
+    return _times_sigmoid(x, lambda x: 1.702 * x) if exponential.is_slow() else nn.gelu_fast_approx(x)
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """As tanh(t) is 2 / (1 + e^-2t) - 1, this is x / (1 + e^-2t)."""
     if not exponential.is_slow():
         return nn.gelu_approx(x)
-    return x * _sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+    return _times_sigmoid(x, lambda x: math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 def gelu(x: mx.array) -> mx.array:
