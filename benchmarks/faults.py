@@ -268,7 +268,7 @@ class Replace(Convert):
         return {}
 
     def is_done(self, folder: Path) -> bool:
-        return (folder / "out").exists() and self.result(folder) == self.whole
+        return False
 
 
 class Train(Case):

@@ -10,6 +10,8 @@ way, MLX's active and cached memory, and open files. No figure of time is meant 
 """
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -49,7 +51,11 @@ class Record:
     def note(self, count: int) -> None:
         import mlx.core as mx
 
-        self.rows.append((count, resident(), mx.get_active_memory(), mx.get_cache_memory(), open_files()))
+        cache = mx.get_cache_memory()
+        mx.clear_cache()
+        with contextlib.suppress(OSError, AttributeError):  # of glibc: what is free goes back to the system
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self.rows.append((count, resident(), mx.get_active_memory(), cache, open_files(), len(gc.get_objects())))
 
     def show(self) -> None:
         gc.collect()
@@ -62,6 +68,7 @@ class Record:
               f"{late[:, 1].max() / 1e6:.1f} MB at most; slope {slope:+.3f} KB a {self.what}")  # fmt: skip
         print(f"  MLX: active {late[0, 2] / 1e6:.2f} to {late[-1, 2] / 1e6:.2f} MB, slope {active:+.4f} KB a {self.what}; "
               f"cache at most {rows[:, 3].max() / 1e6:.1f} MB")  # fmt: skip
+        print(f"  Python objects: {late[0, 5]:.0f} after a fifth, {late[-1, 5]:.0f} at the end")
         print(f"  open files: {self.files} before, {open_files()} after, {int(rows[:, 4].max())} at most", flush=True)
 
 

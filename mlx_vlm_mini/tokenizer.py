@@ -28,6 +28,7 @@ _CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
 }
 MOST_ADDED = 50_000  # tokens beside the vocabulary: they are looked for one by one
+_KEPT_WORDS = 100
 _SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer", "InternLM2Tokenizer")
 """Classes whose tokenizer.model is known to be read as theirs is."""
 
@@ -42,6 +43,11 @@ class Tokenizer:
     def __init__(self, backend: Backend, special_tokens: dict[str, str]) -> None:
         self.backend = backend
         self.special_tokens = special_tokens
+        # The library keeps what words became: 10,000 of them, and where nothing splits a text before (Llama) all of it
+        # is a word, of 7 KB. So each message of a long conversation stayed.
+        limit = getattr(backend.model, "_resize_cache", None)
+        if limit is not None:
+            limit(_KEPT_WORDS)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens of the file's post-processor around them or without.

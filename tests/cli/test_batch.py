@@ -116,6 +116,26 @@ def test_it_goes_on_where_it_was_stopped(pictures, tmp_path):
     assert done.stderr == f"{out} holds 4 of 4 answers already\n" and out.read_bytes() == before
 
 
+def test_a_picture_that_changes_before_its_turn_is_asked_about_again(pictures, tmp_path, monkeypatch):
+    """Its answer would stand under the key of the picture that it was."""
+    changed = pictures / "b.jpg"
+
+    def change(*arguments: object) -> list:
+        found = left_to_do(*arguments)
+        shutil.copy(SHAPES, changed)
+        return found
+
+    monkeypatch.setattr("mlx_vlm_mini.cli.generate.left_to_do", change)
+    asked = ("-p", "What?", "-i", pictures, "--output", tmp_path / "out.jsonl")
+    result = run(*asked)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[0] == f"Error: {changed} changed meanwhile: the same command asks about it again"
+    assert ["error" in entry for entry in lines_of((tmp_path / "out.jsonl").read_text())] == [False, True, False]
+    monkeypatch.undo()
+    assert run(*asked).exit_code == 0
+    assert lines_of((tmp_path / "out.jsonl").read_text())[-1]["images"] == [str(changed)]
+
+
 def test_prompts_line_by_line(tmp_path):
     (tmp_path / "prompts.txt").write_text("What is it?\n\n  Hello \nHello\n")
     entries = lines_of(run("--prompt-file", tmp_path / "prompts.txt", "-i", PHOTO).stdout)

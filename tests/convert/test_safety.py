@@ -419,6 +419,23 @@ def test_a_source_that_is_cut_while_it_is_read(tmp_path, copy_of):
     assert [entry.name for entry in tmp_path.iterdir()] == [PLAIN.name]
 
 
+def test_a_source_that_is_replaced_while_it_is_read(tmp_path, wide):
+    """The result would be of two: nothing is left, and the next run reads the new one."""
+    source = tmp_path / "source"
+    shutil.copytree(wide, source)
+
+    def replace(done: int, total: int) -> None:
+        if done > total / 2 and not (tmp_path / "replaced").exists():
+            (tmp_path / "replaced").touch()
+            shutil.copyfile(wide / "model.safetensors", tmp_path / "new")
+            (tmp_path / "new").replace(source / "model.safetensors")
+
+    with pytest.raises(CheckpointError, match="source changed while it was read: run the command again"):
+        convert(source, tmp_path / "out", **OPTIONS, progress=replace)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["replaced", "source"]
+    convert(source, tmp_path / "out", **OPTIONS)
+
+
 def rewrite(file: Path, change: Callable[[bytes], bytes], header: bool = True) -> None:
     """Change a safetensors file's header, or its data."""
     content = file.read_bytes()

@@ -151,6 +151,11 @@ def test_a_prompt_is_cut_between_blocks(slots, step, held):
         done = end
 
 
+def test_a_piece_may_end_where_a_block_does():
+    assert [cut_between(0, step, 10, [ImageBlock(2, 4)]) for step in (1, 2, 3, 4, 5)] == [1, 2, 2, 4, 5]
+    assert cut_between(2, 1, 10, [ImageBlock(2, 4), ImageBlock(4, 9)]) == 4
+
+
 @pytest.mark.parametrize("golden", [HUB, CROPS], ids=["hub", "crops"])
 def test_pieces_of_every_length_give_one_answer(golden):
     model, processor = load(golden)
@@ -283,6 +288,7 @@ def test_a_folder_without_a_chat_template_gets_the_familys():
         ((600, 700), []),  # 1.17 : 1
         ((600, 720), [(0, 0, 360, 600), (360, 0, 720, 600)]),  # 1.2 : 1, and at least two
         ((600, 1500), [(0, 0, 500, 600), (500, 0, 1000, 600), (1000, 0, 1500, 600)]),  # 2.5 rounds up
+        ((600, 1320), [(0, 0, 660, 600), (660, 0, 1320, 600)]),  # 2.2 rounds down
         ((501, 300), []),  # 251 pixels a crop
         ((513, 300), [(0, 0, 300, 257), (0, 257, 300, 513)]),
         ((200, 900), []),

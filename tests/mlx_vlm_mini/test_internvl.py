@@ -56,6 +56,13 @@ def test_grids(size, grid, rows):
     assert count_tiles(size, replace(TWELVE, max_tiles=1)) == 1
 
 
+def test_of_two_grids_as_near_the_smaller_one_and_alone_nothing_is_cut():
+    """A picture of 15x20 is as far from one tile as from two below one another, and has too few pixels for both."""
+    assert choose_grid((20, 15), Tiles(tile_size=42, min_tiles=1, max_tiles=2, thumbnail=True)) == (1, 1)
+    picture = Image.new("RGB", (15, 20))
+    assert cut_tiles(picture, replace(TWELVE, max_tiles=1), 3) == [picture]
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 5), st.integers(0, 7), st.booleans())
 def test_an_image_becomes_as_many_tiles_as_are_counted(height, width, fewest, more, thumbnail):

@@ -81,6 +81,7 @@ def test_sides_are_rounded_to_whole_tokens(size, expected):
     grid = Grid(patch_size=14, merge=2, min_pixels=3136, max_pixels=1003520)
     assert grid.fit(size) == expected
     assert grid.count_tokens(size) == expected[0] * expected[1] // 784
+    assert grid.max_tokens == 1280
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 10**5), st.integers(0, 10**6))
