@@ -15,6 +15,8 @@ from typing import Any
 
 from .errors import CheckpointError, VLMError
 
+MOST_TOKENS = 2_000_000  # of a vocabulary; the largest that are known have a quarter of a million
+LONGEST_TOKEN = 1000  # characters: the ways to join one are as many
 _LARGEST = 128 * 2**20  # bytes of a vocabulary's file; the largest that are known have a third of that
 _MOST_REPEATED = 8  # repetitions without end in one alternative; the published ones have up to three
 _LONGEST = 20_000  # characters

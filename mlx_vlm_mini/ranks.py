@@ -20,7 +20,7 @@ from tokenizers.models import BPE
 from .bytelevel import WORDS
 from .checkpoint import read_bytes
 from .errors import CheckpointError
-from .sentencepiece import LONGEST_TOKEN, MOST_TOKENS
+from .patterns import LONGEST_TOKEN, MOST_TOKENS
 
 RANKS = "qwen.tiktoken"
 

@@ -14,9 +14,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from .checkpoint import read_bytes
 from .errors import CheckpointError
+from .patterns import LONGEST_TOKEN, MOST_TOKENS
 
-MOST_TOKENS = 2_000_000  # of a vocabulary; the largest that are known have a quarter of a million
-LONGEST_TOKEN = 1000  # characters: the ways to join one are as many
 SPACE = "▁"  # U+2581, what stands for a space in pieces
 
 Prefix = Literal["each", "first", "none"]

@@ -975,7 +975,7 @@ def test_without_a_tower_the_size_of_an_image_does_not_matter():
 
 
 @pytest.mark.parametrize(("name", "file", "changes", "message"), [
-    ("llava-original-v1.5", "config.json", {"num_hidden_layers": 10**12}, "a decoder of 1000000000000 layers"),
+    ("llava-original-v1.5", "config.json", {"num_hidden_layers": 10**12}, "asks for 1000000000000 layers"),
     ("llava-original-v1.5", "tower/config.json", {"vision_config": 1}, "vision_config must be an object, not 1"),
     ("llava-original-v1.6-mistral", "config.json", {"mm_vision_tower": []}, "names no vision tower"),
     ("llava-original-v1.5", "tower/preprocessor_config.json", {"size": 10**12}, "cannot be made ready"),
