@@ -3,7 +3,7 @@
     python benchmarks/long_use.py [--turns 500] [--pictures 5000] [--model FOLDER]
 
 The conversation shows a new picture in every other turn, in a context that is soon full (`on_full="drop"`), and mixes
-`clear`, `undo`, `retry`, `edit`, `fork` and saving with loading. The pictures are captioned by `generate --output`. What
+`clear`, `undo`, `retry`, `edit`, `fork`, saving and loading. The pictures are captioned by `generate --output`. What
 is kept of pictures for when they come again is limited to 4 MB here (512 MB by default), so that the limit is reached
 and what grows beyond it is seen. Printed are the slope of the process's memory by least squares after a fifth of the
 way, MLX's active and cached memory, and open files. No figure of time is meant here.
@@ -39,7 +39,7 @@ def resident() -> float:
 
 
 def open_files() -> int:
-    return len(os.listdir("/dev/fd")) - 1
+    return len(list(Path("/dev/fd").iterdir())) - 1
 
 
 class Record:
@@ -66,8 +66,8 @@ class Record:
         print(f"{int(rows[-1, 0])} {self.what}s, {len(rows)} looks:")
         print(f"  resident: {late[0, 1] / 1e6:.1f} MB after a fifth, {late[-1, 1] / 1e6:.1f} MB at the end, "
               f"{late[:, 1].max() / 1e6:.1f} MB at most; slope {slope:+.3f} KB a {self.what}")  # fmt: skip
-        print(f"  MLX: active {late[0, 2] / 1e6:.2f} to {late[-1, 2] / 1e6:.2f} MB, slope {active:+.4f} KB a {self.what}; "
-              f"cache at most {rows[:, 3].max() / 1e6:.1f} MB")  # fmt: skip
+        print(f"  MLX: active {late[0, 2] / 1e6:.2f} to {late[-1, 2] / 1e6:.2f} MB, slope {active:+.4f} KB a "
+              f"{self.what}; cache at most {rows[:, 3].max() / 1e6:.1f} MB")  # fmt: skip
         print(f"  Python objects: {late[0, 5]:.0f} after a fifth, {late[-1, 5]:.0f} at the end")
         print(f"  open files: {self.files} before, {open_files()} after, {int(rows[:, 4].max())} at most", flush=True)
 

@@ -345,6 +345,7 @@ def test_limits_in_commands():
     [
         ({"pan_and_scan_max_num_crops": 0, "do_pan_and_scan": True}, "a whole number of crops, 1 to 1000, not 0"),
         ({"pan_and_scan_min_crop_size": 0}, "positive numbers as pan_and_scan_min_crop_size"),
+        ({"pan_and_scan_min_ratio_to_activate": 0}, "positive numbers as pan_and_scan_min_crop_size"),
         ({"pan_and_scan_min_ratio_to_activate": "x"}, "pan_and_scan_min_ratio_to_activate must be a number"),
         ({"image_processor_type": "SiglipImageProcessor"}, "the image processor gives no tiles, family 'gemma3' needs"),
     ],
