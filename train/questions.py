@@ -120,6 +120,11 @@ class Asker:
         absent = replace(one, shape=other[0]) if self.rng.random() < 0.5 else replace(one, color=other[1])
         for name in (one.name, absent.name, f"{other[1]} {other[0]}"):
             asked.append(("presence", [self.presence(name, name in names)]))
+        shape, color = self.say(*SHAPES), self.say(one.color, other[1])
+        asked += [
+            ("presence", [self.presence(shape, any(thing.shape == shape for thing in scene.things))]),
+            ("presence", [self.presence(f"{color} object", any(thing.color == color for thing in scene.things))]),
+        ]
         return asked
 
     def about_close_up(self, scene: Scene) -> list[Exchange]:
