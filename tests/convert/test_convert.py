@@ -23,6 +23,7 @@ from mlx_vlm_mini.convert.quantize import Output
 from mlx_vlm_mini.convert.work import Workplace
 from mlx_vlm_mini.convert.write import split_shards, write_tensors
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.loading import plan
 
 
 def logprobs(folder: Path) -> np.ndarray:
@@ -97,7 +98,7 @@ def test_quantized(bits, group_size, tolerance, tmp_path, wide):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization"] == settings
     difference = np.abs(logprobs(tmp_path / "out") - logprobs(wide)).max()
     assert 1e-4 < difference < tolerance
-    model, _ = load(tmp_path / "out")
+    model = plan(open_checkpoint(tmp_path / "out")).model
     row = model.decoder.layers[0].self_attn.q_proj
     assert (row.bits, row.group_size) == (bits, group_size)
 
@@ -120,7 +121,7 @@ def test_floating_point_modes(mode, bits, group_size, tmp_path, wide):
         "bits": bits,
         "group_size": group_size,
     }
-    model, _ = load(tmp_path / "out")
+    model = plan(open_checkpoint(tmp_path / "out")).model
     row = model.decoder.layers[0].mlp.up_proj
     assert (row.mode, row.bits, row.group_size) == (mode, bits, group_size)
     difference = np.abs(logprobs(tmp_path / "out") - logprobs(wide)).max()
@@ -134,7 +135,7 @@ def test_parts_may_have_bits_of_their_own(tmp_path, wide):
     report = convert(wide, tmp_path / "out", bits=4, group_size=32, part_bits=bits)
     fc2 = [f"vision_tower.vision_model.encoder.layers.{i}.mlp.fc2.weight" for i in range(2)]
     assert report.preview.skipped == tuple((name, "its width 72 is no multiple of 32") for name in fc2)
-    model, _ = load(tmp_path / "out")
+    model = plan(open_checkpoint(tmp_path / "out")).model
     block = model.vision.blocks[0]
     layers = block.attn.q_proj, block.mlp.fc1, model.decoder.embed_tokens, model.decoder.lm_head
     assert [layer.bits for layer in (*layers, model.decoder.layers[0].mlp.up_proj)] == [8, 8, 8, 5, 4]
@@ -164,7 +165,7 @@ def test_a_module_with_settings_of_its_own_is_loaded_by_them(tmp_path, wide):
     (tmp_path / "new.safetensors").replace(tmp_path / "out" / "model.safetensors")
     settings = {"group_size": 64, "bits": 4, name: {"group_size": 32, "bits": 8}}
     edit_json(tmp_path / "out" / "config.json", quantization=settings)
-    model, _ = load(tmp_path / "out")
+    model = plan(open_checkpoint(tmp_path / "out")).model
     assert [(layer.self_attn.q_proj.bits, layer.self_attn.q_proj.group_size) for layer in model.decoder.layers] == [
         (8, 32),
         (4, 64),

@@ -185,7 +185,9 @@ def test_auto_keeps_its_budget_and_loads(method, tmp_path, wide, few):
     guessed, measured = shown
     assert any("guess" in note for note in guessed.notes) and measured == report.preview
     model, processor = load(tmp_path / "out")
-    bits = {each.bits for _, each in model.named_modules() if hasattr(each, "bits")}
+    bits = {
+        each.bits for _, each in plan(open_checkpoint(tmp_path / "out")).model.named_modules() if hasattr(each, "bits")
+    }
     assert len(bits) > 1
     assert np.isfinite(np.array(model(processor("Hi", [PHOTO])))).all()
     own = {name for name, each in settings_of(tmp_path / "out").items() if isinstance(each, dict)}
@@ -197,7 +199,7 @@ def test_auto_leaves_parts_with_bits_of_their_own_alone(tmp_path, wide, few):
         wide, tmp_path / "out", recipe="auto", bits_per_weight=8.5, group_size=32, calibration=str(few),
         part_bits={"head": 8, "vision": 8},
     )  # fmt: skip
-    model, _ = load(tmp_path / "out")
+    model = plan(open_checkpoint(tmp_path / "out")).model
     assert (model.decoder.lm_head.bits, model.vision.blocks[0].attn.q_proj.bits) == (8, 8)
 
 

@@ -16,6 +16,7 @@ from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.loading import plan
 
 UP = "language_model.model.layers.0.mlp.up_proj"
 PACKINGS: list[dict[str, Any]] = [
@@ -82,7 +83,7 @@ def test_quantized_again_in_another_way(tmp_path, wide, second):
     assert all(
         mx.array_equal(direct[name], array) for name, array in steps.items() if name.startswith("language_model")
     )
-    model, _ = load(tmp_path / "four")
+    model = plan(open_checkpoint(tmp_path / "four")).model
     assert (model.decoder.embed_tokens.bits, model.vision.blocks[0].mlp.fc1.bits) == (4, 8)
     assert np.isfinite(logits(tmp_path / "four")).all()
 
@@ -145,7 +146,7 @@ def test_tied_embeddings_are_stored_once(tmp_path, tied):
     np.testing.assert_array_equal(logits(tmp_path / "out"), logits(tied))
     report = convert(tied, tmp_path / "four", bits=4, part_bits={"embeddings": 8, "head": 5})
     assert "the head is the embeddings, so bits of its own change nothing" in report.preview.notes
-    model, _ = load(tmp_path / "four")
+    model = plan(open_checkpoint(tmp_path / "four")).model
     assert model.decoder.embed_tokens.bits == 8 and not hasattr(model.decoder, "lm_head")
 
 

@@ -441,7 +441,8 @@ def test_conversion(name, kind, tmp_path, few):
     (whole, processor), (model, _) = load(source), load(tmp_path / "out")
     prompt = processor(QUESTION, [PHOTO])
     apart = np.abs(np.array(whole(prompt)) - np.array(model(prompt))).max()
-    quantized = {path for path, module in model.named_modules() if hasattr(module, "bits")}
+    stored = plan(open_checkpoint(tmp_path / "out")).model
+    quantized = {path for path, module in stored.named_modules() if hasattr(module, "bits")}
     assert report.check is not None and (apart == 0) == (kind == "plain")
     assert set(open_checkpoint(tmp_path / "out").tensors) >= set(open_checkpoint(source).tensors)
     if name == VICUNA:

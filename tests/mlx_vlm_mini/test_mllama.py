@@ -580,7 +580,8 @@ def test_quantized(options, tmp_path, wide):
     report = convert(source, tmp_path / "out", check=True, **options, **group, **measured)
     assert report.check is not None and report.check.source_influence > 1e-3
     (model, processor), (whole, _) = load(tmp_path / "out"), load(source)
-    quantized = {path for path, module in model.named_modules() if hasattr(module, "bits")}
+    stored = plan(open_checkpoint(tmp_path / "out")).model
+    quantized = {path for path, module in stored.named_modules() if hasattr(module, "bits")}
     names = ("cross_attn.q_proj", "cross_attn.k_proj", "cross_attn.v_proj", "cross_attn.o_proj", "mlp.up_proj")
     assert {f"decoder.layers.{i}.{name}" for i in (1, 3) for name in names} <= quantized or "recipe" in options
     blocks = {path for path in quantized if path.startswith("vision")}

@@ -419,7 +419,8 @@ def test_conversion(options, tmp_path, few, tiny):
     (whole, processor), (model, _) = tiny, load(tmp_path / "out")
     prompt = processor(CAPTION, [PHOTO])
     apart = np.abs(np.array(whole(prompt)) - np.array(model(prompt))).max()
-    quantized = {path for path, module in model.named_modules() if hasattr(module, "bits")}
+    stored = plan(open_checkpoint(tmp_path / "out")).model
+    quantized = {path for path, module in stored.named_modules() if hasattr(module, "bits")}
     scores = [load_scorer(folder, mode="g").logits(PICTURES, TEXTS) for folder in (FOLDER, tmp_path / "out")]
     if not options:
         assert apart == 0 and not quantized

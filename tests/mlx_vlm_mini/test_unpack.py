@@ -5,26 +5,23 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from checkpoints import PHOTO
+from quantized import load_packed
 
 from mlx_vlm_mini import load, unpack
-from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.loading import plan
-from mlx_vlm_mini.weights import load_weights
 
 
 @pytest.mark.parametrize("free", [1 << 40, 0])
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
 def test_unpacked_models_answer_as_packed_ones(wide, tmp_path, monkeypatch, free, mode):
     convert(wide, tmp_path / "out", bits=4, mode=mode, group_size=32, part_bits={"vision": 4})
-    packed = plan(open_checkpoint(tmp_path / "out"))
-    load_weights(packed.model, packed.ours, packed.checkpoint, mx.float32, packed.family.WEIGHTS)
+    packed = load_packed(tmp_path / "out")
     monkeypatch.setattr(unpack, "free_memory", lambda: free)
     model, processor = load(tmp_path / "out")
     kinds = {type(layer) for _, layer in model.named_modules()}
     assert (unpack.UnpackingLinear in kinds) == (free == 0) and nn.QuantizedLinear not in kinds
     inputs = processor([PHOTO, "What is it?"])
-    np.testing.assert_allclose(model(inputs), packed.model(inputs), atol=2e-5)
+    np.testing.assert_allclose(model(inputs), packed(inputs), atol=2e-5)
 
 
 def test_a_tied_head_is_unpacked_with_the_embeddings_and_others_stay_packed():

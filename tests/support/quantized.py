@@ -6,12 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from checkpoints import PHOTO, SHAPES, make_wide
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.checkpoint import open_checkpoint
 from mlx_vlm_mini.convert import convert
+from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.model import VLM
+from mlx_vlm_mini.weights import load_weights
 
 
 def make_wide_with(change: Callable[[dict[str, Any]], None], name: str, folder: Path, sizes: Any) -> Path:
@@ -25,8 +30,16 @@ def make_wide_with(change: Callable[[dict[str, Any]], None], name: str, folder: 
     return folder
 
 
+def load_packed(folder: Path) -> VLM:
+    """A quantized model as it is stored, not unpacked as `load` does on a CPU."""
+    planned = plan(open_checkpoint(folder))
+    load_weights(planned.model, planned.ours, planned.checkpoint, mx.float32, planned.family.WEIGHTS)
+    return planned.model
+
+
 def check_eight_bits(wide: Path, out: Path) -> Any:
-    """All parts at 8 bits, and the check layer by layer, which sees no harm; returns the model for more to be asked."""
+    """All parts at 8 bits, and the check layer by layer, which sees no harm; returns the model as it is stored, for
+    more to be asked."""
     convert(wide, out, bits=8, group_size=32, part_bits={"vision": 8, "projector": 8}, check=True)
     report = json.loads((out / "conversion.json").read_text())["check"]
     assert report["problems"] == [] and 0 < report["mean_kl"] < 0.05
@@ -35,7 +48,7 @@ def check_eight_bits(wide: Path, out: Path) -> Any:
     for prompt in ([PHOTO, "What is it?"], "Hi"):
         one, other = (np.array(each(processor(prompt))[0]) for each in (model, whole))
         assert 0 < np.abs(one - other).max() < 0.5
-    return model
+    return load_packed(out)
 
 
 def check_compensation(wide: Path, folder: Path) -> None:
