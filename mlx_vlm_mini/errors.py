@@ -10,7 +10,7 @@ def _one_line(text: str) -> str:
         text = f"{text[: _LONGEST - 300]} ... {text[-295:]}"
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else " " if c in "\r\n\t" else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
 
 
 class VLMError(Exception):

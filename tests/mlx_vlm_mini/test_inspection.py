@@ -77,7 +77,7 @@ def test_each_token_is_explained_by_the_query_that_predicts_it(loaded, monkeypat
     cache = model.make_cache()
     prefill(model.decoder, model.embed(inputs), cache, images=model.show(inputs))
     recorded, _ = _record(model, inputs, tokens, cache, Features(), rows)
-    np.testing.assert_allclose(recorded, fused(model, inputs, tokens)[first:], atol=1e-5)
+    np.testing.assert_allclose(recorded, fused(model, inputs, tokens)[first:], rtol=1e-5, atol=1e-5)
     own = np.concatenate([image.weights for image in found.images], axis=-1)
     np.testing.assert_allclose(own, weights[:, :, first:, slots], atol=1e-6)
     np.testing.assert_allclose(found.logprobs, _log_softmax(logits[first:])[range(4), tokens], atol=1e-5)
