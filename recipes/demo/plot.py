@@ -14,7 +14,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-STAGES = ("shapes", "talk", "more")
+STAGES = ("shapes", "talk", "more", "last")
 BESIDE = 25  # steps whose losses are averaged
 
 
