@@ -20,7 +20,7 @@ pytestmark = pytest.mark.reference
 def test_fifty_answers_equal_the_reference(tmp_path):
     write_scenes(tmp_path, 50, seed=50, digits=0.1, test=True)
     model, processor = load()
-    reference = Reference(bundled.FOLDER)
+    reference = Reference(bundled.FOLDER, (bundled.FOLDER / "chat_template.jinja").read_text())
     for example in read_examples(tmp_path / "scenes.jsonl"):
         asked = list(example.messages[:-1])
         chunks = list(stream_generate(model, processor, asked, max_tokens=64))
