@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def tree(folder: Path) -> dict[str, str]:
     return found
 
 
-class Case:
+class Case(ABC):
     """A command and what it makes in `folder`.
 
     Attributes:
@@ -166,11 +167,12 @@ class Case:
         self.seconds, self.steps, self.largest = 1.0, 10, 10_000
         self.whole: Any = None
 
-    def begin(self, folder: Path) -> None:
+    def begin(self, folder: Path) -> None:  # noqa: B027 - most commands need nothing
         """What is there before the command runs."""
 
+    @abstractmethod
     def work(self, folder: Path) -> Callable[[], object]:
-        raise NotImplementedError
+        """The command, to be called in a process of its own."""
 
     def run(self, folder: Path, **options: Any) -> Ended:
         return run(self.work(folder), self.inputs, **options)
