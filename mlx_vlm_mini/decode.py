@@ -254,7 +254,9 @@ def flatten(image: Image.Image, name: str, whole: bool) -> Image.Image:
         turn = _TURNS.get(_orientation(image))
         factor = 1 if whole else factor_of(*image.size)
         rows = max(_BAND // image.width // factor, 1) * factor
-        if rows >= image.height or image.mode in ("I", "F"):
+        if image.mode == "RGB" and image.info.get("transparency") is None:  # as most photos are: nothing to convert
+            flat = image if factor == 1 else image.reduce(factor)
+        elif rows >= image.height or image.mode in ("I", "F"):
             flat = _to_rgb(image)
             flat = flat if factor == 1 else flat.reduce(factor)
         else:
