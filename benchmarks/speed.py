@@ -378,7 +378,8 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     found = find_workloads(options.workloads, options.large)
-    plain = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "PYTHONPATH")}
+    others = "LD_PRELOAD", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"  # with the last a clone is compiled at every start
+    plain = {name: value for name, value in os.environ.items() if name not in others}
     sides = {"ours": Side("ours", sys.executable, plain, options.out / "ours.log")}
     if options.peer:
         preloaded = plain | {"LD_PRELOAD": OPENBLAS}

@@ -19,7 +19,6 @@ from PIL import Image
 
 from .decode import MOST_BYTES, decode, factor_of, flatten, from_array, known_formats
 from .errors import ImageError
-from .web import download, private_allowed
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 """A path, a `data:` URL, an http(s) URL (all three may be `str`), an encoded file's bytes, a PIL image, an array."""
@@ -85,8 +84,10 @@ def read_image(source: ImageSource, access: Access = LOCAL) -> Picture:
     elif isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
         if not access.urls:
             raise ImageError(f"{source[:200]} is an address, and addresses are not opened here: send the image itself")
-        private = private_allowed() if access.private_urls is None else access.private_urls
-        data, name = download(source, private=private), source
+        from . import web  # http.client and ssl, which few commands need
+
+        private = web.private_allowed() if access.private_urls is None else access.private_urls
+        data, name = web.download(source, private=private), source
     elif isinstance(source, str | Path):
         if not access.files:
             raise ImageError(f"{str(source)[:200]} names a file, and files are not opened here: send the image itself")
