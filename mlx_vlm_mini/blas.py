@@ -1,9 +1,19 @@
-"""OpenBLAS for MLX on Linux, where the CPU wheel's own matrix products are some forty times slower."""
+"""What MLX needs of a Linux system to compute fast on its CPU.
+
+- OpenBLAS: the wheel's own matrix products are some forty times slower.
+- Its threads asleep soon after a product. By default they ask for the next one for 26 ms, on the core on which MLX
+  computes all that is no product.
+- Memory that is kept: MLX asks malloc for each array anew, and glibc gives those above 128 kB back to the system, which
+  fills the next with zeros again, page by page.
+"""
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def use_openblas() -> bool:
@@ -17,11 +27,21 @@ def use_openblas() -> bool:
     """
     if sys.platform != "linux" or "mlx.core" in sys.modules:
         return False
+    _keep_memory()
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # 2^18 cycles, 0.1 ms: as long as a token's gaps are
     try:
         ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return False
     return True
+
+
+def _keep_memory() -> None:
+    """Have malloc keep up to a gigabyte of freed memory for the next arrays; those above 32 MB it gives back still."""
+    malloc_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if malloc_option is not None:
+        malloc_option(_MMAP_THRESHOLD, 2**25)
+        malloc_option(_TRIM_THRESHOLD, 2**30)
 
 
 @contextlib.contextmanager
