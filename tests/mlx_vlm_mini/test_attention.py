@@ -1,4 +1,4 @@
-"""Attention on a CPU: the exponential made of sums and products, heads a few at a time, queries in blocks, against MLX's own."""
+"""Attention on a CPU: the exponential made of sums and products, in tiles, queries in blocks, against MLX's own."""
 
 import mlx.core as mx
 import numpy as np
@@ -12,32 +12,42 @@ from mlx_vlm_mini.borrow import borrow
 from mlx_vlm_mini.rope import LongRoPE, RoPE
 
 
-def test_the_exponential_is_the_exponential():
-    x = np.linspace(-87, 88, 200_001, dtype=np.float32)
-    exact = np.exp(x.astype(np.float64))
-    error = np.abs(np.array(exponential.exp(mx.array(x))) / exact - 1)
-    assert error.max() < 5e-6 and error[np.abs(x) < 4].max() < 6e-7
-    assert exponential.exp(mx.array([0.0])).item() == 1.0
-    assert np.all(np.array(exponential.exp(mx.array([-88.0, -1e30, -mx.inf]))) < 2e-38)
-
-
-def test_softmax_and_its_gradient_are_softmaxs():
-    mx.random.seed(0)
-    x, weight = mx.random.normal((3, 5, 70)) * 6, mx.random.normal((3, 5, 70))
-    x[0, :, 40:] = mx.finfo(mx.float32).min
-    x[1, 2] = mx.finfo(mx.float32).min  # a row that sees nothing, as padding does
-    np.testing.assert_allclose(exponential.softmax(x), mx.softmax(x, axis=-1), atol=1e-6)
+def test_the_power_is_the_power():
+    t = np.linspace(-126, 126, 200_001, dtype=np.float32)
+    exact = np.exp2(t.astype(np.float64))
+    error = np.abs(np.array(exponential.power(mx.array(t))) / exponential.ONE / exact - 1)
+    assert error.max() < 5e-7
+    assert np.all(np.array(exponential.power(mx.array([-127.0, -1e30, -mx.inf]))) / exponential.ONE < 2e-38)
     ours, theirs = (
-        mx.grad(lambda x, softmax=softmax: (softmax(x) * weight).sum())(x)
-        for softmax in (exponential.softmax, lambda x: mx.softmax(x, axis=-1))
+        mx.grad(lambda t, of=of: of(t).sum())(mx.array(t))
+        for of in (lambda t: exponential.power(t) / exponential.ONE, lambda t: mx.power(2.0, t))
     )
-    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5)
+
+
+def test_the_sigmoid_is_the_sigmoid():
+    x = mx.concatenate([mx.linspace(-30, 30, 20_001), mx.array([-1e30, -200.0, 200.0, 1e30])])
+    np.testing.assert_allclose(exponential.sigmoid(x, 1.5), mx.sigmoid(1.5 * x), atol=1e-6)
+    ours, theirs = (
+        mx.grad(lambda x, sigmoid=sigmoid: sigmoid(x).sum())(x)
+        for sigmoid in (lambda x: exponential.sigmoid(x, 1.5), lambda x: mx.sigmoid(1.5 * x))
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_row_that_sees_nothing_sees_all_alike():
+    """As padding does."""
+    mx.random.seed(0)
+    q, k, v = (mx.random.normal((1, 2, 9, 8)) for _ in range(3))
+    seen = mx.random.uniform(shape=(9, 9)) < 0.5
+    seen[4] = False
+    np.testing.assert_allclose(attend(q, k, v, scale=1.0, mask=seen)[:, :, 4], v.mean(axis=2), atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 5000, 1 << 18])
 @pytest.mark.parametrize("mask", ["causal", "none", "window", "batch"])
 @pytest.mark.parametrize(("heads", "shared", "cached"), [(4, 4, 0), (6, 2, 9), (4, 1, 3)])
-def test_attention_in_chunks_is_attention(monkeypatch, chunk, mask, heads, shared, cached):
+def test_attention_in_tiles_is_attention(monkeypatch, chunk, mask, heads, shared, cached):
     monkeypatch.setattr(exponential, "CHUNK", chunk)
     monkeypatch.setattr(exponential, "is_slow", lambda: True)
     mx.random.seed(1)
@@ -59,7 +69,7 @@ def test_attention_in_chunks_is_attention(monkeypatch, chunk, mask, heads, share
 
 
 def test_one_token_and_half_precision_take_mlxs_own(monkeypatch):
-    monkeypatch.setattr(exponential, "softmax", None)
+    monkeypatch.setattr(exponential, "power", None)
     monkeypatch.setattr(exponential, "is_slow", lambda: True)
     one = mx.random.normal((1, 2, 1, 8))
     attend(one, one, one, scale=1.0)
@@ -105,10 +115,15 @@ def test_attention_holds_one_block_of_scores_at_a_time(softcap, mask, monkeypatc
         mx.eval(attend(keys, keys, keys, scale=1.0, softcap=softcap, mask=mask))
         return mx.get_peak_memory() - before
 
+    def limit(scores):
+        monkeypatch.setattr(attention, "BLOCK", scores)
+        monkeypatch.setattr(exponential, "CHUNK", scores)
+
     scores = 4 * 8 * 2000**2  # bytes
-    monkeypatch.setattr(attention, "BLOCK", 2**30)
+    monkeypatch.setattr(attention, "CAUSAL_ROWS", 2000)
+    limit(2**30)
     assert peak() > scores
-    monkeypatch.setattr(attention, "BLOCK", 2**19)
+    limit(2**17)
     assert peak() < scores / 4
 
 
