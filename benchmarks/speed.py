@@ -221,8 +221,11 @@ def make_rows(found: dict[str, Path], work: Path) -> dict[str, Row]:
         "decode-4000": Row("decoding at 4,000 tokens, M, float32, tokens/s", same(everybody, decode(4000)),
                            rate=True, folder=m),
         "captions": Row("a caption of 8 tokens, M, of 16", same(quick, captions), folder=m),
-        "python": Row("Python a decoded token, M (main thread)", same("ours peer", decode(64, 128)),
-                      "at most 1/2 of mlx-vlm's", folder=m),
+        "python": Row("Python a decoded token, M (main thread)", same("ours peer", decode(64, 128)), folder=m),
+        "python-traced": Row("the same with steps traced, as on a GPU", {
+            "ours": asked("decode", context=64, tokens=128, traced=True),
+            "peer": decode(64, 128),
+        }, "at most 1/2 of mlx-vlm's", folder=m),
         "python-stream": Row("the same with text and samplers", same("ours peer", asked("stream", tokens=128)),
                              folder=m),
         "bandwidth": Row("memory bandwidth", {"ours": asked("bandwidth")}, folder=m),

@@ -95,9 +95,11 @@ class Ours(OnMlx):
         self.decode(8, 2)
         return {"seconds": seconds, "versions": {name: version(name) for name in ("mlx-vlm-mini", "mlx", "mlx-lm")}}
 
-    def decode(self, context: int, tokens: int) -> Reply:
+    def decode(self, context: int, tokens: int, traced: bool = False) -> Reply:
         from mlx_vlm_mini.generation import decode
+        from mlx_vlm_mini.step import COMPILE
 
+        os.environ[COMPILE] = str(int(traced))
         mx, decoder = self.mx, self.model.decoder
         cache = self.filled(
             self.model.make_cache(), context, decoder.config.num_key_value_heads, decoder.config.head_dim

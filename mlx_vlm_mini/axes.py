@@ -57,11 +57,10 @@ class PlacedImage:
 class Turn:
     """Turns float[..., L, D] by given angles, one half of D against the other."""
 
-    def __init__(self, angles: np.ndarray, scale: float = 1.0) -> None:
+    def __init__(self, angles: np.ndarray | mx.array, scale: float = 1.0) -> None:
         """`angles` float32[..., L, D / 2]; the result is `scale` times as long."""
-        self._cos, self._sin = (
-            mx.array(part if scale == 1 else part * scale) for part in (np.cos(angles), np.sin(angles))
-        )
+        parts = (mx.cos(angles), mx.sin(angles)) if isinstance(angles, mx.array) else (np.cos(angles), np.sin(angles))
+        self._cos, self._sin = (mx.array(part if scale == 1 else part * scale) for part in parts)
 
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
         """`offset` is not used: the angles are those of the tokens themselves."""
@@ -70,8 +69,9 @@ class Turn:
         return mx.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def turn_once(rope: Any, offset: int, length: int) -> Any:
-    """What turns `length` tokens behind `offset` others as `rope` does, with angles computed once for all layers.
+def turn_once(rope: Any, offset: int | mx.array, length: int) -> Any:
+    """What turns `length` tokens behind `offset` others as `rope` does, with angles computed once for all layers; or
+    one token at the position `offset`, int[1].
 
     On a CPU `mx.fast.rope` is some twenty operations, which each call builds anew: half of Python's time for a token.
     On a GPU it is one, and `rope` is given back; as is one whose frequencies are not known.
@@ -80,10 +80,11 @@ def turn_once(rope: Any, offset: int, length: int) -> Any:
     periods = rope.periods(offset + length) if hasattr(rope, "periods") else getattr(rope, "_freqs", None)
     if periods is None or mx.default_device().type != mx.DeviceType.cpu:
         return rope
-    positions = np.arange(offset, offset + length, dtype=np.float32)
-    angles = positions[:, None] * (np.float32(1) / np.array(periods))
     scale: Any = getattr(rope, "mscale", None) or getattr(rope, "scale", 1.0)
-    return Turn(angles, scale)
+    if isinstance(offset, mx.array):
+        return Turn(offset.astype(mx.float32)[:, None] * (1 / periods), scale)
+    positions = np.arange(offset, offset + length, dtype=np.float32)
+    return Turn(positions[:, None] * (np.float32(1) / np.array(periods)), scale)
 
 
 def grid_angles(
@@ -162,11 +163,16 @@ class SectionedRoPE(nn.Module):
     def among(self, images: Sequence[PlacedImage], start: int, length: int) -> Callable[..., mx.array]:
         """What turns `length` tokens behind `start` others of a prompt with these images."""
         if all(image.end <= start for image in images):  # text alone: what it follows moved it
-            shift = sum(map(_shift, images))
+            shift = shift_behind(images)
             turn = turn_once(self.plain, start + shift, length)
             return turn if turn is not self.plain else lambda x, offset: self.plain(x, offset=offset + shift)
         positions = token_positions(images, start, length)[self._axis].T  # (L, D / 2)
         return Turn(positions.astype(np.float32) * self._frequencies, getattr(self.plain, "mscale", 1.0))
+
+
+def shift_behind(images: Sequence[PlacedImage]) -> int:
+    """By how much positions behind all of these pictures differ from the numbers of tokens before them."""
+    return sum(map(_shift, images))
 
 
 def remember(images: Sequence[PlacedImage], cache: Any) -> tuple[PlacedImage, ...]:

@@ -12,6 +12,7 @@ from .axes import PlacedImage
 from .cross_attention import ImageCache, ShownImage
 from .decoder import Decoder
 from .image_blocks import ImageBlock, cut_between
+from .step import make_step
 
 Sampler = Callable[[mx.array], mx.array]
 """float[1, vocab_size] log-probabilities -> int[1] token ids, as mlx-lm's `make_sampler` makes them."""
@@ -134,7 +135,7 @@ def decode(
         token = sampler(logprobs)
         return token, mx.take_along_axis(logprobs, token[:, None], axis=-1)
 
-    tokens = prompt
+    tokens, step = prompt, make_step(decoder, cache)
     token, logprob = choose(logits)
     mx.async_eval(token, logprob)
     for count in range(1, max_tokens + 1):
@@ -142,8 +143,7 @@ def decode(
         if count < max_tokens:
             if logits_processors:
                 tokens = mx.concatenate([tokens, current.astype(tokens.dtype)])
-            hidden = decoder(decoder.embed(current[:, None]), cache)
-            token, logprob = choose(decoder.logits(hidden)[:, 0])
+            token, logprob = choose(step(current))
             mx.async_eval(token, logprob)
         yield Token(cast(int, current.item()), cast(float, current_logprob.item()))
         if count % 256 == 0:

@@ -27,11 +27,13 @@ from mlx_vlm_mini.blas import use_openblas
 
 use_openblas()  # as the program does; before anything imports mlx
 
+import mlx.core as mx
 from checkpoints import PLAIN, make_wide
 from hub import run_program, serve
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.step import COMPILE
 
 
 def _is_number(host: str) -> bool:
@@ -54,6 +56,15 @@ def _no_network(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_no_network)
+
+
+@pytest.fixture
+def traced_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Decode as on a GPU; what is traced there is interpreted, as on a CPU it would go through a C++ compiler."""
+    monkeypatch.setenv(COMPILE, "1")
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 @pytest.fixture(scope="session")

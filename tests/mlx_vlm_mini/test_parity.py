@@ -93,6 +93,16 @@ def test_streaming_equals_the_reference(golden, case):
         assert "".join(chunk.text for chunk in chunks) == whole
 
 
+@every_case
+def test_streaming_by_traced_steps_equals_the_reference(golden, case, traced_steps):
+    model, processor, expected = golden
+    chunks = list(stream_generate(model, processor, with_paths(CASES[case]), max_tokens=STEPS))
+    tokens = expected[f"{case}/token_ids"].tolist()
+    assert [chunk.token for chunk in chunks] == tokens
+    chosen = expected[f"{case}/logprobs"][np.arange(STEPS), tokens]
+    np.testing.assert_allclose([chunk.logprob for chunk in chunks], chosen, atol=TOLERANCE)
+
+
 def test_cached_equals_uncached(golden):
     """Token by token: decoding with the cache gives what reading the whole sequence afresh gives."""
     model, processor, _ = golden

@@ -1,0 +1,129 @@
+"""Steps of decoding that are traced once: whom they serve, and that they are those of the caches (test_parity.py compares
+every family's with the reference)."""
+
+import gc
+import shutil
+import weakref
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import PHOTO
+from reference import GOLDEN
+
+from mlx_vlm_mini import Chat, load, stream_generate
+from mlx_vlm_mini.cache import make_cache
+from mlx_vlm_mini.generation import prefill
+from mlx_vlm_mini.step import COMPILE, compiles, make_step
+
+ASK = "What is in this image?"
+
+
+def answer(model, processor, tokens=12, **options):
+    chunks = list(stream_generate(model, processor, ASK, images=[PHOTO], max_tokens=tokens, **options))
+    return [chunk.token for chunk in chunks], [chunk.logprob for chunk in chunks]
+
+
+def read(model, length, cache=None):
+    """A cache that holds so many random tokens, and the step behind them."""
+    cache = model.make_cache() if cache is None else cache
+    mx.random.seed(length)
+    mx.eval(prefill(model.decoder, mx.random.normal((1, length, model.config.decoder.hidden_size)), cache))
+    return cache, make_step(model.decoder, cache)
+
+
+def is_traced(step):
+    return step.__name__ == "traced"
+
+
+@pytest.mark.parametrize(
+    ("name", "served"),
+    [
+        ("llava-clip-llama", True), ("gemma3-hub", True), ("qwen2.5-vl", True), ("paligemma2-gemma2", True),
+        ("internvl-chat-internlm2", False), ("mllama-meta", False), ("qllama", False), ("qwen-vl-chat", False),
+        ("blip2-opt", False),
+    ],
+)  # fmt: skip
+def test_steps_are_traced_where_keys_values_and_a_position_are_all(name, served, traced_steps):
+    """Not with a scaling by length (that InternVL's), cross-attention, query tokens, log n or OPT's positions."""
+    model, _ = load(GOLDEN / name)
+    assert is_traced(make_step(model.decoder, model.make_cache())) is served
+
+
+def test_quantized_and_rotating_caches_are_not_traced(traced_steps):
+    model, _ = load()
+    assert is_traced(make_step(model.decoder, make_cache(model)))
+    for cache in ({"kv_bits": 8}, {"rotate": 16}):
+        assert not is_traced(make_step(model.decoder, make_cache(model, **cache)))
+
+
+def test_the_environment_and_the_device_decide(monkeypatch):
+    for value, expected in (("1", True), ("0", False)):
+        monkeypatch.setenv(COMPILE, value)
+        assert compiles() is expected
+    monkeypatch.delenv(COMPILE)
+    assert compiles() is (mx.default_device().type == mx.DeviceType.gpu)
+    monkeypatch.setenv(COMPILE, "yes")
+    assert compiles() is (mx.default_device().type == mx.DeviceType.gpu)
+
+
+def test_steps_go_on_where_the_caches_grow(llava, traced_steps):
+    """Behind 250 tokens, across 256: at each step what reading the whole afresh gives; the caches hold as much."""
+    model, _ = llava
+    cache, step = read(model, 250)
+    mx.random.seed(250)
+    whole = mx.random.normal((1, 250, model.config.decoder.hidden_size))
+    for token in range(5, 17):
+        logits = step(mx.array([token]))
+        whole = mx.concatenate([whole, model.decoder.embed(mx.array([[token]]))], axis=1)
+        fresh = model.decoder.logits(model.decoder(whole)[:, -1:])[:, 0]
+        np.testing.assert_allclose(logits, fresh, atol=1e-4)
+        assert {entry.offset for entry in cache} == {whole.shape[1]}
+    assert cache[0].keys.shape[2] == 512
+
+
+def test_what_was_cut_off_is_not_seen(llava, traced_steps):
+    model, _ = llava
+    cache, step = read(model, 20)
+    once = np.array(step(mx.array([7])))
+    for token in (8, 9):
+        mx.eval(step(mx.array([token])))
+    for entry in cache:
+        entry.trim(3)
+    np.testing.assert_allclose(make_step(model.decoder, cache)(mx.array([7])), once, atol=1e-6)
+
+
+def test_a_turn_after_traced_steps_finds_its_cache(llava, traced_steps, monkeypatch):
+    def talk():
+        chat = Chat(*llava, max_tokens=6)
+        return [[chunk.token for chunk in chat.send(prompt)] for prompt in ([PHOTO, ASK], "And now?")]
+
+    traced = talk()
+    monkeypatch.setenv(COMPILE, "0")
+    assert talk() == traced
+
+
+def test_new_weights_are_seen(traced_steps, monkeypatch):
+    """As training between two answers changes them."""
+    mx.enable_compile()  # the trace itself is what is tested
+    if shutil.which("g++") is None:
+        pytest.skip("MLX compiles with g++ on a CPU, and there is none")
+    model, processor = load(GOLDEN / "llava-clip-llama")
+    before = answer(model, processor)
+    layer = model.decoder.layers[0].mlp.down_proj
+    layer.weight = layer.weight * -3
+    after = answer(model, processor)
+    monkeypatch.setenv(COMPILE, "0")
+    plain = answer(model, processor)
+    assert after[0] == plain[0] and before[1] != after[1]
+    np.testing.assert_allclose(after[1], plain[1], atol=1e-5)
+
+
+def test_a_model_with_a_trace_is_freed(traced_steps):
+    model, processor = load(GOLDEN / "llava-clip-llama")
+    answer(model, processor, 3)
+    seen = weakref.ref(model.decoder.layers[0].mlp.down_proj)
+    assert seen() is not None
+    del model, processor
+    gc.collect()
+    assert seen() is None
