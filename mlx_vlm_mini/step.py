@@ -19,6 +19,7 @@ from .opt import OPTDecoder
 from .rope import rope_type
 
 COMPILE = "MLX_VLM_MINI_COMPILE"
+BUILT_FIRST = 32  # tokens of a model's first answer: a trace costs what it spares for so many
 _TEXT = {"full_attention", "sliding_attention"}
 _BY_LENGTH = {"dynamic", "longrope", "prompt_ntk"}  # scalings whose angles depend on the sequence's length
 
@@ -60,14 +61,16 @@ def make_step(decoder: Decoder, cache: Sequence[Any]) -> Step:
 
     if not compiles() or not _is_plain(decoder, cache):
         return built
-    if not hasattr(decoder, "traced_step"):
-        decoder.traced_step = _trace(decoder)
     shift = shift_behind(getattr(cache[0], "placed", ()))
+    left = 0 if hasattr(decoder, "traced_step") else BUILT_FIRST
 
     def traced(token: mx.array) -> mx.array:
-        place = cache[0].offset
-        if cache[0].keys is None or place >= cache[0].keys.shape[2]:
-            return built(token)  # lets the caches grow
+        nonlocal left
+        place, left = cache[0].offset, left - 1
+        if left >= 0 or cache[0].keys is None or place >= cache[0].keys.shape[2]:
+            return built(token)  # which lets the caches grow
+        if not hasattr(decoder, "traced_step"):
+            decoder.traced_step = _trace(decoder)
         held = [(entry.keys, entry.values) for entry in cache]
         logits, held = decoder.traced_step(token, mx.array([place]), mx.array([place + shift]), held)
         for entry, (keys, values) in zip(cache, held, strict=True):

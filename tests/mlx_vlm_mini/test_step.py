@@ -82,6 +82,15 @@ def test_steps_go_on_where_the_caches_grow(llava, traced_steps):
     assert cache[0].keys.shape[2] == 512
 
 
+def test_short_answers_are_not_traced(traced_steps, monkeypatch):
+    monkeypatch.setattr("mlx_vlm_mini.step.BUILT_FIRST", 4)
+    model, processor = load(GOLDEN / "llava-clip-llama")
+    answer(model, processor, 5)  # whose last token no step follows
+    assert not hasattr(model.decoder, "traced_step")
+    answer(model, processor, 6)
+    assert hasattr(model.decoder, "traced_step")
+
+
 def test_what_was_cut_off_is_not_seen(llava, traced_steps):
     model, _ = llava
     cache, step = read(model, 20)
