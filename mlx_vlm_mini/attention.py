@@ -11,6 +11,7 @@ from . import exponential
 Mask = mx.array | Literal["causal"] | None
 
 BLOCK = 2**23  # scores held at a time where the attention is not fused
+ONE_FROM = 1024  # keys from which on tiles are faster on a CPU for a single query, too
 CAUSAL_ROWS = 128  # queries of a tile on a CPU, about, where each sees what stands before it
 
 
@@ -48,7 +49,7 @@ def attend(
     """
     (B, H, L, D), S, groups = queries.shape, keys.shape[2], queries.shape[1] // keys.shape[1]
     fused = attentions is None and softcap is None
-    by_hand = fused and exponential.is_slow() and queries.dtype == mx.float32 and L > 1
+    by_hand = fused and exponential.is_slow() and queries.dtype == mx.float32 and (L > 1 or S >= ONE_FROM)
     if fused and not by_hand:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     if by_hand:

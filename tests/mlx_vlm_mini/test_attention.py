@@ -68,6 +68,19 @@ def test_attention_in_tiles_is_attention(monkeypatch, chunk, mask, heads, shared
     assert explicit[0].shape == (B, heads, L, S)
 
 
+def test_one_token_behind_many_goes_through_tiles(monkeypatch):
+    monkeypatch.setattr(exponential, "is_slow", lambda: True)
+    mx.random.seed(2)
+    q, k, v = mx.random.normal((1, 6, 1, 8)), mx.random.normal((1, 2, 1100, 8)), mx.random.normal((1, 2, 1100, 8))
+    seen = mx.arange(1100)[None] > 300
+    for mask in (None, "causal", seen):
+        theirs = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.5, mask=mask)
+        np.testing.assert_allclose(attend(q, k, v, scale=0.5, mask=mask), theirs, atol=3e-6)
+        with monkeypatch.context() as without:
+            without.setattr(mx.fast, "scaled_dot_product_attention", None)
+            attend(q, k, v, scale=0.5, mask=mask)
+
+
 def test_one_token_and_half_precision_take_mlxs_own(monkeypatch):
     monkeypatch.setattr(exponential, "power", None)
     monkeypatch.setattr(exponential, "is_slow", lambda: True)
