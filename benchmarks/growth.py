@@ -1,6 +1,6 @@
 """How the first token's cost grows with the number of pictures and with the length of the prompt.
 
-    python benchmarks/growth.py [--torch PYTHON] [--limit 60] [--out FOLDER]
+    python benchmarks/growth.py [--torch PYTHON] [--limit 30] [--out FOLDER]
 
 M of workloads.py, with 1 to 16 pictures and a short question, and with one picture and 1,000 to 16,000 tokens. OUT
 gets `growth.json`, `growth.md` and `growth.png` (needs matplotlib). `exponent` is the growth from the point before, as
@@ -12,12 +12,11 @@ not asked for the next.
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from speed import FOLDER, SIDES, Sample, Side, find_workloads
+from speed import FOLDER, SIDES, Sample, Side, find_workloads, own_environment
 
 IMAGES = (1, 2, 4, 8, 16)
 CONTEXTS = (1000, 2000, 4000, 8000, 16000)
@@ -97,14 +96,14 @@ def plot(results: dict[str, dict[str, list[Sample]]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch", metavar="PYTHON")
-    parser.add_argument("--limit", type=float, default=60)
+    parser.add_argument("--limit", type=float, default=30)
     parser.add_argument("--out", type=Path, default=FOLDER / "results")
     parser.add_argument("--workloads", type=Path, default=FOLDER)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     found = find_workloads(options.workloads, False)
     pictures = [str(file) for file in sorted(found["pictures"].glob("small-*.jpg"))]
-    plain = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "PYTHONPATH")}
+    plain = own_environment()
     sides = {"ours": sys.executable} | ({"torch": options.torch} if options.torch else {})
     results = {}
     for name, python in sides.items():

@@ -302,7 +302,7 @@ def show(name: str, row: Row, found: Sample) -> str:
         elif name.startswith("python"):
             text = f"{one['thread'] * 1e3:.2f} ms, graph {one['building'] * 1e3:.2f}"
             ours = found["sides"].get("ours", {})
-            one = one | {"ratio": one["thread"] / ours["thread"]} if "thread" in ours else one
+            one = one | {"ratio": one["building"] / ours["building"]} if "building" in ours else one
         elif row.rate:
             text = f"{1 / one['seconds']:.1f}"
         else:
@@ -368,6 +368,12 @@ def find_workloads(folder: Path, large: bool) -> dict[str, Path]:
     return {name: Path(path) for name, path in (line.split(": ") for line in lines)}
 
 
+def own_environment() -> dict[str, str]:
+    """The environment without what would change a side's: without bytecode, a clone is compiled at every start."""
+    others = "LD_PRELOAD", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"
+    return {name: value for name, value in os.environ.items() if name not in others}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", metavar="PYTHON")
@@ -381,8 +387,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     found = find_workloads(options.workloads, options.large)
-    others = "LD_PRELOAD", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"  # with the last a clone is compiled at every start
-    plain = {name: value for name, value in os.environ.items() if name not in others}
+    plain = own_environment()
     sides = {"ours": Side("ours", sys.executable, plain, options.out / "ours.log")}
     if options.peer:
         preloaded = plain | {"LD_PRELOAD": OPENBLAS}

@@ -96,10 +96,10 @@ class Ours(OnMlx):
         return {"seconds": seconds, "versions": {name: version(name) for name in ("mlx-vlm-mini", "mlx", "mlx-lm")}}
 
     def decode(self, context: int, tokens: int, traced: bool = False) -> Reply:
+        from mlx_vlm_mini import step
         from mlx_vlm_mini.generation import decode
-        from mlx_vlm_mini.step import COMPILE
 
-        os.environ[COMPILE] = str(int(traced))
+        os.environ[step.COMPILE], step.BUILT_FIRST = str(int(traced)), 0
         mx, decoder = self.mx, self.model.decoder
         cache = self.filled(
             self.model.make_cache(), context, decoder.config.num_key_value_heads, decoder.config.head_dim
