@@ -21,6 +21,7 @@ from .model import VLM
 from .preprocess import TILINGS, ImageSettings, image_settings
 from .processor import Processor
 from .prompt import find_chat_template
+from .rows import block_rows
 from .tokenizer import Tokenizer, load_tokenizer
 from .unpack import unpack_for_cpu
 from .video import VideoSettings, video_settings
@@ -267,6 +268,7 @@ def load(
     chosen: Any = getattr(mx, dtype) if dtype is not None else compute_dtype(planned)
     load_weights(planned.model, planned.ours, checkpoint, chosen, planned.family.WEIGHTS)
     unpack_for_cpu(planned.model, chosen)
+    block_rows(planned.model.decoder)
     # Frequencies and the like, too: what MLX has yet to compute can be computed by this thread alone.
     mx.eval([[part for part in module.values() if isinstance(part, mx.array)] for module in planned.model.modules()])
     return planned.model, processor

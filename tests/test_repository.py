@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("mlx_vlm_mini", "convert", "train", "cli")
 # What a module of the library may import, from the first room to the last (design.md).
 ORDER = (
-    "errors", "bundled", "blas", "borrow", "config", "exponential", "activation", "attention", "cross_attention", "query_attention", "contrast", "image_blocks", "rope", "axes", "vision", "grid_vision", "places", "canvas", "tiled_vision", "projector", "resampler", "merger", "qformer", "decoder", "opt", "step", "pooling", "anyres", "model",
+    "errors", "bundled", "blas", "borrow", "config", "exponential", "rows", "activation", "attention", "cross_attention", "query_attention", "contrast", "image_blocks", "rope", "axes", "vision", "grid_vision", "places", "canvas", "tiled_vision", "projector", "resampler", "merger", "qformer", "decoder", "opt", "step", "pooling", "anyres", "model",
     "pickled", "checkpoint", "web", "decode", "image", "tiles", "splits", "crops", "grid", "bars", "preprocess", "video_file", "video", "patterns", "bytelevel", "sentencepiece", "ranks", "wordpieces", "tokenizer", "families", "weights", "unpack", "hub", "assembly", "sandbox", "prompt", "processor", "loading", "generation",
     "features", "stream", "fingerprint", "cache", "transcript", "chat", "measure", "describe", "detections", "draw", "mask_decoder", "clip", "vilt", "matching",
     "attended", "inspection", "heat", "page",

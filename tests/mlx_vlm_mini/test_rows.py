@@ -1,0 +1,65 @@
+"""Products with single rows in blocks: those of the whole, where they are done, and in whom."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_vlm_mini import exponential, rows
+from mlx_vlm_mini.rows import BlockedEmbedding, BlockedLinear, block_height, block_rows
+
+
+@pytest.mark.parametrize(
+    ("shape", "height"),
+    [
+        ((4096, 4096), 128), ((11008, 4096), 172), ((4096, 11008), 64), ((768, 2048), 384), ((2048, 768), 0),
+        ((32064, 4096), 192), ((512, 1024), 0), ((151936, 1536), 585),
+    ],
+)  # fmt: skip
+def test_blocks_are_as_large_as_openblas_reads_in_place(shape, height):
+    """Equal ones where that is possible, of no narrow weight and no small one."""
+    rows_, columns = shape
+    assert block_height(rows_, columns) == height
+    assert not height or rows.LEAST <= height * columns <= rows.MOST
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.plain = nn.Linear(1024, 2048), nn.Linear(1024, 2048, bias=False)
+        self.small, self.embed_tokens = nn.Linear(64, 64), nn.Embedding(2048, 1024)
+        self.half = nn.Linear(1024, 2048)
+        self.half.set_dtype(mx.float16)
+        self.layers = [nn.Linear(1024, 1031)]  # a prime: the last block is smaller
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_blocked_products_are_those_of_the_whole(length, monkeypatch):
+    monkeypatch.setattr(exponential, "is_slow", lambda: True)
+    mx.random.seed(0)
+    part, x = Part(), mx.random.normal((1, length, 1024))
+    part.wide.bias = mx.random.normal((2048,))
+
+    def products():
+        layers = part.wide, part.plain, part.layers[0], part.embed_tokens.as_linear
+        return [np.array(layer(x)) for layer in layers] + [np.array(part.embed_tokens(mx.array([[3, 5]])))]
+
+    before, names = products(), {name for name, _ in part.named_modules()}
+    block_rows(part)
+    assert {name for name, _ in part.named_modules()} == names
+    kinds = [type(each) for each in (part.wide, part.plain, part.layers[0], part.embed_tokens, part.small, part.half)]
+    assert kinds == [BlockedLinear, BlockedLinear, BlockedLinear, BlockedEmbedding, nn.Linear, nn.Linear]
+    for ours, whole in zip(products(), before, strict=True):
+        np.testing.assert_allclose(ours, whole, atol=1e-4)
+    ours, theirs = (
+        mx.grad(lambda x, layer=layer: mx.sin(layer(x)).sum())(x)
+        for layer in (part.wide, lambda x: x @ part.wide.weight.T + part.wide.bias)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_nothing_is_blocked_where_mlx_is_fast(monkeypatch):
+    monkeypatch.setattr(exponential, "is_slow", lambda: False)
+    part = Part()
+    block_rows(part)
+    assert type(part.wide) is nn.Linear
