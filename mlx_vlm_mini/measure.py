@@ -39,14 +39,19 @@ BUILT = 8  # tokens whose graph is built without being computed
 
 
 def measure_bandwidth(rounds: int = 5, size: int = 1 << 28) -> float:
-    """Bytes a second that MLX reads from memory: the best of sums and matrix-vector products over `size` bytes, which
-    must be more than a cache holds."""
+    """Bytes a second that MLX reads from memory: the best of sums and matrix-vector products, whole and in blocks (see
+    rows.py), over `size` bytes, which must be more than a cache holds."""
     width = 8192
     dtype = mx.float16 if mx.default_device().type == mx.DeviceType.gpu else mx.float32
     array = mx.ones((size // width // dtype.size, width), dtype=dtype)
     vector = mx.ones((width,), dtype=dtype)
     mx.eval(array, vector)
-    ways: tuple[Callable[[], mx.array], ...] = lambda: array.sum(), lambda: array @ vector
+    blocks = array.reshape(-1, 64, width)
+    ways: tuple[Callable[[], mx.array], ...] = (
+        lambda: array.sum(),
+        lambda: array @ vector,
+        lambda: vector @ blocks.swapaxes(-1, -2),
+    )
     least = min(_seconds(way) for _ in range(rounds + 1) for way in ways)
     return array.nbytes / least
 
