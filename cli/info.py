@@ -27,9 +27,14 @@ def command(
     Example:
       mlx-vlm-mini info llava-hf/llava-1.5-7b-hf --check
     """
+    from mlx_vlm_mini.blas import describe_device, use_openblas
+
+    use_openblas()
+
     from mlx_vlm_mini.describe import describe
 
     described = describe(model, revision=revision, check=check, vision_tower=vision_tower, conversation=conversation)
+    described["computes_on"] = describe_device()
     if as_json:
         click.echo(json.dumps(described, ensure_ascii=False))
         return

@@ -12,7 +12,9 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+CHOICE = "MLX_VLM_MINI_OPENBLAS"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -20,12 +22,13 @@ def use_openblas() -> bool:
     """Load the system's OpenBLAS where it is installed, so that MLX's float32 products on a CPU run in it.
 
     Its symbols come before those of MLX's bundled BLAS only if they are global before `mlx.core` is imported; so this
-    does nothing afterwards, and nothing on other systems than Linux.
+    does nothing afterwards, and nothing on other systems than Linux or where the environment variable
+    MLX_VLM_MINI_OPENBLAS is 0.
 
     Returns:
         Whether it was loaded.
     """
-    if sys.platform != "linux" or "mlx.core" in sys.modules:
+    if sys.platform != "linux" or "mlx.core" in sys.modules or os.environ.get(CHOICE) == "0":
         return False
     _keep_memory()
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # 2^18 cycles, 0.1 ms: as long as a token's gaps are
@@ -37,11 +40,27 @@ def use_openblas() -> bool:
 
 
 def _keep_memory() -> None:
-    """Have malloc keep up to a gigabyte of freed memory for the next arrays; those above 32 MB it gives back still."""
+    """Have malloc keep up to 64 MB of freed memory for the next arrays; those above 16 MB it gives back still."""
     malloc_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     if malloc_option is not None:
-        malloc_option(_MMAP_THRESHOLD, 2**25)
-        malloc_option(_TRIM_THRESHOLD, 2**30)
+        malloc_option(_MMAP_THRESHOLD, 2**24)
+        malloc_option(_TRIM_THRESHOLD, 2**26)
+
+
+def describe_device() -> str:
+    """What MLX computes on in this process, and with whose products, in words."""
+    import mlx.core as mx
+
+    if mx.default_device().type == mx.DeviceType.gpu:
+        return f"GPU, {mx.device_info().get('device_name', 'unnamed')}"
+    if sys.platform != "linux":
+        return "CPU"
+    if "libopenblas" not in Path("/proc/self/maps").read_text():
+        return "CPU, MLX's own products: apt install libopenblas0-pthread makes them many times faster"
+    library = ctypes.CDLL("libopenblas.so.0")
+    library.openblas_get_config.restype = ctypes.c_char_p
+    found = " ".join(library.openblas_get_config().decode().split()[:2])
+    return f"CPU, {found}, {library.openblas_get_num_threads()} threads"
 
 
 @contextlib.contextmanager

@@ -28,11 +28,12 @@ def _product(x: mx.array, weight: mx.array) -> mx.array:
     rows, columns = weight.shape
     height = block_height(rows, columns)
     whole = rows - rows % height
-    row = x.reshape(1, 1, columns)
-    product = (row @ weight[:whole].reshape(-1, height, columns).swapaxes(-1, -2)).reshape(1, whole)
+    row = x if x.ndim == 3 else x.reshape(1, 1, columns)
+    blocks = (weight if whole == rows else weight[:whole]).reshape(-1, height, columns)
+    product = (row @ blocks.swapaxes(-1, -2)).reshape(*x.shape[:-1], whole)
     if whole < rows:
-        product = mx.concatenate([product, row[0] @ weight[whole:].T], axis=-1)
-    return product.reshape(*x.shape[:-1], rows)
+        product = mx.concatenate([product, x @ weight[whole:].T], axis=-1)
+    return product
 
 
 class BlockedLinear(nn.Linear):

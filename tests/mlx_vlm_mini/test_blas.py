@@ -1,6 +1,7 @@
 """OpenBLAS: loaded before MLX or not at all, and the same answers with it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,8 +16,10 @@ ANSWER = (
 )
 
 
-def run(code: str) -> object:
-    return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+def run(code: str, **environment: str) -> object:
+    own = {name: value for name, value in os.environ.items() if name != "OPENBLAS_THREAD_TIMEOUT"} | environment
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=own)
+    return json.loads(done.stdout)
 
 
 def test_it_is_too_late_once_mlx_is_imported():
@@ -39,3 +42,17 @@ def test_the_answer_is_the_same_with_it_and_without():
         assert (loaded, loaded_late) == (installed, False)
     else:
         assert installed is False
+
+
+def test_the_environment_leaves_it_out_and_info_says_what_computes():
+    code = (
+        "import json; from mlx_vlm_mini.blas import describe_device, use_openblas; found = use_openblas()\n"
+        "import os; print(json.dumps([found, os.environ.get('OPENBLAS_THREAD_TIMEOUT'), describe_device()]))"
+    )
+    for choice in ("0", "1"):
+        found, timeout, device = run(code, MLX_VLM_MINI_OPENBLAS=choice, OPENBLAS_NUM_THREADS="1")
+        if sys.platform != "linux" or choice == "0":
+            assert found is False
+        if sys.platform == "linux":
+            assert timeout == (None if choice == "0" else "18")
+            assert ("OpenBLAS" in device) is found and device.startswith("CPU, ")

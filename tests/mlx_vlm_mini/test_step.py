@@ -4,6 +4,7 @@ every family's with the reference)."""
 import gc
 import shutil
 import weakref
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -12,8 +13,10 @@ from checkpoints import PHOTO
 from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, load, stream_generate
+from mlx_vlm_mini.axes import turn_once
 from mlx_vlm_mini.cache import make_cache
 from mlx_vlm_mini.generation import prefill
+from mlx_vlm_mini.rope import make_rope
 from mlx_vlm_mini.step import COMPILE, compiles, make_step
 
 ASK = "What is in this image?"
@@ -65,6 +68,36 @@ def test_the_environment_and_the_device_decide(monkeypatch):
     assert compiles() is (mx.default_device().type == mx.DeviceType.gpu)
     monkeypatch.setenv(COMPILE, "yes")
     assert compiles() is (mx.default_device().type == mx.DeviceType.gpu)
+
+
+@pytest.mark.parametrize(
+    "name", ["llava-clip-llama", "gemma3-hub", "qwen2.5-vl", "mistral3", "llava-next-clip-mistral"]
+)
+def test_steps_with_mlxs_own_rope_are_the_same(name, traced_steps, monkeypatch):
+    """As on a GPU, where it turns by a position that is an array."""
+    model, processor = load(GOLDEN / name)
+    ours = answer(model, processor)
+    del model.decoder.traced_step
+    monkeypatch.setattr("mlx_vlm_mini.step.turn_once", lambda rope, position, length: getattr(rope, "plain", rope))
+    theirs = answer(model, processor)
+    assert ours[0] == theirs[0]
+    np.testing.assert_allclose(ours[1], theirs[1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)  # fmt: skip
+def test_a_position_may_be_an_array(scaling, llava):
+    rope = make_rope(replace(llava[0].config.decoder, rope_scaling=scaling))
+    x = mx.random.normal((1, 2, 1, llava[0].config.decoder.head_dim))
+    np.testing.assert_allclose(rope(x, offset=mx.array([700])), rope(x, offset=700), atol=1e-5)
+    turned = turn_once(rope, mx.array([700]), 1)
+    np.testing.assert_allclose(turned(x), rope(x, offset=700), atol=1e-4)
 
 
 def test_steps_go_on_where_the_caches_grow(llava, traced_steps):
