@@ -7,6 +7,7 @@
   fills the next with zeros again, page by page.
 """
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -36,7 +37,16 @@ def use_openblas() -> bool:
         ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return False
+    atexit.register(_finish)
     return True
+
+
+def _finish() -> None:
+    """Let MLX's threads end what they compute, such as the token behind an answer's last: OpenBLAS waits forever for a
+    thread of its own that a product is given to while the process ends."""
+    mlx = sys.modules.get("mlx.core")
+    if mlx is not None:
+        mlx.synchronize()
 
 
 def _keep_memory() -> None:

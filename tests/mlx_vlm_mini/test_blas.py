@@ -18,7 +18,7 @@ ANSWER = (
 
 def run(code: str, **environment: str) -> object:
     own = {name: value for name, value in os.environ.items() if name != "OPENBLAS_THREAD_TIMEOUT"} | environment
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=own)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=own, timeout=60)
     return json.loads(done.stdout)
 
 
@@ -56,3 +56,13 @@ def test_the_environment_leaves_it_out_and_info_says_what_computes():
         if sys.platform == "linux":
             assert timeout == (None if choice == "0" else "18")
             assert ("OpenBLAS" in device) is found and device.startswith("CPU, ")
+
+
+def test_a_process_ends_while_something_is_computed():
+    """OpenBLAS hung in one of three such ends."""
+    code = (
+        "from mlx_vlm_mini.blas import use_openblas; use_openblas(); import mlx.core as mx; a = mx.full((500, 500), 1e-3)\n"
+        "b = a\nfor _ in range(40): b = b @ a\nmx.async_eval(b); print(1)"
+    )
+    for _ in range(6):
+        assert run(code, OPENBLAS_NUM_THREADS="2") == 1
