@@ -311,7 +311,7 @@ def show(name: str, row: Row, found: Sample) -> str:
             text += f" (bare Pillow x {one['seconds'] / one['pillow']:.2f})"
         if side != "ours" and one.get("ratio"):
             text += f" ({one['ratio']:.1f} x)"
-        if one.get("rss") and not row.rate:
+        if one.get("rss"):
             text += f", {one['rss'] / 1e6:,.0f} MB"
         cells.append(text)
     return f"| {found['title']} | {' | '.join(cells)} | {found['goal']} |"
