@@ -34,11 +34,10 @@ def command(
     from mlx_vlm_mini.describe import describe
 
     described = describe(model, revision=revision, check=check, vision_tower=vision_tower, conversation=conversation)
-    described["computes_on"] = describe_device()
     if as_json:
         click.echo(json.dumps(described, ensure_ascii=False))
         return
-    for key, value in described.items():
+    for key, value in {**described, "computes_on": describe_device()}.items():
         if not isinstance(value, dict):
             click.echo(f"{key.replace('_', ' '):<16} {_shown(key, value)}")
             continue

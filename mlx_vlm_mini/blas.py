@@ -70,7 +70,8 @@ def describe_device() -> str:
     library = ctypes.CDLL("libopenblas.so.0")
     library.openblas_get_config.restype = ctypes.c_char_p
     found = " ".join(library.openblas_get_config().decode().split()[:2])
-    return f"CPU, {found}, {library.openblas_get_num_threads()} threads"
+    threads = library.openblas_get_num_threads()
+    return f"CPU, {found}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 @contextlib.contextmanager
