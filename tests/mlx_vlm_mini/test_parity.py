@@ -80,28 +80,29 @@ def test_cached_decoding_equals_the_reference(golden, case, step):
         logits = model.decoder.logits(model.decoder(model.decoder.embed(mx.array([[token]])), cache))[:, -1]
 
 
-@every_case
-def test_streaming_equals_the_reference(golden, case):
+def check_stream(golden, case):
+    """Tokens and log-probabilities as the reference's; returns the chunks."""
     model, processor, expected = golden
     chunks = list(stream_generate(model, processor, with_paths(CASES[case]), max_tokens=STEPS))
     tokens = expected[f"{case}/token_ids"].tolist()
     assert [chunk.token for chunk in chunks] == tokens
     chosen = expected[f"{case}/logprobs"][np.arange(STEPS), tokens]
     np.testing.assert_allclose([chunk.logprob for chunk in chunks], chosen, atol=TOLERANCE)
+    return chunks
+
+
+@every_case
+def test_streaming_equals_the_reference(golden, case):
+    chunks, tokens = check_stream(golden, case), golden[2][f"{case}/token_ids"].tolist()
     assert [chunk.finish_reason for chunk in chunks] == [None] * (STEPS - 1) + ["length"]
-    whole = processor.tokenizer.decode(tokens)
+    whole = golden[1].tokenizer.decode(tokens)
     if "\ufffd" not in whole:  # bytes that are no UTF-8 decode differently once more of them follow
         assert "".join(chunk.text for chunk in chunks) == whole
 
 
 @pytest.mark.parametrize(("golden", "case"), one_case.values(), indirect=["golden"], scope="module")
 def test_streaming_by_traced_steps_equals_the_reference(golden, case, traced_steps):
-    model, processor, expected = golden
-    chunks = list(stream_generate(model, processor, with_paths(CASES[case]), max_tokens=STEPS))
-    tokens = expected[f"{case}/token_ids"].tolist()
-    assert [chunk.token for chunk in chunks] == tokens
-    chosen = expected[f"{case}/logprobs"][np.arange(STEPS), tokens]
-    np.testing.assert_allclose([chunk.logprob for chunk in chunks], chosen, atol=TOLERANCE)
+    check_stream(golden, case)
 
 
 def test_cached_equals_uncached(golden):
