@@ -101,14 +101,15 @@ def _attend_in_tiles(queries: mx.array, keys: mx.array, values: mx.array, mask: 
     queries = queries.reshape(-1, groups, L, D)  # those that share keys
     keys, values = keys.reshape(-1, S, D), values.reshape(-1, S, D)
     tiles = -(-groups * L * S // exponential.CHUNK)
-    if mask == "causal":  # more of them spare more of the products that nobody sees
+    causal = isinstance(mask, str)
+    if causal:  # more of them spare more of the products that nobody sees
         tiles = max(tiles, L // CAUSAL_ROWS)
     rows = -(-L // min(tiles, L))
     heads = max(exponential.CHUNK // (groups * rows * S), 1)
     blocks: list[mx.array] = []
     for start in range(0, L, rows):
         block = queries[:, :, start : start + rows].reshape(len(keys), -1, D)
-        end = S - L + min(start + rows, L) if mask == "causal" else S
+        end = S - L + min(start + rows, L) if causal else S
         bias = _bias(mask, L, S, start, rows, end)
         if bias is not None:
             bias = mx.tile(bias, (1, 1, groups))

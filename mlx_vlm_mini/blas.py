@@ -63,9 +63,10 @@ def describe_device() -> str:
 
     if mx.default_device().type == mx.DeviceType.gpu:
         return f"GPU, {mx.device_info().get('device_name', 'unnamed')}"
-    if sys.platform != "linux":
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():  # no Linux, or one that does not say what is loaded
         return "CPU"
-    if "libopenblas" not in Path("/proc/self/maps").read_text():
+    if "libopenblas" not in maps.read_text():
         return "CPU, MLX's own products: apt install libopenblas0-pthread makes them many times faster"
     library = ctypes.CDLL("libopenblas.so.0")
     library.openblas_get_config.restype = ctypes.c_char_p
