@@ -55,12 +55,15 @@ def take_turns(steps: Generator[Step, None, None]) -> Iterator[Step]:
 
 @contextmanager
 def wired_memory() -> Iterator[None]:
-    """On Metal, let weights and caches stay resident while generating: up to what the device recommends. Where several
+    """On Metal, let weights and caches stay resident while generating: up to what the GPU recommends. Where several
     answers are being given, until the last of them has ended."""
-    if not mx.metal.is_available():
+    limit = None
+    if mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu:
+        limit = mx.device_info(mx.Device(mx.gpu)).get("max_recommended_working_set_size")
+    if limit is None:
         yield
         return
-    before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    before = mx.set_wired_limit(int(limit))
     _wired.append(_wired[0] if _wired else before)
     try:
         yield

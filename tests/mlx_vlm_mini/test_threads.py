@@ -14,6 +14,8 @@ from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, generate, load, stream_generate
 from mlx_vlm_mini.errors import PromptError
+from mlx_vlm_mini.generation import wired_memory
+from mlx_vlm_mini.step import COMPILE
 
 QUESTIONS: list[tuple[str, list[Path]]] = [
     ("What is it?", [PHOTO]), ("Hello there", []), ("Which colour?", [SHAPES]), ("Two?", [PHOTO, SHAPES]),
@@ -111,6 +113,27 @@ def test_a_conversation_is_one_threads(llava):
     assert later == "".join(chunk.text for chunk in fresh.send("And now?", max_tokens=3))
 
 
+def on_metal(monkeypatch, default: mx.DeviceType, **info: int) -> None:
+    """As on a Mac: `info` is its GPU's, of its CPU little is known."""
+
+    def device_info(device: mx.Device | None = None) -> dict[str, Any]:
+        kind = default if device is None else device.type
+        return info if kind == mx.gpu else {"architecture": "arm64"}
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", device_info)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(default))
+
+
+@pytest.mark.parametrize("default", [mx.cpu, mx.gpu], ids=["CPU", "GPU"])
+def test_without_a_limit_to_recommend_memory_is_not_wired(default, monkeypatch):
+    """On a Mac's CPU, and where the GPU says nothing of the kind."""
+    on_metal(monkeypatch, default, **({"max_recommended_working_set_size": 100} if default == mx.cpu else {}))
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: pytest.fail(f"limit {limit}"))
+    with wired_memory():
+        pass
+
+
 def test_wired_memory_lasts_as_long_as_any_answer(llava, monkeypatch):
     limits = [5]
 
@@ -118,8 +141,8 @@ def test_wired_memory_lasts_as_long_as_any_answer(llava, monkeypatch):
         limits.append(limit)
         return limits[-2]
 
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 100})
+    on_metal(monkeypatch, mx.gpu, max_recommended_working_set_size=100)
+    monkeypatch.setenv(COMPILE, "0")
     monkeypatch.setattr(mx, "set_wired_limit", set_limit)
     one, other = (stream_generate(*llava, "Hello", max_tokens=4) for _ in range(2))
     next(one), next(other)
