@@ -159,8 +159,8 @@ class Walk:
         model, embedded = self.plan.model, []
         self.shown, self.blocks = [], []
         for sample in self.samples:
-            embedded.append(model.embed(sample.inputs))
-            images = model.show(sample.inputs)
+            embeddings, images = model.read(sample.inputs)
+            embedded.append(embeddings)
             self.shown.append([image for image in images if not isinstance(image, ImageBlock)])
             self.blocks.append([image for image in images if isinstance(image, ImageBlock)])
             mx.eval(embedded[-1])

@@ -14,12 +14,14 @@ import mlx.core as mx
 import numpy as np
 
 from .attended import AnswerAttention, ImageAttention, Reduce, choose
+from .axes import PlacedImage
 from .config import DecoderConfig
-from .cross_attention import ImageCache
+from .cross_attention import ImageCache, ShownImage
 from .errors import CheckpointError, PromptError
 from .features import Features
 from .generation import prefill, wired_memory
 from .image import ImageSource
+from .image_blocks import ImageBlock
 from .model import VLM, InputImage, Inputs
 from .places import join
 from .preprocess import frames
@@ -98,11 +100,12 @@ def attend(
             logits, weights = _roll_out(model, inputs, tokens, kept)
         else:
             if answer is not None:
+                embeddings, shown = model.read(inputs, encode=encode)
                 logits = prefill(
                     model.decoder,
-                    model.embed(inputs, encode=encode),
+                    embeddings,
                     cache,
-                    images=model.show(inputs, encode=encode),
+                    images=shown,
                     step=chosen.prefill_step,
                     progress=chosen.progress,
                 )
@@ -282,8 +285,7 @@ def _record(
             entry.cut(first)
         else:
             entry.trim(entry.offset - first)
-    embeddings = _embed(model, inputs, tokens, features, first)
-    again = model.show(inputs, first, partial(features.encode, encode=model.encode))
+    embeddings, again = _read(model, inputs, tokens, features, first)
     # Where angles depend on the length, each token's are those of the length that it was read at.
     step = 1 if turns_while_answering(model.config.decoder, first + len(tokens)) else len(tokens)
     logits, weights = [], []
@@ -306,14 +308,16 @@ def _roll_out(model: VLM, inputs: Inputs, tokens: Sequence[int], features: Featu
             "prompt, or choose another reduction"
         )
     flow = _Rollout(np.flatnonzero(inputs.slots), length + len(tokens) - 1)
-    shown = model.show(inputs, encode=partial(features.encode, encode=model.encode))
-    hidden = decoder(_embed(model, inputs, tokens, features, 0), None, flow, length, shown)
+    embeddings, shown = _read(model, inputs, tokens, features, 0)
+    hidden = decoder(embeddings, None, flow, length, shown)
     logits = decoder.logits(hidden[:, length - 1 :])[0]
     mx.eval(logits)
     return logits, np.array(flow.flow[length - 1 :])
 
 
-def _embed(model: VLM, inputs: Inputs, tokens: Sequence[int], features: Features, start: int) -> mx.array:
-    """Embeddings of the prompt from `start` on and of all tokens but the last, which nothing reads."""
-    prompt = model.embed(inputs, start, lambda image: features.encode(image, model.encode))
-    return mx.concatenate([prompt, model.decoder.embed(mx.array(list(tokens))[None])[:, :-1]], axis=1)
+def _read(
+    model: VLM, inputs: Inputs, tokens: Sequence[int], features: Features, start: int
+) -> tuple[mx.array, list[ShownImage | ImageBlock | PlacedImage]]:
+    """`model.read` from `start` on, with embeddings of all tokens but the last, which nothing reads."""
+    prompt, shown = model.read(inputs, start, partial(features.encode, encode=model.encode))
+    return mx.concatenate([prompt, model.decoder.embed(mx.array(list(tokens))[None])[:, :-1]], axis=1), shown

@@ -248,7 +248,8 @@ def _measure_decoding(
     """Tokens a second behind `context` tokens, bytes read for each, and how long Python builds its graph."""
     say(f"decoding behind {context} tokens")
     inputs, cache = processor(prompt), model.make_cache()
-    logits = prefill(model.decoder, model.embed(inputs), cache, images=model.show(inputs))
+    embeddings, images = model.read(inputs)
+    logits = prefill(model.decoder, embeddings, cache, images=images)
     mx.eval(logits, [entry.state for entry in cache])
     longest = longest_context(model.config.decoder) - tokens - BUILT - 2
     missing = min(context, longest) - len(inputs.slots)

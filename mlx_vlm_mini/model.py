@@ -335,6 +335,19 @@ class VLM(nn.Module):
                 placed.append(PlacedImage(int(own[part[0]]), rows, columns, shown, times))
         return placed
 
+    def read(
+        self, inputs: Inputs, start: int = 0, encode: Callable[[InputImage], mx.array] | None = None
+    ) -> tuple[mx.array, list[ShownImage | ImageBlock | PlacedImage]]:
+        """What `embed` and `show` give, each image being encoded once for both."""
+        found: dict[bytes, mx.array] = {}
+
+        def once(image: InputImage) -> mx.array:
+            if image.digest not in found:
+                found[image.digest] = (encode or self.encode)(image)
+            return found[image.digest]
+
+        return self.embed(inputs, start, once), self.show(inputs, start, once)
+
     def query(self, features: mx.array, text: mx.array | None = None, looks: Recorder | None = None) -> mx.array:
         """What the query tokens become that look at an image, without a cache.
 
@@ -380,4 +393,5 @@ class VLM(nn.Module):
 
     def __call__(self, inputs: Inputs, cache: Sequence[Any] | None = None) -> mx.array:
         """The scores of every token of the prompt: float[1, L, vocab_size]."""
-        return self.decoder.logits(self.decoder(self.embed(inputs), cache, images=self.show(inputs)))
+        embeddings, images = self.read(inputs)
+        return self.decoder.logits(self.decoder(embeddings, cache, images=images))

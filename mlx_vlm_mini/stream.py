@@ -215,8 +215,7 @@ def _answer(
 
     stop_filter, text_stream = _StopFilter((*options.stops, *processor.stops)), TextStream(processor.tokenizer)
     with wired_memory():
-        embeddings = model.embed(inputs, cached, find)
-        images = model.show(inputs, cached, find)
+        embeddings, images = model.read(inputs, cached, find)
         mx.eval(embeddings)
         stats.image_s = time.perf_counter() - begin
         logits = prefill(

@@ -1,7 +1,8 @@
 """Golden parity, the test of most worth: image file and messages -> our token ids and log-probabilities, equal to the
 reference's (tests/golden/reference.py made checkpoints and outputs) within 1e-4 in float32."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,8 +17,9 @@ from reference import CASES, GOLDEN, STEPS
 from reference import SPECS as OTHERS
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.features import Features
 from mlx_vlm_mini.generation import decode, prefill
-from mlx_vlm_mini.stream import stream_generate
+from mlx_vlm_mini.stream import Options, stream_generate, stream_inputs
 
 TOLERANCE = 1e-4
 SPECS = {**OTHERS, **ORIGINALS, **QUERIES, **BLIPS, **QWEN}
@@ -52,6 +54,29 @@ def test_inputs_equal_the_reference(golden, case):
         np.testing.assert_allclose(pixels[:, ::step, ::step], kept, atol=1e-5)
     else:
         assert inputs.pixel_values is None
+
+
+@pytest.mark.parametrize("golden", sorted(SPECS), indirect=True, scope="module")
+def test_each_image_is_encoded_once(golden, monkeypatch):
+    """By the runs of the vision tower, read whole or for an answer, also where no features are kept."""
+    model, processor, expected = golden
+    found = [processor(with_paths(CASES[case])) for case in {key.partition("/")[0] for key in expected} & set(CASES)]
+    inputs = max(found, key=lambda each: len(each.images))
+    calls, tower = [], type(model.vision)
+    run = tower.__call__
+    monkeypatch.setattr(tower, "__call__", lambda *given: calls.append(1) or run(*given))
+
+    def count(call: Callable[[], Any]) -> int:
+        calls.clear()
+        call()
+        return len(calls)
+
+    once = count(lambda: [model.encode(image) for image in {image.digest: image for image in inputs.images}.values()])
+    assert once >= 1
+    assert count(lambda: model(inputs)) == once
+    options, none = Options(max_tokens=2), Features(0)
+    answer = partial(stream_inputs, model, processor, inputs, options=options, features=none)
+    assert count(lambda: list(answer(model.make_cache()))) == once
 
 
 @every_case
