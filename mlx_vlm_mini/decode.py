@@ -1,17 +1,15 @@
 """A file's bytes -> upright RGB, within limits of time and memory: what it claims is checked before it is decoded."""
 
+import ctypes
 import io
-import os
 import re
-import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError, _imaging
 
 from .errors import ImageError
 
@@ -78,25 +76,20 @@ class _Watched(io.BytesIO):
         return data
 
 
-@contextmanager
-def _silence() -> Iterator[None]:
-    """libtiff writes what it finds amiss to stderr by itself; nothing reaches that meanwhile."""
+@cache
+def _silence_libtiff() -> None:
+    """libtiff writes what it finds amiss to stderr by itself: from now on it does not, where it can be told so.
+
+    It is found through the module of Pillow's that needs it, whose own copy it mostly is.
+    """
     try:
-        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    except OSError:  # there is no stderr
-        yield
+        library = ctypes.CDLL(_imaging.__file__)
+        setters = library.TIFFSetWarningHandler, library.TIFFSetErrorHandler
+    except (OSError, AttributeError, TypeError):  # linked into that module, or none at all
         return
-    with _one_at_a_time:
-        os.dup2(nowhere, 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            os.close(nowhere)
-
-
-_one_at_a_time = threading.Lock()
+    for setter in setters:
+        setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+        setter(None)
 
 
 def decode(data: bytes, name: str, whole: bool) -> Image.Image:
@@ -110,11 +103,11 @@ def decode(data: bytes, name: str, whole: bool) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's advice on large or odd files; our limits are below its own
-            tiff = data[:2] in (b"II", b"MM")
-            with _silence() if tiff else nullcontext():
-                image = _open(data, name, whole)
-                _check(image, name)
-                image.load()
+            if data[:2] in (b"II", b"MM"):
+                _silence_libtiff()
+            image = _open(data, name, whole)
+            _check(image, name)
+            image.load()
             return flatten(image, name, whole)
     except ImageError:
         raise

@@ -7,6 +7,8 @@ import io
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -128,6 +130,49 @@ def test_hostile_files(data, message, monkeypatch, capfd):
     assert time.thread_time() - begin < 2
     assert str(error.value).isprintable()
     assert capfd.readouterr() == ("", "")
+
+
+WRITING = """
+import os, sys, threading
+from pathlib import Path
+from mlx_vlm_mini.errors import ImageError
+from mlx_vlm_mini.image import open_image
+
+ended = threading.Event()
+
+def write():
+    number = 0
+    while not ended.is_set() or number < 1000:
+        os.write(2, b"line %d\\n" % number)
+        number += 1
+    os.write(1, b"%d" % number)
+
+writer = threading.Thread(target=write)
+writer.start()
+for _ in range(100):
+    for name in sys.argv[1:]:
+        try:
+            open_image(Path(name))
+        except ImageError:
+            pass
+ended.set()
+writer.join()
+"""
+
+
+def test_what_others_write_meanwhile_is_not_lost(tmp_path):
+    """While TIFFs are decoded, of which libtiff finds one amiss: all that another thread writes to stderr, that alone."""
+    whole = encoded(RGB, "TIFF", compression="tiff_lzw")
+    files = [tmp_path / "whole.tif", tmp_path / "broken.tif"]
+    for file, data in zip(files, (whole, whole[:8] + bytes(40) + whole[48:]), strict=True):
+        file.write_bytes(data)
+    done = subprocess.run([sys.executable, "-c", WRITING, *files], capture_output=True, check=True)
+    assert done.stderr.splitlines() == [b"line %d" % number for number in range(int(done.stdout))]
+
+
+def test_libtiff_that_is_not_found_is_let_be(monkeypatch):
+    monkeypatch.setattr(room.ctypes, "CDLL", lambda name: object())
+    room._silence_libtiff.__wrapped__()
 
 
 @pytest.mark.parametrize(
