@@ -14,6 +14,7 @@ from mlx.utils import tree_map
 from mlx_vlm_mini.axes import PlacedImage, add_taps
 from mlx_vlm_mini.cross_attention import ShownImage
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.exponential import log_softmax
 from mlx_vlm_mini.image_blocks import ImageBlock
 from mlx_vlm_mini.loading import Plan
 from mlx_vlm_mini.model import Inputs
@@ -238,8 +239,7 @@ class Walk:
         """Of each sample the log-probabilities of the next token there: float32[T, vocab_size]."""
         found = []
         for hidden in self.scored():
-            logits = self.plan.model.decoder.logits(hidden)[0].astype(mx.float32)
-            found.append(np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True)))
+            found.append(np.array(log_softmax(self.plan.model.decoder.logits(hidden)[0])))
         return found
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 from .axes import PlacedImage
 from .cross_attention import ImageCache, ShownImage
 from .decoder import Decoder
+from .exponential import log_softmax
 from .image_blocks import ImageBlock, cut_between
 from .step import make_step
 
@@ -133,8 +134,7 @@ def decode(
     def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
         for processor in logits_processors:
             logits = processor(tokens, logits)
-        logits = logits.astype(mx.float32)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        logprobs = log_softmax(logits)
         token = sampler(logprobs)
         return token, mx.take_along_axis(logprobs, token[:, None], axis=-1)
 

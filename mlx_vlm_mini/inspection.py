@@ -18,6 +18,7 @@ from .axes import PlacedImage
 from .config import DecoderConfig
 from .cross_attention import ImageCache, ShownImage
 from .errors import CheckpointError, PromptError
+from .exponential import log_softmax
 from .features import Features
 from .generation import prefill, wired_memory
 from .image import ImageSource
@@ -112,8 +113,7 @@ def attend(
                 mx.eval(logits)
             rows = _Rows(_columns(inputs, cache), layers, heads, reduce)
             logits, weights = _record(model, inputs, tokens, cache, kept, rows)
-    logprobs = logits.astype(mx.float32) - mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
-    found = mx.take_along_axis(logprobs, mx.array(tokens)[:, None], axis=-1)[:, 0]
+    found = mx.take_along_axis(log_softmax(logits), mx.array(tokens)[:, None], axis=-1)[:, 0]
     counts = [len(places if mixing is None else mixing) for places, mixing in zip(boxes, mixings, strict=True)]
     shares = [
         own if mixing is None else own @ mixing

@@ -35,6 +35,19 @@ def test_the_sigmoid_is_the_sigmoid():
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("size", [7, 2_560, 32_000, 152_000])
+def test_log_softmax_is_exact(size, slow, monkeypatch):
+    """Rows as wide as vocabularies are, against float64."""
+    monkeypatch.setattr(exponential, "is_slow", lambda: slow)
+    logits = np.random.default_rng(size).normal(size=(3, size)).astype(np.float32)
+    logits[:, 5] = [9, 11, -np.inf]
+    highest = logits.max(axis=-1, keepdims=True).astype(np.float64)
+    exact = logits - highest - np.log(np.exp(logits - highest).sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(exponential.log_softmax(mx.array(logits)), exact, atol=2e-6, rtol=0)
+    assert exponential.log_softmax(mx.array(logits, dtype=mx.bfloat16)).dtype == mx.float32
+
+
 def test_a_row_that_sees_nothing_sees_all_alike():
     """As padding does."""
     mx.random.seed(0)
