@@ -28,10 +28,10 @@ import numpy as np
 from PIL import Image
 
 from mlx_vlm_mini import attend, generate
-from mlx_vlm_mini.attended import AnswerAttention, ImageAttention
-from mlx_vlm_mini.places import lay_over
-from mlx_vlm_mini.train.questions import Asker
-from mlx_vlm_mini.train.scenes import SIZES, Scene, Thing, draw, random_scene
+from mlx_vlm_mini.data.questions import Asker
+from mlx_vlm_mini.data.scenes import SIZES, Scene, Thing, draw, random_scene
+from mlx_vlm_mini.grounding.attended import AnswerAttention, ImageAttention
+from mlx_vlm_mini.grounding.places import lay_over
 
 GRID = 8  # cells along a side
 

@@ -22,11 +22,11 @@ mlx_vlm_mini.load  # noqa: B018 - uses OpenBLAS where there is one, before mlx i
 
 import numpy as np
 
-from mlx_vlm_mini import bundled
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints import bundled
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import compute_dtype, load_processor, plan
 from mlx_vlm_mini.convert.calibrate import divergence, observe, scene_samples
-from mlx_vlm_mini.loading import compute_dtype, load_processor, plan
-from mlx_vlm_mini.train.questions import write_scenes
+from mlx_vlm_mini.data.questions import write_scenes
 
 PROGRAM = str(Path(sys.executable).with_name("mlx-vlm-mini"))
 HELD_OUT = 777  # seed

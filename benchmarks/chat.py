@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_vlm_mini.blas import use_openblas
+from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
 use_openblas()  # before anything imports mlx
 

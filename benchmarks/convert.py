@@ -48,10 +48,10 @@ def make_source(folder: Path) -> int:
     """Write the sparse checkpoint and give its tensors' bytes."""
     from mlx.utils import tree_flatten
 
-    from mlx_vlm_mini.checkpoint import read_json
+    from mlx_vlm_mini.checkpoints.weights import hub_name
     from mlx_vlm_mini.families import find_family
+    from mlx_vlm_mini.files import read_json
     from mlx_vlm_mini.model import VLM
-    from mlx_vlm_mini.weights import hub_name
 
     folder.mkdir()
     for file in SMALL.glob("*.json"):

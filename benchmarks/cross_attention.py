@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / name) for name in ("support", "golden")]
 
-from mlx_vlm_mini.blas import use_openblas
+from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
 use_openblas()  # before anything imports mlx
 
@@ -30,10 +30,10 @@ from mlx.utils import tree_flatten
 from published import CONFIGS
 
 from mlx_vlm_mini.borrow import borrow
-from mlx_vlm_mini.cross_attention import ImageCache, ShownImage, Span
-from mlx_vlm_mini.decoder import Decoder
+from mlx_vlm_mini.decoder.cross_attention import ImageCache, ShownImage, Span
+from mlx_vlm_mini.decoder.decoder import Decoder
 from mlx_vlm_mini.families import mllama
-from mlx_vlm_mini.generation import prefill
+from mlx_vlm_mini.generation.decode import prefill
 
 IMAGES = {"text alone": (), "an image of one tile": (1,), "of four tiles": (4,), "three of four tiles": (4, 4, 4)}
 PATCHES = 1601  # of a tile

@@ -1,4 +1,4 @@
-"""Attention on a CPU, with mlx_vlm_mini/exponential.py and as MLX computes it, in turns in one process.
+"""Attention on a CPU, with mlx_vlm_mini/layers/cpu/exponential.py and as MLX computes it, in turns in one process.
 
 python benchmarks/exponential.py
 """
@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-from mlx_vlm_mini.blas import use_openblas
+from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
 use_openblas()
 
 import mlx.core as mx
 
-from mlx_vlm_mini.attention import attend
+from mlx_vlm_mini.layers.attention import attend
 
 SHAPES = {  # batch, heads, heads of keys, length, head_dim, mask
     "CLIP ViT-B/14 at 336 pixels": (1, 12, 12, 577, 64, None),

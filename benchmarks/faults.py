@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(kinds))
     parser.add_argument("--cases", default=",".join(CASES))
     options = parser.parse_args()
-    from mlx_vlm_mini.blas import use_openblas
+    from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
     use_openblas()
     library = ("cli.main", "convert", "stream", "chat", "loading", "train.trainer", "train.compose", "train.questions")

@@ -33,14 +33,14 @@ import hostile
 from checkpoints import PHOTO
 from pickles import archive, tensor
 
-from mlx_vlm_mini import clip, vilt
-from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint, parse_header, read_header
+from mlx_vlm_mini.checkpoints.folder import Checkpoint, open_checkpoint, parse_header, read_header
+from mlx_vlm_mini.checkpoints.load import load_processor, plan, read_config
+from mlx_vlm_mini.checkpoints.pickled import read_pickled
+from mlx_vlm_mini.checkpoints.weights import load_whole
 from mlx_vlm_mini.errors import VLMError
-from mlx_vlm_mini.loading import load_processor, plan, read_config
-from mlx_vlm_mini.pickled import read_pickled
-from mlx_vlm_mini.prompt import ChatTemplate, find_chat_template
-from mlx_vlm_mini.tokenizer import load_tokenizer
-from mlx_vlm_mini.weights import load_whole
+from mlx_vlm_mini.scoring import clip, vilt
+from mlx_vlm_mini.text.template import ChatTemplate, find_chat_template
+from mlx_vlm_mini.text.tokenizer import load_tokenizer
 
 GOLDENS = sorted(file.parent for file in hostile.PLAIN.parent.glob("*/config.json"))
 VALUES: list[Any] = [

@@ -45,7 +45,7 @@ with watching:
     Image.init()
 
     from mlx_vlm_mini.errors import VLMError
-    from mlx_vlm_mini.image import open_image
+    from mlx_vlm_mini.images.source import open_image
 
 MOST_SECONDS, MOST_MEGABYTES = 2.0, 1000
 BLOCK = 20_000  # executions between two lines of the log

@@ -43,7 +43,7 @@ print(json.dumps(seconds))
 
 def ours(folder: Path, blocks: int) -> None:
     """Encode twice and print the processor's seconds of the second time."""
-    from mlx_vlm_mini.blas import use_openblas
+    from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
     use_openblas()  # before anything imports mlx
     import mlx.core as mx
@@ -77,7 +77,7 @@ def prepare(folder: Path, side: int, blocks: int) -> int:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from mlx_vlm_mini.grid import Grid
+    from mlx_vlm_mini.preprocessing.grid import Grid
 
     model = make_model(blocks)
     mx.random.seed(0)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_vlm_mini.errors import VLMError
-from mlx_vlm_mini.image import open_image
+from mlx_vlm_mini.images.source import open_image
 
 MOST_SECONDS, MOST_MEGABYTES = 2.0, 1000
 Image.MAX_IMAGE_PIXELS = None  # for making them

@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=5000)
     parser.add_argument("--model", type=Path, default=ROOT / "tests/golden/llava-clip-llama")
     options = parser.parse_args()
-    from mlx_vlm_mini.blas import use_openblas
+    from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
     use_openblas()
     begin = time.monotonic()

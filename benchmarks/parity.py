@@ -155,7 +155,7 @@ def ours(file: Path) -> None:
     import mlx.core as mx
 
     from mlx_vlm_mini import load
-    from mlx_vlm_mini.generation import prefill
+    from mlx_vlm_mini.generation.decode import prefill
 
     job = json.loads(file.read_text())
     model, processor = load(job["folder"], dtype="float32")

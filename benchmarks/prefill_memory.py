@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / name) for name in ("support", "golden")]
 
-from mlx_vlm_mini.blas import use_openblas
+from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
 use_openblas()  # before anything imports mlx
 
@@ -22,9 +22,9 @@ import mlx.core as mx
 from published import CONFIGS
 
 from mlx_vlm_mini.borrow import borrow
-from mlx_vlm_mini.decoder import Decoder
+from mlx_vlm_mini.decoder.decoder import Decoder
 from mlx_vlm_mini.families import find_family
-from mlx_vlm_mini.generation import prefill
+from mlx_vlm_mini.generation.decode import prefill
 
 
 def main() -> None:

@@ -27,13 +27,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import compute_dtype, load_processor, plan
+from mlx_vlm_mini.checkpoints.weights import hub_name, to_torch_layout
 from mlx_vlm_mini.convert import conversion, convert
 from mlx_vlm_mini.convert.calibrate import divergence, observe, scene_samples
 from mlx_vlm_mini.families import llava
-from mlx_vlm_mini.loading import compute_dtype, load_processor, plan
 from mlx_vlm_mini.model import VLM
-from mlx_vlm_mini.weights import hub_name, to_torch_layout
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "llava-clip-llama"
 HELD_OUT = 777  # seed

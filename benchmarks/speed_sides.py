@@ -96,8 +96,8 @@ class Ours(OnMlx):
         return {"seconds": seconds, "versions": {name: version(name) for name in ("mlx-vlm-mini", "mlx", "mlx-lm")}}
 
     def decode(self, context: int, tokens: int, traced: bool = False) -> Reply:
-        from mlx_vlm_mini import step
-        from mlx_vlm_mini.generation import decode
+        from mlx_vlm_mini.generation import step
+        from mlx_vlm_mini.generation.decode import decode
 
         os.environ[step.COMPILE], step.BUILT_FIRST = str(int(traced)), 0
         mx, decoder = self.mx, self.model.decoder
@@ -186,7 +186,7 @@ class Ours(OnMlx):
         return {"seconds": (time.perf_counter() - begin) / len(images)}
 
     def bandwidth(self) -> Reply:
-        from mlx_vlm_mini.measure import measure_bandwidth, weight_bytes
+        from mlx_vlm_mini.generation.measure import measure_bandwidth, weight_bytes
 
         return {"bytes_per_s": measure_bandwidth(), "bytes_per_token": weight_bytes(self.model)["token"]}
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_mini.blas import use_openblas
+from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
 use_openblas()  # before anything imports mlx
 
@@ -31,11 +31,11 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.checkpoints.weights import hub_name, to_torch_layout
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.families import llava
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
-from mlx_vlm_mini.weights import hub_name, to_torch_layout
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "llava-clip-llama"
 FOLDER = Path("/tmp/mlx-vlm-mini-workloads")

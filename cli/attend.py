@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 import click
 
 from .batch import ask
-from .commands import read_picture
+from .line import read_picture
 from .look import Look
 from .options import complete_files, loading_options, model_argument, sampling_options
 from .status import Status
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from mlx_vlm_mini import Chat
-    from mlx_vlm_mini.attended import AnswerAttention
-    from mlx_vlm_mini.stream import Chunk
+    from mlx_vlm_mini.generation.stream import Chunk
+    from mlx_vlm_mini.grounding.attended import AnswerAttention
 
 SUFFIXES = (".png", ".html", ".npz")
 
@@ -96,7 +96,7 @@ def command(
       mlx-vlm-mini attend llava-hf/llava-1.5-7b-hf -i photo.jpg -p "What colour is the car?" -o heat.png -o heat.html
     """
     from mlx_vlm_mini.errors import PromptError
-    from mlx_vlm_mini.image import open_image, read_image, read_stdin
+    from mlx_vlm_mini.images.source import open_image, read_image, read_stdin
 
     if not images:
         raise click.UsageError("attend needs an image to look at: give --image")
@@ -182,7 +182,7 @@ def is_ours(file: Path) -> bool:
     import numpy as np
     from PIL import Image
 
-    from mlx_vlm_mini.attended import MADE_BY
+    from mlx_vlm_mini.grounding.attended import MADE_BY
 
     try:
         if file.suffix.lower() == ".png":
@@ -204,7 +204,7 @@ def write_output(found: "AnswerAttention", file: Path) -> None:
         PromptError: it cannot be written.
     """
     from mlx_vlm_mini import attention_page, draw_attention
-    from mlx_vlm_mini.transcript import write_whole
+    from mlx_vlm_mini.files import write_whole
 
     ways: dict[str, Callable[[Path], object]] = {
         ".png": lambda place: save_png(draw_attention(found), place),
@@ -218,7 +218,7 @@ def save_png(image: "Image.Image", file: Path) -> None:
     """A PNG that says that it is ours."""
     from PIL.PngImagePlugin import PngInfo
 
-    from mlx_vlm_mini.attended import MADE_BY
+    from mlx_vlm_mini.grounding.attended import MADE_BY
 
     info = PngInfo()
     info.add_text("Software", MADE_BY)
@@ -228,7 +228,7 @@ def save_png(image: "Image.Image", file: Path) -> None:
 def write_tokens(found: "AnswerAttention", folder: Path, status: Status) -> None:
     """A heat map a token, `token-000.png` and on; those of a longer answer before are removed."""
     from mlx_vlm_mini import draw_attention
-    from mlx_vlm_mini.transcript import write_whole
+    from mlx_vlm_mini.files import write_whole
 
     written = []
     folder.mkdir(exist_ok=True)
@@ -243,7 +243,7 @@ def write_tokens(found: "AnswerAttention", folder: Path, status: Status) -> None
 
 def preview(found: "AnswerAttention", look: Look) -> None:
     """The mean over the answer as a thumbnail, and of each token what part of its attention the images have."""
-    from mlx_vlm_mini.heat import draw_attention, mean_token
+    from mlx_vlm_mini.grounding.heat import draw_attention, mean_token
 
     if look.thumbnails != "none":
         look.show(draw_attention(mean_token(found), 0), "mean of all tokens")

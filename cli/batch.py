@@ -110,7 +110,7 @@ def ask_about(items: Sequence[Item], pictures: Sequence[str | Sequence[str]], sy
 
 
 def _from_json(line: str, where: str, folder: Path, system: str | None) -> Item:
-    from mlx_vlm_mini.prompt import images_of, to_messages
+    from mlx_vlm_mini.text.messages import images_of, to_messages
 
     try:
         entry = json.loads(line)

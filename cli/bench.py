@@ -51,12 +51,12 @@ def command(
     Example:
       mlx-vlm-mini bench mlx-community/Qwen2-VL-2B-Instruct-4bit --bandwidth 400
     """
-    from mlx_vlm_mini.blas import use_openblas
+    from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
     with Status() as status:
         status.show("starting")
         use_openblas()
-        from mlx_vlm_mini.measure import bench
+        from mlx_vlm_mini.generation.measure import bench
 
         found = bench(
             model, image=image, contexts=contexts, prompt_tokens=prompt_tokens, max_tokens=max_tokens,

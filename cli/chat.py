@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
-from mlx_vlm_mini import bundled
+from mlx_vlm_mini.checkpoints import bundled
 
-from .commands import COMMANDS, Session, find_settings, read_picture
+from .commands import COMMANDS, Session, find_settings
 from .completion import complete
+from .line import read_picture
 from .look import Look
 from .options import check_videos, complete_files, loading_options, model_argument, sampling_options, video_options
 from .reading import open_reader
@@ -86,7 +87,7 @@ def command(
       mlx-vlm-mini chat llava-hf/llava-1.5-7b-hf -i photo.jpg
     """
     from mlx_vlm_mini.errors import VLMError
-    from mlx_vlm_mini.image import open_image
+    from mlx_vlm_mini.images.source import open_image
 
     look = Look.of_terminal(plain=plain, thumbnails=thumbnails, markdown=markdown)
     pictures = [read_picture(image) for image in images]

@@ -1,7 +1,6 @@
 """What is typed into a conversation: messages with pictures, and commands that begin with a slash."""
 
 import os
-import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -15,15 +14,15 @@ import click
 from mlx_vlm_mini.errors import ImageError, PromptError
 
 from .interrupt import Interrupts
-from .line import Mention, is_picture, parse_line, read_path, strip_edges
+from .line import Mention, is_picture, parse_line, read_path, read_picture, strip_edges
 from .look import Look
 from .said import as_typed, last_said, parts_of, prepared_by, typed_name
 from .status import Status, cost_of
 
 if TYPE_CHECKING:
     from mlx_vlm_mini import Chat
-    from mlx_vlm_mini.image import Picture
-    from mlx_vlm_mini.stream import Chunk
+    from mlx_vlm_mini.generation.stream import Chunk
+    from mlx_vlm_mini.images.source import Picture
 
 COMMANDS = {  # name: what may follow, what it does
     "/image": ("PATH", "show a picture with your next message (a URL works too); @PATH in a message does the same"),
@@ -103,7 +102,7 @@ class Session:
 
     def show_picture(self, picture: "Picture", name: str) -> dict[str, Any]:
         """Show a picture that was read, and give the part of a message that holds it."""
-        from mlx_vlm_mini.image import open_image
+        from mlx_vlm_mini.images.source import open_image
 
         prepared = self.chat.features.prepare(self.chat.processor, picture)
         if self._look.thumbnails != "none":
@@ -112,7 +111,7 @@ class Session:
 
     def prepare_video(self, part: dict[str, Any]) -> dict[str, Any]:
         """The part of a message that holds a video, its frames made ready."""
-        from mlx_vlm_mini.prompt import to_messages
+        from mlx_vlm_mini.text.messages import to_messages
 
         video = to_messages([part, "?"])[0]["content"][0]["image"]
         return {"type": "video", "image": self.chat.features.prepare(self.chat.processor, video)}
@@ -165,7 +164,7 @@ class Session:
         self._wait(self.show_picture(read_picture(read_path(path)), path))
 
     def _paste(self, _: str) -> None:
-        from mlx_vlm_mini.image import read_image
+        from mlx_vlm_mini.images.source import read_image
 
         self._wait(self.show_picture(read_image(clipboard_picture()), "from the clipboard"))
 
@@ -198,7 +197,7 @@ class Session:
 
     def _value(self, name: str, values: list[str]) -> Any:
         """A setting's value as the option of the command line takes it; `none` is its default."""
-        from mlx_vlm_mini.stream import Options
+        from mlx_vlm_mini.generation.stream import Options
 
         parameter = self._settings[name]
         if values == ["none"]:
@@ -334,7 +333,7 @@ def find_settings(command: click.Command) -> dict[str, click.Option]:
 
 def defaults() -> dict[str, Any]:
     """What `Options` are where nobody says anything."""
-    from mlx_vlm_mini.stream import Options
+    from mlx_vlm_mini.generation.stream import Options
 
     return {field.name: field.default for field in fields(Options)}
 
@@ -345,13 +344,6 @@ def read_file_name(typed: str) -> Path:
     if not name or "\0" in name:
         raise PromptError("the name of a file or a model is missing" if not name else "no file can have that name")
     return Path(os.path.expanduser(name))  # noqa: PTH111 - never raises
-
-
-def read_picture(source: str) -> "Picture":
-    """Read a picture by its path or URL."""
-    from mlx_vlm_mini.image import read_image
-
-    return read_image(source if re.match(r"https?://|data:", source, re.IGNORECASE) else Path(source))
 
 
 def clipboard_picture() -> Any:

@@ -36,7 +36,7 @@ def command(
     Example:
       mlx-vlm-mini compose --vision openai/clip-vit-large-patch14-336 --decoder lmsys/vicuna-7b-v1.5 my-llava
     """
-    from mlx_vlm_mini.blas import use_openblas
+    from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
     use_openblas()
     import mlx.core as mx

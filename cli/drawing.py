@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mlx_vlm_mini.mask_decoder import MaskDecoder
+    from mlx_vlm_mini.grounding.mask_decoder import MaskDecoder
 
 
 def drawing_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +49,7 @@ def check_drawing(file: Path | None, mask_decoder: str | None, images: Sequence[
 
 def find_mask_decoder(given: str | None, model: str) -> "MaskDecoder | None":
     """The mask decoder of a path or an address, or of the model's own folder, where there is one."""
-    from mlx_vlm_mini.mask_decoder import FILE, load_mask_decoder
+    from mlx_vlm_mini.grounding.mask_decoder import FILE, load_mask_decoder
 
     beside = Path(model) / FILE
     if given is None and not beside.is_file():
@@ -64,9 +64,9 @@ def draw_answer(
 
     `text` has the answer's special tokens, and `scale` is `Processor.answer_scale`'s.
     """
-    from mlx_vlm_mini.detections import find_detections
-    from mlx_vlm_mini.draw import draw_detections
-    from mlx_vlm_mini.mask_decoder import ADDRESS, FILE
+    from mlx_vlm_mini.grounding.detections import find_detections
+    from mlx_vlm_mini.grounding.draw import draw_detections
+    from mlx_vlm_mini.grounding.mask_decoder import ADDRESS, FILE
 
     found = find_detections(text, height=image.height, width=image.width, decode_masks=decode_masks, scale=scale)
     if not found:

@@ -33,8 +33,8 @@ def command(
       mlx-vlm-mini eval my-llava --data test/scenes.jsonl
     """
     from mlx_vlm_mini import load
+    from mlx_vlm_mini.data.examples import read_examples
     from mlx_vlm_mini.train.evaluate import evaluate
-    from mlx_vlm_mini.train.examples import read_examples
 
     with Status() as status:
         examples = read_examples(data)

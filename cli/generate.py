@@ -19,7 +19,7 @@ from .status import Status, cost_of
 from .writing import Answer
 
 if TYPE_CHECKING:
-    from mlx_vlm_mini.stream import Chunk
+    from mlx_vlm_mini.generation.stream import Chunk
 
 
 @click.command("generate")
@@ -78,7 +78,7 @@ def command(
       mlx-vlm-mini generate Qwen/Qwen2.5-VL-3B-Instruct -p "What happens?" --video clip.mp4 --fps 1
     """
     from mlx_vlm_mini.errors import PromptError
-    from mlx_vlm_mini.image import open_image, read_stdin
+    from mlx_vlm_mini.images.source import open_image, read_stdin
 
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give --prompt, or --prompt-file for many" if prompt is None else "one prompt or many?")
@@ -161,7 +161,7 @@ def _answer_many(
             return
 
         from mlx_vlm_mini import Chat, load
-        from mlx_vlm_mini.prompt import images_of
+        from mlx_vlm_mini.text.messages import images_of
 
         status.show(f"loading {model}")
         chat = Chat(*load(model, **loading), **options)

@@ -27,11 +27,11 @@ def command(
     Example:
       mlx-vlm-mini info llava-hf/llava-1.5-7b-hf --check
     """
-    from mlx_vlm_mini.blas import describe_device, use_openblas
+    from mlx_vlm_mini.layers.cpu.blas import describe_device, use_openblas
 
     use_openblas()
 
-    from mlx_vlm_mini.describe import describe
+    from mlx_vlm_mini.checkpoints.describe import describe
 
     described = describe(model, revision=revision, check=check, vision_tower=vision_tower, conversation=conversation)
     if as_json:

@@ -14,7 +14,6 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from .completion import Offer
-from .reading import PROMPT
 
 
 class Keyboard:
@@ -26,7 +25,8 @@ class Keyboard:
     interactive = True
     edits = True
 
-    def __init__(self, offers: Callable[[str], Sequence[Offer]], history: Path | None) -> None:
+    def __init__(self, offers: Callable[[str], Sequence[Offer]], history: Path | None, prompt: str) -> None:
+        self._prompt = prompt
         self._session: PromptSession[str] = PromptSession(
             history=_history(history),
             completer=_Offers(offers),
@@ -40,7 +40,7 @@ class Keyboard:
     def read(self, begin: str = "") -> str:
         before = {ending: signal.getsignal(ending) for ending in (signal.SIGTERM, signal.SIGHUP)}
         try:
-            return self._session.prompt(PROMPT, default=begin, pre_run=self._end_on_signals)
+            return self._session.prompt(self._prompt, default=begin, pre_run=self._end_on_signals)
         finally:
             for ending, handler in before.items():
                 signal.signal(ending, handler)

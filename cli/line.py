@@ -5,6 +5,11 @@ import re
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlx_vlm_mini.images.source import Picture
+from pathlib import Path
 
 SUFFIXES = frozenset([
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
@@ -135,3 +140,10 @@ def _from_url(url: str) -> str:
 
 def _unescape(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text)
+
+
+def read_picture(source: str) -> "Picture":
+    """Read a picture by its path or URL."""
+    from mlx_vlm_mini.images.source import read_image
+
+    return read_image(source if re.match(r"https?://|data:", source, re.IGNORECASE) else Path(source))

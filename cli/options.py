@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from mlx_vlm_mini import bundled
+from mlx_vlm_mini.checkpoints import bundled
 
 DTYPES = click.Choice(["float32", "float16", "bfloat16"])
 
@@ -105,12 +105,12 @@ def check_videos(videos: list[dict[str, Any]]) -> None:
     if not videos:
         return
 
-    from mlx_vlm_mini.blas import use_openblas
+    from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
     use_openblas()
 
-    from mlx_vlm_mini.prompt import to_messages
-    from mlx_vlm_mini.video import open_video
+    from mlx_vlm_mini.images.video import open_video
+    from mlx_vlm_mini.text.messages import to_messages
 
     for part in to_messages([*videos, "?"])[0]["content"][:-1]:
         open_video(part["image"])

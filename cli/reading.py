@@ -36,7 +36,7 @@ def open_reader(offers: Callable[[str], Sequence[Offer]], *, plain: bool) -> Rea
         return Lines()
     from .keyboard import Keyboard
 
-    return Keyboard(offers, history_file())
+    return Keyboard(offers, history_file(), PROMPT)
 
 
 class Lines:

@@ -67,9 +67,9 @@ def command(
       mlx-vlm-mini scenes scenes-train --count 20000 --seed 1
       mlx-vlm-mini scenes scenes-test --count 1000 --seed 2 --test
     """
+    from mlx_vlm_mini.data.questions import write_scenes
     from mlx_vlm_mini.errors import CheckpointError
-    from mlx_vlm_mini.train.questions import write_scenes
-    from mlx_vlm_mini.train.save import written_whole
+    from mlx_vlm_mini.files import written_whole
 
     if destination.exists():
         raise CheckpointError(f"{destination} exists; name another folder or remove it first")

@@ -39,12 +39,12 @@ def command(
       mlx-vlm-mini score openai/clip-vit-base-patch32 -i photo.jpg -p "a photo of a cat" -p "a photo of a dog"
       mlx-vlm-mini score dandelin/vilt-b32-finetuned-vqa -i photo.jpg -p "How many cats are there?"
     """
-    from mlx_vlm_mini.blas import use_openblas
+    from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
     use_openblas()
-    from mlx_vlm_mini.checkpoint import open_checkpoint
-    from mlx_vlm_mini.hub import find_folder
-    from mlx_vlm_mini.image import open_image
+    from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+    from mlx_vlm_mini.checkpoints.hub import find_folder
+    from mlx_vlm_mini.images.source import open_image
 
     opened = [open_image(image) for image in images]
     with Status() as status:

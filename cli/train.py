@@ -52,18 +52,19 @@ def command(
     Example:
       mlx-vlm-mini train my-llava --data data.jsonl --stage projector --output run-1
     """
-    from mlx_vlm_mini.blas import use_openblas
+    from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
     use_openblas()
     import mlx.core as mx
 
-    from mlx_vlm_mini.assembly import open_model
-    from mlx_vlm_mini.loading import load_processor, plan
-    from mlx_vlm_mini.train.examples import read_examples
+    from mlx_vlm_mini.checkpoints.assembly import open_model
+    from mlx_vlm_mini.checkpoints.load import load_processor, plan
+    from mlx_vlm_mini.checkpoints.weights import load_weights
+    from mlx_vlm_mini.data.examples import read_examples
+    from mlx_vlm_mini.files import one_process
     from mlx_vlm_mini.train.lora import fuse_adapters, save_adapters
-    from mlx_vlm_mini.train.save import one_process, save_trained
+    from mlx_vlm_mini.train.save import save_trained
     from mlx_vlm_mini.train.trainer import Settings, Trainer
-    from mlx_vlm_mini.weights import load_weights
 
     with Status() as status, one_process(output):
         status.show(f"checking {data}")

@@ -11,20 +11,20 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_vlm_mini.axes import PlacedImage, add_taps
-from mlx_vlm_mini.cross_attention import ShownImage
+from mlx_vlm_mini.checkpoints.load import Plan
+from mlx_vlm_mini.checkpoints.weights import load_weights
+from mlx_vlm_mini.data.examples import read_examples
+from mlx_vlm_mini.data.questions import Asker, dialogue, user
+from mlx_vlm_mini.data.scenes import draw, random_scene
+from mlx_vlm_mini.decoder.cross_attention import ShownImage
+from mlx_vlm_mini.decoder.masks import ImageBlock
+from mlx_vlm_mini.decoder.sections import PlacedImage, add_taps
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.exponential import log_softmax
-from mlx_vlm_mini.image_blocks import ImageBlock
-from mlx_vlm_mini.loading import Plan
-from mlx_vlm_mini.model import Inputs
+from mlx_vlm_mini.inputs import Inputs
+from mlx_vlm_mini.layers.cpu.exponential import log_softmax
+from mlx_vlm_mini.layers.cpu.unpack import unpack
 from mlx_vlm_mini.processor import Processor
-from mlx_vlm_mini.prompt import Message
-from mlx_vlm_mini.train.examples import read_examples
-from mlx_vlm_mini.train.questions import Asker, dialogue, user
-from mlx_vlm_mini.train.scenes import draw, random_scene
-from mlx_vlm_mini.unpack import unpack
-from mlx_vlm_mini.weights import load_weights
+from mlx_vlm_mini.text.messages import Message
 
 QUESTION = "Describe the picture."
 SAMPLES = 64  # to calibrate with, at most

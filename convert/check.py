@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from mlx_vlm_mini.checkpoint import Checkpoint
-from mlx_vlm_mini.loading import compute_dtype, load_processor, plan
+from mlx_vlm_mini.checkpoints.folder import Checkpoint
+from mlx_vlm_mini.checkpoints.load import compute_dtype, load_processor, plan
+from mlx_vlm_mini.data.questions import Asker, user
+from mlx_vlm_mini.data.scenes import draw, random_scene
 from mlx_vlm_mini.processor import Processor
-from mlx_vlm_mini.train.questions import Asker, user
-from mlx_vlm_mini.train.scenes import draw, random_scene
 
 from .calibrate import Observed, Sample, divergence, make_sample, observe
 

@@ -19,10 +19,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_vlm_mini.checkpoint import DTYPES
+from mlx_vlm_mini.checkpoints.folder import DTYPES
+from mlx_vlm_mini.checkpoints.load import Plan, compute_dtype
+from mlx_vlm_mini.checkpoints.weights import count_blocks, fused, join_rows
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.loading import Plan, compute_dtype
-from mlx_vlm_mini.weights import count_blocks, fused, join_rows
 
 from .calibrate import Sample, Walk, release
 from .quantize import Packed, Quantization

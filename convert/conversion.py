@@ -14,11 +14,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_mini import __version__
-from mlx_vlm_mini.assembly import Assembly
-from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint
+from mlx_vlm_mini.checkpoints.assembly import Assembly
+from mlx_vlm_mini.checkpoints.folder import Checkpoint, open_checkpoint
+from mlx_vlm_mini.checkpoints.hub import INSTRUCTIONS, SMALL_FILES, expand_user
+from mlx_vlm_mini.checkpoints.load import DTypeName, Plan, load_processor, plan, read_config
 from mlx_vlm_mini.errors import CheckpointError, VLMError
-from mlx_vlm_mini.hub import INSTRUCTIONS, SMALL_FILES, expand_user
-from mlx_vlm_mini.loading import DTypeName, Plan, load_processor, plan, read_config
 
 from .calibrate import Observed, find_samples
 from .check import Check, compare, look

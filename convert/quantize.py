@@ -9,11 +9,11 @@ from typing import Any, Literal, cast, get_args
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vlm_mini.checkpoint import DTYPES, TensorInfo
+from mlx_vlm_mini.checkpoints.folder import DTYPES, TensorInfo
+from mlx_vlm_mini.checkpoints.load import Plan
+from mlx_vlm_mini.checkpoints.pickled import Pickled
+from mlx_vlm_mini.checkpoints.weights import CONVOLUTIONS, to_mlx_layout
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.loading import Plan
-from mlx_vlm_mini.pickled import Pickled
-from mlx_vlm_mini.weights import CONVOLUTIONS, to_mlx_layout
 
 from .read import Reader
 

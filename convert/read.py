@@ -6,9 +6,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_mini.checkpoint import Checkpoint
+from mlx_vlm_mini.checkpoints.folder import Checkpoint
+from mlx_vlm_mini.checkpoints.pickled import Pickled
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.pickled import Pickled
 
 _LARGEST = {mx.float16: 0x7BFF, mx.bfloat16: 0x7F7F, mx.float32: 0x7F7FFFFF}
 """The bits of the largest finite number: as whole numbers, those of infinity and of every NaN are larger."""

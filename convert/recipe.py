@@ -15,10 +15,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_vlm_mini.checkpoint import DTYPES
+from mlx_vlm_mini.checkpoints.folder import DTYPES
+from mlx_vlm_mini.checkpoints.load import Plan, compute_dtype
+from mlx_vlm_mini.checkpoints.weights import load_weights
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.loading import Plan, compute_dtype
-from mlx_vlm_mini.weights import load_weights
 
 from .calibrate import Sample, Walk, divergence
 from .compensate import watch

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mlx_vlm_mini.checkpoints.load import DTypeName
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.loading import DTypeName
 
 from .quantize import Mode, Part
 from .recipe import METHODS, RECIPES, Method, Recipe

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mlx_vlm_mini.assembly import Assembly, open_model
-from mlx_vlm_mini.checkpoint import Checkpoint
+from mlx_vlm_mini.checkpoints.assembly import Assembly, open_model
+from mlx_vlm_mini.checkpoints.folder import Checkpoint
+from mlx_vlm_mini.checkpoints.hub import is_hub_name, known_sha256
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.hub import is_hub_name, known_sha256
 
 
 @dataclass(frozen=True)

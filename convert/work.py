@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mlx_vlm_mini.checkpoint import read_json
 from mlx_vlm_mini.errors import CheckpointError, VLMError
+from mlx_vlm_mini.files import read_json
 
 RECORD = "conversion.json"
 """What a folder was made of and how; while the work goes on also which of its files are finished."""

@@ -11,16 +11,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .chat import Chat
-    from .detections import find_detections
-    from .draw import draw_detections
-    from .heat import draw_attention
-    from .inspection import attend
-    from .loading import load
-    from .matching import load_scorer
-    from .page import attention_page
-    from .stream import generate, stream_generate
-    from .vilt import load_answerer
+    from mlx_vlm_mini.checkpoints.load import load
+    from mlx_vlm_mini.generation.chat import Chat
+    from mlx_vlm_mini.generation.stream import generate, stream_generate
+    from mlx_vlm_mini.grounding.attend import attend
+    from mlx_vlm_mini.grounding.detections import find_detections
+    from mlx_vlm_mini.grounding.draw import draw_detections
+    from mlx_vlm_mini.grounding.heat import draw_attention
+    from mlx_vlm_mini.grounding.page import attention_page
+    from mlx_vlm_mini.scoring.matching import load_scorer
+    from mlx_vlm_mini.scoring.vilt import load_answerer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,17 +29,17 @@ __all__ = [
 ]  # fmt: skip
 
 _HOME = {
-    "Chat": ".chat",
-    "attend": ".inspection",
-    "attention_page": ".page",
-    "draw_attention": ".heat",
-    "draw_detections": ".draw",
-    "find_detections": ".detections",
-    "generate": ".stream",
-    "load": ".loading",
-    "load_answerer": ".vilt",
-    "load_scorer": ".matching",
-    "stream_generate": ".stream",
+    "Chat": ".generation.chat",
+    "attend": ".grounding.attend",
+    "attention_page": ".grounding.page",
+    "draw_attention": ".grounding.heat",
+    "draw_detections": ".grounding.draw",
+    "find_detections": ".grounding.detections",
+    "generate": ".generation.stream",
+    "load": ".checkpoints.load",
+    "load_answerer": ".scoring.vilt",
+    "load_scorer": ".scoring.matching",
+    "stream_generate": ".generation.stream",
 }
 
 
@@ -47,7 +47,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if "mlx.core" not in sys.modules:
-        import_module(".blas", __name__).use_openblas()  # works only before anything imports mlx.core
+        import_module(".layers.cpu.blas", __name__).use_openblas()  # works only before anything imports mlx.core
     value = globals()[name] = getattr(import_module(_HOME[name], __name__), name)
     return value
 

@@ -1,7 +1,6 @@
 """The model: three parts, and where image features enter the sequence."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -9,80 +8,29 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .anyres import pack
-from .attention import Recorder
-from .axes import PlacedImage
+from mlx_vlm_mini.decoder.cross_attention import ImageCache, ShownImage, Span
+from mlx_vlm_mini.decoder.decoder import Decoder
+from mlx_vlm_mini.decoder.masks import ImageBlock, find_blocks
+from mlx_vlm_mini.decoder.opt import OPTDecoder
+from mlx_vlm_mini.decoder.query_attention import Looks, QuerySight
+from mlx_vlm_mini.decoder.sections import PlacedImage
+from mlx_vlm_mini.layers.types import Recorder
+from mlx_vlm_mini.preprocessing.canvas import Canvas, choose_canvas
+from mlx_vlm_mini.projectors.arrange import pack
+from mlx_vlm_mini.projectors.contrast import Contrast
+from mlx_vlm_mini.projectors.merger import ChannelMerger, PatchMerger
+from mlx_vlm_mini.projectors.mlp import Projector, join_squares, pixel_shuffle
+from mlx_vlm_mini.projectors.pooling import PooledProjector
+from mlx_vlm_mini.projectors.qformer import QFormer
+from mlx_vlm_mini.projectors.resampler import Resampler
+from mlx_vlm_mini.vision.grid import GridVisionTransformer
+from mlx_vlm_mini.vision.tiled import TiledVisionTransformer
+from mlx_vlm_mini.vision.transformer import VisionTransformer
+
 from .borrow import borrow
-from .canvas import Canvas, choose_canvas
 from .config import OPTConfig, ProjectorConfig, VLMConfig
-from .contrast import Contrast
-from .cross_attention import ImageCache, ShownImage, Span
-from .decoder import Decoder
 from .errors import CheckpointError, PromptError
-from .grid_vision import GridVisionTransformer
-from .image_blocks import ImageBlock, find_blocks
-from .merger import ChannelMerger, PatchMerger
-from .opt import OPTDecoder
-from .pooling import PooledProjector
-from .projector import Projector, join_squares, pixel_shuffle
-from .qformer import QFormer
-from .query_attention import Looks, QuerySight
-from .resampler import Resampler
-from .tiled_vision import TiledVisionTransformer
-from .vision import VisionTransformer
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class InputImage:
-    """One image of a prompt.
-
-    Attributes:
-        pixel_values: float32[B, height, width, 3] (numpy), normalised: one row, or one a tile. Of a video
-            float32[T, height, width, 3 * frames]: one row a step of time.
-        tokens: its slots in the prompt.
-        size: height and width in pixels, as it was opened.
-        digest: SHA-256 of its size and all its pixels, by which a cache tells images apart; of its instruction, too.
-        instruction: int32[L] (numpy), what a Q-Former reads beside it; None where that is nothing.
-        times: of a video, where its steps stand on the decoder's axis of time.
-    """
-
-    pixel_values: np.ndarray
-    tokens: int
-    size: tuple[int, int]
-    digest: bytes
-    times: tuple[int, ...] = (0,)
-    instruction: np.ndarray | None = None
-
-    @property
-    def rows(self) -> int:
-        """Its rows of pixels, which the vision tower encodes one by one."""
-        return len(self.pixel_values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What `processor(messages)` gives: everything the model needs.
-
-    Attributes:
-        input_ids: int32[1, L]; at an image's slots stands the image token's id.
-        slots: bool[L] (numpy): true where a row of image features replaces the token's embedding.
-        images: in the prompt's order; their slots follow one another.
-    """
-
-    input_ids: mx.array
-    slots: np.ndarray
-    images: tuple[InputImage, ...] = ()
-
-    @property
-    def pixel_values(self) -> mx.array | None:
-        """float32[B, height, width, 3]: the rows of all images in order, copied; None for text alone.
-
-        Raises:
-            PromptError: the images have different sizes.
-        """
-        if len({image.pixel_values.shape[1:] for image in self.images}) > 1:
-            raise PromptError("the images have different sizes: each has pixel_values of its own")
-        return mx.array(np.concatenate([image.pixel_values for image in self.images])) if self.images else None
+from .inputs import InputImage, Inputs
 
 
 def _make_projector(config: ProjectorConfig) -> nn.Module:

@@ -10,19 +10,22 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from mlx_vlm_mini.images.source import LOCAL, Access, ImageSource, Picture, open_image, read_image
+from mlx_vlm_mini.images.video import Video
+from mlx_vlm_mini.preprocessing.crops import Crops
+from mlx_vlm_mini.preprocessing.grid import Grid
+from mlx_vlm_mini.preprocessing.settings import ImageSettings
+from mlx_vlm_mini.preprocessing.splits import Splits
+from mlx_vlm_mini.preprocessing.tiles import Tiles
+from mlx_vlm_mini.preprocessing.video import VideoLayout, VideoSettings, read_clip
+from mlx_vlm_mini.text.messages import Message, Prompt, images_of, text_of, to_messages
+from mlx_vlm_mini.text.template import ChatTemplate
+from mlx_vlm_mini.text.tokenizer import Tokenizer
+
 from .config import VLMConfig
-from .crops import Crops
 from .errors import CheckpointError, PromptError
 from .families import Family
-from .grid import Grid
-from .image import LOCAL, Access, ImageSource, Picture, open_image, read_image
-from .model import InputImage, Inputs
-from .preprocess import ImageSettings
-from .prompt import ChatTemplate, Message, Prompt, images_of, text_of, to_messages
-from .splits import Splits
-from .tiles import Tiles
-from .tokenizer import Tokenizer
-from .video import Video, VideoLayout, VideoSettings, read_clip
+from .inputs import InputImage, Inputs
 
 
 @dataclass(frozen=True, eq=False)

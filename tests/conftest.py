@@ -23,7 +23,7 @@ if threading.current_thread() is threading.main_thread():
     # A shell's background jobs ignore Ctrl-C, and so would the programs that they start, which tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from mlx_vlm_mini.blas import use_openblas
+from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
 use_openblas()  # as the program does; before anything imports mlx
 
@@ -32,8 +32,9 @@ from checkpoints import PLAIN, make_wide
 from hub import run_program, serve
 from reference import GOLDEN
 
-from mlx_vlm_mini import load, step
-from mlx_vlm_mini.step import COMPILE
+from mlx_vlm_mini import load
+from mlx_vlm_mini.generation import step
+from mlx_vlm_mini.generation.step import COMPILE
 
 
 def _is_number(host: str) -> bool:

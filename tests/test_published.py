@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from published import CLIP_L_336, CONFIGS, DOCS, SIGLIP_SO400M, published, table
 
+from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.convert.quantize import choose, plan_outputs, spread
 from mlx_vlm_mini.families import find_family
-from mlx_vlm_mini.families.parts import vision_tower
-from mlx_vlm_mini.loading import plan
-from mlx_vlm_mini.vision import VisionTransformer
+from mlx_vlm_mini.families.parts.configs import vision_tower
+from mlx_vlm_mini.vision.transformer import VisionTransformer
 
 
 def tower(hf, **changes):

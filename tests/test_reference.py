@@ -17,16 +17,18 @@ from PIL import Image
 from reference import CASES, GOLDEN, SPECS, Reference, expected_outputs
 
 from mlx_vlm_mini import Chat, load
-from mlx_vlm_mini.anyres import count_tokens, pack
-from mlx_vlm_mini.canvas import Canvas, choose_canvas, fit_size, possible_grids
-from mlx_vlm_mini.cross_attention import Span, look
+from mlx_vlm_mini.checkpoints.load import plan
+from mlx_vlm_mini.checkpoints.weights import rename
+from mlx_vlm_mini.decoder.cross_attention import Span, look
+from mlx_vlm_mini.decoder.rope import make_rope
 from mlx_vlm_mini.families import llava, llava_next, mllama, paligemma
-from mlx_vlm_mini.image import open_image
-from mlx_vlm_mini.loading import plan
-from mlx_vlm_mini.mask_decoder import load_mask_decoder
-from mlx_vlm_mini.preprocess import LLAVA_NEXT_PINPOINTS, image_settings, preprocess
-from mlx_vlm_mini.rope import make_rope
-from mlx_vlm_mini.weights import rename
+from mlx_vlm_mini.grounding.mask_decoder import load_mask_decoder
+from mlx_vlm_mini.images.source import open_image
+from mlx_vlm_mini.preprocessing.anyres import count_tokens
+from mlx_vlm_mini.preprocessing.canvas import Canvas, choose_canvas, fit_size, possible_grids
+from mlx_vlm_mini.preprocessing.pixels import preprocess
+from mlx_vlm_mini.preprocessing.settings import LLAVA_NEXT_PINPOINTS, image_settings
+from mlx_vlm_mini.projectors.arrange import pack
 
 pytestmark = pytest.mark.reference
 

@@ -13,9 +13,9 @@ from published import without_data
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.families import blip2
-from mlx_vlm_mini.loading import plan
-from mlx_vlm_mini.tokenizer import load_tokenizer
+from mlx_vlm_mini.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.reference
 

@@ -10,9 +10,10 @@ import pytest
 from parity import TOLERANCE
 from reference import Reference
 
-from mlx_vlm_mini import bundled, load, stream_generate
-from mlx_vlm_mini.train.examples import read_examples
-from mlx_vlm_mini.train.questions import write_scenes
+from mlx_vlm_mini import load, stream_generate
+from mlx_vlm_mini.checkpoints import bundled
+from mlx_vlm_mini.data.examples import read_examples
+from mlx_vlm_mini.data.questions import write_scenes
 
 pytestmark = pytest.mark.reference
 

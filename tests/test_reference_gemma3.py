@@ -16,9 +16,9 @@ from PIL import Image
 from reference import CASES, GOLDEN, SPECS, Reference, make_image_processor
 
 from mlx_vlm_mini import Chat, load
-from mlx_vlm_mini.crops import Crops, crop_boxes
 from mlx_vlm_mini.families import gemma3
-from mlx_vlm_mini.preprocess import image_settings
+from mlx_vlm_mini.preprocessing.crops import Crops, crop_boxes
+from mlx_vlm_mini.preprocessing.settings import image_settings
 
 pytestmark = pytest.mark.reference
 

@@ -16,8 +16,8 @@ from reference import CASES, GOLDEN, SPECS, Reference, make_image_processor
 
 from mlx_vlm_mini import load
 from mlx_vlm_mini.families import idefics3
-from mlx_vlm_mini.preprocess import image_settings
-from mlx_vlm_mini.splits import Splits, choose_split
+from mlx_vlm_mini.preprocessing.settings import image_settings
+from mlx_vlm_mini.preprocessing.splits import Splits, choose_split
 
 pytestmark = pytest.mark.reference
 

@@ -12,14 +12,14 @@ from checkpoints import with_paths
 from reference import CASES, GOLDEN, SPECS, Spec, make_image_processor, open_reference, save
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.checkpoint import Checkpoint, TensorInfo
+from mlx_vlm_mini.checkpoints.folder import Checkpoint, TensorInfo
+from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.families import internvl, internvl_chat
-from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.loading import plan
-from mlx_vlm_mini.prompt import ChatTemplate
-from mlx_vlm_mini.tiles import Tiles, choose_grid, count_tiles
-from mlx_vlm_mini.tokenizer import load_tokenizer
-from mlx_vlm_mini.vision import VisionTransformer
+from mlx_vlm_mini.generation.decode import prefill
+from mlx_vlm_mini.preprocessing.tiles import Tiles, choose_grid, count_tiles
+from mlx_vlm_mini.text.template import ChatTemplate
+from mlx_vlm_mini.text.tokenizer import load_tokenizer
+from mlx_vlm_mini.vision.transformer import VisionTransformer
 
 pytestmark = pytest.mark.reference
 TOLERANCE = 1e-4

@@ -21,8 +21,8 @@ from pieces import FOLDER, texts
 from reference import CASES, GOLDEN
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.anyres import pack
-from mlx_vlm_mini.tokenizer import load_tokenizer
+from mlx_vlm_mini.projectors.arrange import pack
+from mlx_vlm_mini.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.reference
 INTERN, V0, V15, V16 = sorted(SPECS)

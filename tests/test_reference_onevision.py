@@ -13,9 +13,11 @@ from PIL import Image
 from reference import CASES, GOLDEN, SPECS, Reference, make_image_processor, make_tokenizer
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.anyres import count_tokens, pack
 from mlx_vlm_mini.families import llava_onevision
-from mlx_vlm_mini.preprocess import LLAVA_ONEVISION_PINPOINTS, image_settings, preprocess
+from mlx_vlm_mini.preprocessing.anyres import count_tokens
+from mlx_vlm_mini.preprocessing.pixels import preprocess
+from mlx_vlm_mini.preprocessing.settings import LLAVA_ONEVISION_PINPOINTS, image_settings
+from mlx_vlm_mini.projectors.arrange import pack
 
 pytestmark = pytest.mark.reference
 

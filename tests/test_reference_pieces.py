@@ -6,8 +6,8 @@ import shutil
 import pytest
 from pieces import FOLDER, MODELS, texts, train
 
-from mlx_vlm_mini.sentencepiece import build_backend, read_sentencepiece
-from mlx_vlm_mini.tokenizer import load_tokenizer
+from mlx_vlm_mini.text.sentencepiece import build_backend, read_sentencepiece
+from mlx_vlm_mini.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.reference
 

@@ -16,9 +16,9 @@ from parity import check_answer
 from reference import CASES, GOLDEN, SPECS, Reference
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.errors import ImageError
-from mlx_vlm_mini.grid import EdgeGrid
-from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.preprocessing.grid import EdgeGrid
 
 pytestmark = pytest.mark.reference
 
@@ -148,9 +148,9 @@ def test_a_photo_at_full_resolution():
     from transformers import AutoModel, Mistral3Config
     from transformers.models.mistral3.modeling_mistral3 import Mistral3MultiModalProjector
 
+    from mlx_vlm_mini.checkpoints.weights import rename
     from mlx_vlm_mini.families import mistral3
     from mlx_vlm_mini.model import VLM
-    from mlx_vlm_mini.weights import rename
 
     vision = {"model_type": "pixtral", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
               "num_attention_heads": 1, "patch_size": 14, "image_size": 1540}  # fmt: skip

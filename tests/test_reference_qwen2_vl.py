@@ -17,8 +17,8 @@ from parity import check_answer
 from reference import CASES, GOLDEN, SPECS, Reference
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.grid import Grid
-from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.checkpoints.load import plan
+from mlx_vlm_mini.preprocessing.grid import Grid
 
 pytestmark = pytest.mark.reference
 
@@ -131,9 +131,9 @@ def test_a_photo_at_full_resolution():
     from transformers import Qwen2_5_VLConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+    from mlx_vlm_mini.checkpoints.weights import rename
     from mlx_vlm_mini.families import qwen2_5_vl
     from mlx_vlm_mini.model import VLM
-    from mlx_vlm_mini.weights import rename
 
     vision = {
         "depth": 2,

@@ -14,9 +14,9 @@ from qwen_vl_oracle import SPECS, TAGS, WORDS, Oracle, expected_outputs, save
 from reference import CASES, CORPUS, GOLDEN
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.tokenizer import load_tokenizer
+from mlx_vlm_mini.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.reference
 CHAT = SPECS["qwen-vl-chat"]

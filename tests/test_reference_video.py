@@ -27,7 +27,8 @@ from video_reference import (
 )
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.video import Video, video_settings
+from mlx_vlm_mini.images.video import Video
+from mlx_vlm_mini.preprocessing.video import video_settings
 
 pytestmark = pytest.mark.reference
 KINDS = {"qwen2-vl": "Qwen2VL", "qwen2.5-vl": "Qwen2VL", "qwen3-vl": "Qwen3VL"}

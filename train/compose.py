@@ -14,17 +14,18 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_vlm_mini.checkpoint import Checkpoint, open_checkpoint, read_json
+from mlx_vlm_mini.checkpoints.folder import Checkpoint, open_checkpoint
+from mlx_vlm_mini.checkpoints.hub import PICKLED_FILES, WEIGHT_FILES, find_folder
+from mlx_vlm_mini.checkpoints.load import plan
+from mlx_vlm_mini.checkpoints.weights import hub_name, rename, to_mlx_layout, to_torch_layout
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families import llava
-from mlx_vlm_mini.families.maps import Weights
-from mlx_vlm_mini.families.parts import clip_weights, llama_weights
-from mlx_vlm_mini.hub import PICKLED_FILES, WEIGHT_FILES, find_folder
-from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.families.parts.configs import clip_weights, llama_weights
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.files import read_json, written_whole
 from mlx_vlm_mini.model import VLM
-from mlx_vlm_mini.weights import hub_name, rename, to_mlx_layout, to_torch_layout
 
-from .save import save_tensors, written_whole
+from .save import save_tensors
 
 IMAGE_TOKEN = "<image>"
 CHAT_TEMPLATE = (  # LLaVA-1.5's prompt; an answer is closed by the end token, so that the model learns to stop

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_vlm_mini.image import image_size
+from mlx_vlm_mini.data.examples import Example
+from mlx_vlm_mini.generation.stream import generate
+from mlx_vlm_mini.images.source import image_size
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
-from mlx_vlm_mini.prompt import Message, images_of
-from mlx_vlm_mini.stream import generate
-
-from .examples import Example
+from mlx_vlm_mini.text.messages import Message, images_of
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_vlm_mini.checkpoint import read_json
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.files import read_json, written_whole
 from mlx_vlm_mini.model import VLM
 
-from .save import write_arrays, written_whole
+from .save import write_arrays
 
 KEYS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

@@ -1,72 +1,19 @@
 """Writing a model that was made or trained here as a checkpoint folder that other tools load, too."""
 
-import fcntl
 import json
-import os
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_vlm_mini.checkpoint import Checkpoint
+from mlx_vlm_mini.checkpoints.folder import Checkpoint
+from mlx_vlm_mini.checkpoints.hub import SMALL_FILES
+from mlx_vlm_mini.checkpoints.load import Plan
+from mlx_vlm_mini.checkpoints.weights import to_torch_layout
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.hub import SMALL_FILES
-from mlx_vlm_mini.loading import Plan
-from mlx_vlm_mini.weights import to_torch_layout
-
-
-@contextmanager
-def one_process(folder: Path) -> Iterator[None]:
-    """Lock a folder, which is made where it is missing; the lock (flock) ends with the process.
-
-    Raises:
-        CheckpointError: another process has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        for left in reversed(range(10)):  # one that was just killed may take a moment to let go
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not left:
-                    raise CheckpointError(f"another process is writing to {folder} right now") from None
-                time.sleep(0.1)
-        yield
-    finally:
-        os.close(lock)
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder`, to be written to; it becomes `folder` in one step.
-
-    Where that is there already, each file of it is replaced in one step, config.json last, and others stay.
-    """
-    work = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-        if not folder.exists():
-            work.rename(folder)
-            return
-        for file in sorted(work.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replace a file of text in one step."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+from mlx_vlm_mini.files import written_whole
 
 
 def save_tensors(file: Path, tensors: Mapping[str, mx.array], dtype: mx.Dtype | None) -> None:

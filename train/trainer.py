@@ -23,14 +23,15 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_vlm_mini.blas import one_thread
+from mlx_vlm_mini.data.examples import Batch, Encoded, Example, collate, encode
 from mlx_vlm_mini.errors import CheckpointError, PromptError
+from mlx_vlm_mini.files import write_text
+from mlx_vlm_mini.layers.cpu.blas import one_thread
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
 
-from .examples import Batch, Encoded, Example, collate, encode
 from .lora import add_adapters
-from .save import write_arrays, write_text
+from .save import write_arrays
 
 Stage = Literal["projector", "full", "lora"]
 OptimizerName = Literal["adamw", "muon"]

@@ -8,7 +8,8 @@ from PIL import Image
 
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.preprocess import ImageSettings
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.preprocessing.settings import ImageSettings
 
 from . import (
     blip2,
@@ -32,7 +33,6 @@ from . import (
     qwen3_vl,
     qwen_vl,
 )
-from .maps import Weights
 
 
 class Family(Protocol):

@@ -19,13 +19,13 @@ from mlx_vlm_mini.config import (
     VisionConfig,
     VLMConfig,
 )
-from mlx_vlm_mini.preprocess import ImageSettings
+from mlx_vlm_mini.families.parts.configs import activation, llama_weights, side, text_decoder
+from mlx_vlm_mini.families.parts.conversations import one_image_template
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.families.parts.opt import opt_decoder, opt_weights
+from mlx_vlm_mini.preprocessing.settings import ImageSettings
 
-from .conversations import one_image_template
-from .maps import Weights
-from .opt import opt_decoder, opt_weights
 from .paligemma import pixels
-from .parts import activation, llama_weights, side, text_decoder
 
 __all__ = ["CHAT_TEMPLATE", "IMAGE_PROCESSOR", "WEIGHTS", "config", "image_text", "pixels"]
 

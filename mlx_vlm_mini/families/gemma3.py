@@ -16,13 +16,13 @@ import numpy as np
 from PIL import Image
 
 from mlx_vlm_mini.config import DecoderConfig, PoolConfig, ProjectorConfig, VLMConfig
-from mlx_vlm_mini.crops import Crops, crop_boxes, cut_crops
+from mlx_vlm_mini.decoder.rope import rope_type
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.preprocess import ImageSettings, preprocess
-from mlx_vlm_mini.rope import rope_type
-
-from .maps import Weights
-from .parts import text_decoder, vision_tower, vlm_weights
+from mlx_vlm_mini.families.parts.configs import text_decoder, vision_tower, vlm_weights
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.preprocessing.crops import Crops, crop_boxes, cut_crops
+from mlx_vlm_mini.preprocessing.pixels import preprocess
+from mlx_vlm_mini.preprocessing.settings import ImageSettings
 
 WEIGHTS: Weights = {
     **vlm_weights(post_norm=True),

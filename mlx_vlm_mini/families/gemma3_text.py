@@ -12,11 +12,11 @@ from PIL import Image
 
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import PromptError
-from mlx_vlm_mini.preprocess import ImageSettings
+from mlx_vlm_mini.families.parts.configs import llama_weights
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.preprocessing.settings import ImageSettings
 
 from . import gemma3
-from .maps import Weights
-from .parts import llama_weights
 
 WEIGHTS: Weights = {**llama_weights("model."), "lm_head": "decoder.lm_head"}
 

@@ -15,11 +15,11 @@ from PIL import Image
 
 from mlx_vlm_mini.config import ProjectorConfig, ShuffleConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.preprocess import ImageSettings, preprocess
-from mlx_vlm_mini.splits import Splits, choose_split, cut_splits
-
-from .maps import Weights
-from .parts import clip_weights, llama_weights, text_decoder, vision_tower
+from mlx_vlm_mini.families.parts.configs import clip_weights, llama_weights, text_decoder, vision_tower
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.preprocessing.pixels import preprocess
+from mlx_vlm_mini.preprocessing.settings import ImageSettings
+from mlx_vlm_mini.preprocessing.splits import Splits, choose_split, cut_splits
 
 WEIGHTS: Weights = {
     name: ours

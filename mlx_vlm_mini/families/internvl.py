@@ -14,11 +14,11 @@ from PIL import Image
 
 from mlx_vlm_mini.config import BlockConfig, DecoderConfig, ProjectorConfig, ShuffleConfig, VisionConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.preprocess import ImageSettings, preprocess
-from mlx_vlm_mini.tiles import Tiles, count_tiles, cut_tiles
-
-from .maps import Weights, native_intern_vit
-from .parts import activation, from_start, llama_weights, side, text_decoder
+from mlx_vlm_mini.families.parts.configs import activation, from_start, llama_weights, side, text_decoder
+from mlx_vlm_mini.families.parts.maps import Weights, native_intern_vit
+from mlx_vlm_mini.preprocessing.pixels import preprocess
+from mlx_vlm_mini.preprocessing.settings import ImageSettings
+from mlx_vlm_mini.preprocessing.tiles import Tiles, count_tiles, cut_tiles
 
 WEIGHTS: Weights = {
     **native_intern_vit("vision_tower."),

@@ -12,12 +12,12 @@ from typing import Any
 
 from mlx_vlm_mini.config import Prescribed, VisionConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.families.parts.configs import llama_weights, text_decoder
+from mlx_vlm_mini.families.parts.conversations import Conversation, chat_template
+from mlx_vlm_mini.families.parts.maps import Weights, internlm2, phi3
+from mlx_vlm_mini.families.parts.maps import intern_vit as intern_vit_weights
 
-from .conversations import Conversation, chat_template
 from .internvl import image_text, intern_vit, pixels, shuffle_projector
-from .maps import Weights, internlm2, phi3
-from .maps import intern_vit as intern_vit_weights
-from .parts import llama_weights, text_decoder
 
 __all__ = ["CHAT_TEMPLATE", "IMAGE_PROCESSOR", "WEIGHTS", "config", "image_text", "pixels"]
 

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from mlx_vlm_mini.config import VLMConfig
-from mlx_vlm_mini.preprocess import ImageSettings, preprocess
-
-from .maps import Weights
-from .parts import LLAVA_WEIGHTS, llava_config
+from mlx_vlm_mini.families.parts.configs import LLAVA_WEIGHTS, llava_config
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.preprocessing.pixels import preprocess
+from mlx_vlm_mini.preprocessing.settings import ImageSettings
 
 WEIGHTS: Weights = LLAVA_WEIGHTS
 

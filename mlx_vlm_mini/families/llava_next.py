@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_mini.anyres import Tiling, count_tokens, cut, read_pinpoints
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.preprocess import LLAVA_NEXT_PINPOINTS, ImageSettings, preprocess
-
-from .maps import Weights
-from .parts import LLAVA_WEIGHTS, llava_config
+from mlx_vlm_mini.families.parts.configs import LLAVA_WEIGHTS, llava_config
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.preprocessing.anyres import Tiling, count_tokens, cut, read_pinpoints
+from mlx_vlm_mini.preprocessing.pixels import preprocess
+from mlx_vlm_mini.preprocessing.settings import LLAVA_NEXT_PINPOINTS, ImageSettings
 
 WEIGHTS: Weights = {
     **LLAVA_WEIGHTS,

@@ -5,9 +5,10 @@ Its `mm_projector_type` is `mlpNx_gelu` with `ln` somewhere behind it.
 Source: llava/model/multimodal_projector/builder.py in internvl_chat_llava of github.com/OpenGVLab/InternVL.
 """
 
+from mlx_vlm_mini.families.parts.maps import Weights
+
 from . import llava_original
 from .llava_original import CHAT_TEMPLATE, IMAGE_PROCESSOR, config, image_text, pixels
-from .maps import Weights
 
 __all__ = ["CHAT_TEMPLATE", "IMAGE_PROCESSOR", "WEIGHTS", "config", "image_text", "pixels"]
 

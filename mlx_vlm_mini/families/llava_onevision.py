@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_mini.anyres import Tiling, count_tokens, read_pinpoints
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.preprocess import LLAVA_ONEVISION_PINPOINTS, ImageSettings, preprocess
+from mlx_vlm_mini.families.parts.configs import llava_config
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.preprocessing.anyres import Tiling, count_tokens, read_pinpoints
+from mlx_vlm_mini.preprocessing.pixels import preprocess
+from mlx_vlm_mini.preprocessing.settings import LLAVA_ONEVISION_PINPOINTS, ImageSettings
 
 from . import llava_next
-from .maps import Weights
-from .parts import llava_config
 
 WEIGHTS: Weights = llava_next.WEIGHTS
 

@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_mini.anyres import Tiling, count_tokens, read_pinpoints
 from mlx_vlm_mini.config import Prescribed, ProjectorConfig, TileMerge, VisionConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageSettings, preprocess
+from mlx_vlm_mini.families.parts.configs import clip_weights, llama_weights, text_decoder, vision_tower
+from mlx_vlm_mini.families.parts.conversations import chat_template, choose_conversation, find_conversation
+from mlx_vlm_mini.families.parts.maps import Weights, intern_vit
+from mlx_vlm_mini.preprocessing.anyres import Tiling, count_tokens, read_pinpoints
+from mlx_vlm_mini.preprocessing.pixels import preprocess
+from mlx_vlm_mini.preprocessing.settings import IMAGENET_MEAN, IMAGENET_STD, ImageSettings
 
 from . import llava_next
-from .conversations import chat_template, choose_conversation, find_conversation
 from .internvl_chat import authors_intern_vit
-from .maps import Weights, intern_vit
-from .parts import clip_weights, llama_weights, text_decoder, vision_tower
 
 TOWER = "model.vision_tower.vision_tower."
 """What stands before the tower's names in a checkpoint that holds it; CLIP's own begin with `vision_model.`."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from mlx_vlm_mini.config import MergerConfig, ProjectorConfig, ShuffleConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.families.parts.configs import activation, text_decoder
+from mlx_vlm_mini.families.parts.maps import Weights
 
-from .maps import Weights
-from .parts import activation, text_decoder
 from .pixtral import IMAGE_PROCESSOR, SAID, image_text, pixels, pixtral_tower, pixtral_weights
 
 __all__ = ["CHAT_TEMPLATE", "IMAGE_PROCESSOR", "WEIGHTS", "config", "image_text", "pixels"]

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_mini.canvas import Canvas, cut_canvas, place, possible_grids
 from mlx_vlm_mini.config import BlockConfig, CrossAttentionConfig, ProjectorConfig, TiledConfig, VisionConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.preprocess import ImageSettings, preprocess
-
-from .maps import Weights, mllama_decoder, mllama_vision
-from .parts import activation, llama_weights, side, text_decoder
+from mlx_vlm_mini.families.parts.configs import activation, llama_weights, side, text_decoder
+from mlx_vlm_mini.families.parts.maps import Weights, mllama_decoder, mllama_vision
+from mlx_vlm_mini.preprocessing.canvas import Canvas, cut_canvas, place, possible_grids
+from mlx_vlm_mini.preprocessing.pixels import preprocess
+from mlx_vlm_mini.preprocessing.settings import ImageSettings
 
 _TEXTS = ("language_model.model.", "model.language_model.")
 WEIGHTS: Weights = {

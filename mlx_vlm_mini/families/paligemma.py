@@ -16,10 +16,10 @@ from PIL import Image
 
 from mlx_vlm_mini.config import ProjectorConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.preprocess import ImageSettings, preprocess
-
-from .maps import Weights
-from .parts import text_decoder, vision_tower, vlm_weights
+from mlx_vlm_mini.families.parts.configs import text_decoder, vision_tower, vlm_weights
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.preprocessing.pixels import preprocess
+from mlx_vlm_mini.preprocessing.settings import ImageSettings
 
 WEIGHTS: Weights = vlm_weights("linear", post_norm=True)
 

@@ -9,11 +9,10 @@ from typing import Any
 
 from mlx_vlm_mini.config import BlockConfig, GridConfig, ProjectorConfig, VisionConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.preprocess import ImageSettings
-
-from .maps import Weights
-from .parts import activation, from_start, side, text_decoder, vlm_weights
-from .patch_grids import fitting_grid, pixels
+from mlx_vlm_mini.families.parts.configs import activation, from_start, side, text_decoder, vlm_weights
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.families.parts.patch_grids import fitting_grid, pixels
+from mlx_vlm_mini.preprocessing.settings import ImageSettings
 
 __all__ = ["CHAT_TEMPLATE", "IMAGE_PROCESSOR", "WEIGHTS", "config", "image_text", "pixels"]
 

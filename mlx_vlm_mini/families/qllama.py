@@ -14,13 +14,13 @@ from typing import Any
 
 from mlx_vlm_mini.config import ContrastConfig, Prescribed, ProjectorConfig, QueryConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageSettings
+from mlx_vlm_mini.families.parts.configs import llama_weights, text_decoder
+from mlx_vlm_mini.families.parts.conversations import one_image_template
+from mlx_vlm_mini.families.parts.maps import Weights, intern_vit
+from mlx_vlm_mini.preprocessing.settings import IMAGENET_MEAN, IMAGENET_STD, ImageSettings
 
-from .conversations import one_image_template
 from .internvl_chat import authors_intern_vit
-from .maps import Weights, intern_vit
 from .paligemma import pixels
-from .parts import llama_weights, text_decoder
 
 __all__ = ["CHAT_TEMPLATE", "IMAGE_PROCESSOR", "WEIGHTS", "config", "image_text", "pixels"]
 

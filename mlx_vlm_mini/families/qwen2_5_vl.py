@@ -8,10 +8,9 @@ from typing import Any
 
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-
-from .maps import Weights
-from .parts import side
-from .patch_grids import (
+from mlx_vlm_mini.families.parts.configs import side
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.families.parts.patch_grids import (
     IMAGE_PROCESSOR,
     VIDEO_TOKEN,
     grid_model,
@@ -21,6 +20,7 @@ from .patch_grids import (
     sectioned_decoder,
     video_layout,
 )
+
 from .qwen2_vl import CHAT_TEMPLATE, MERGER, SECTIONS, TEXT, VIDEO_PROCESSOR
 
 __all__ = [

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_vlm_mini.config import VLMConfig
-
-from .maps import Weights
-from .patch_grids import (
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.families.parts.patch_grids import (
     IMAGE_PROCESSOR,
     VIDEO_TOKEN,
     chat_template,

@@ -11,10 +11,8 @@ from typing import Any
 
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.video import Clip, VideoLayout
-
-from .maps import Weights
-from .patch_grids import (
+from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.families.parts.patch_grids import (
     IMAGE_PROCESSOR,
     VIDEO_TOKEN,
     chat_template,
@@ -24,6 +22,7 @@ from .patch_grids import (
     pixels,
     sectioned_decoder,
 )
+from mlx_vlm_mini.preprocessing.video import Clip, VideoLayout
 
 __all__ = [
     "CHAT_TEMPLATE", "IMAGE_PROCESSOR", "VIDEO_PROCESSOR", "VIDEO_TOKEN", "WEIGHTS", "config", "image_text", "pixels",

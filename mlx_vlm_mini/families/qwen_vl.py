@@ -26,11 +26,11 @@ from mlx_vlm_mini.config import (
     VLMConfig,
 )
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.preprocess import ImageSettings, preprocess
-from mlx_vlm_mini.ranks import END_OF_TEXT, MESSAGE_END, MESSAGE_START, PLACES
-
-from .maps import Weights, qwen_decoder, qwen_vision
-from .parts import text_decoder
+from mlx_vlm_mini.families.parts.configs import text_decoder
+from mlx_vlm_mini.families.parts.maps import Weights, qwen_decoder, qwen_vision
+from mlx_vlm_mini.preprocessing.pixels import preprocess
+from mlx_vlm_mini.preprocessing.settings import ImageSettings
+from mlx_vlm_mini.text.ranks import END_OF_TEXT, MESSAGE_END, MESSAGE_START, PLACES
 
 WEIGHTS: Weights = {
     **qwen_vision("transformer.visual."),

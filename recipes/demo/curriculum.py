@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_mini.train.scenes import SHAPES
+from mlx_vlm_mini.data.scenes import SHAPES
 
 Line = dict[str, Any]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_vlm_mini.train.scenes import SIZES, Scene, Thing, draw, draw_digit, random_digit
+from mlx_vlm_mini.data.scenes import SIZES, Scene, Thing, draw, draw_digit, random_digit
 
 
 def thing(shape: str, color: str, size: str, x: float, y: float) -> Thing:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from mlx_vlm_mini import draw_detections, find_detections, load
 from mlx_vlm_mini.cli.main import main
-from mlx_vlm_mini.image import open_image
-from mlx_vlm_mini.mask_decoder import FILE, load_mask_decoder
+from mlx_vlm_mini.grounding.mask_decoder import FILE, load_mask_decoder
+from mlx_vlm_mini.images.source import open_image
 
 BOX = "<loc0100><loc0200><loc0900><loc0800>"
 SEGMENTS = "".join(f"<seg{code:03d}>" for code in range(16))

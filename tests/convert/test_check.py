@@ -10,13 +10,13 @@ from checkpoints import edit_json
 from click.testing import CliRunner
 from reference import GOLDEN, SPECS
 
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import load_processor, plan
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.convert.calibrate import Observed, divergence, observe
 from mlx_vlm_mini.convert.check import check_samples, compare, look
-from mlx_vlm_mini.loading import load_processor, plan
-from mlx_vlm_mini.train.questions import write_scenes
+from mlx_vlm_mini.data.questions import write_scenes
 
 
 def run(*arguments):

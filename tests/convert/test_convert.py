@@ -17,13 +17,13 @@ from qwen_vl_oracle import SPECS as QWEN
 from reference import CASES, GOLDEN, SPECS, STEPS
 
 from mlx_vlm_mini import load, stream_generate
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.convert.quantize import Output
 from mlx_vlm_mini.convert.work import Workplace
 from mlx_vlm_mini.convert.write import split_shards, write_tensors
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.loading import plan
 
 
 def logprobs(folder: Path) -> np.ndarray:

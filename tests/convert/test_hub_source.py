@@ -14,7 +14,7 @@ from hub import COMMIT
 from pickles import write_bin
 from reference import GOLDEN
 
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 
 NAME, SHARDED = "tiny/llava", "tiny/llava-in-shards"
 
@@ -91,7 +91,7 @@ def test_a_download_that_is_cut_goes_on(hub, tmp_path):
     kind.folders["tiny/large"] = folder
     kind.cuts["model.safetensors"] = [11_000_000, 12_000_000]
     script = tmp_path / "download.py"
-    script.write_text("from mlx_vlm_mini.hub import find_folder; print(find_folder('tiny/large'))")
+    script.write_text("from mlx_vlm_mini.checkpoints.hub import find_folder; print(find_folder('tiny/large'))")
     done = run(script, program=sys.executable)
     assert done.returncode == 0, done.stderr
     assert [wanted for _, wanted in large(kind)] == [None, "bytes=10485760-", "bytes=20971520-"]

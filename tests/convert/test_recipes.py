@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import load_processor, plan
+from mlx_vlm_mini.checkpoints.weights import join_rows, split_rows
 from mlx_vlm_mini.convert import convert, preview
 from mlx_vlm_mini.convert.calibrate import divergence, observe, read_samples, scene_samples
 from mlx_vlm_mini.convert.compensate import Seen, compensate, fit, output_error, pack
 from mlx_vlm_mini.convert.quantize import BITS, Quantization
 from mlx_vlm_mini.convert.recipe import mixed, spend
+from mlx_vlm_mini.data.questions import write_scenes
 from mlx_vlm_mini.errors import CheckpointError, PromptError
-from mlx_vlm_mini.loading import load_processor, plan
-from mlx_vlm_mini.train.questions import write_scenes
-from mlx_vlm_mini.weights import join_rows, split_rows
 
 
 @pytest.fixture(scope="module")

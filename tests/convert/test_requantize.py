@@ -12,11 +12,11 @@ from checkpoints import PHOTO, edit_json
 from click.testing import CliRunner
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.loading import plan
 
 UP = "language_model.model.layers.0.mlp.up_proj"
 PACKINGS: list[dict[str, Any]] = [

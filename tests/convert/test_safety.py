@@ -20,10 +20,10 @@ import pytest
 from checkpoints import PLAIN, edit_json
 from reference import GOLDEN
 
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.convert import conversion, convert, write
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.loading import plan
 
 SHARD = 60_000  # bytes: some eight files
 OPTIONS: dict[str, Any] = {"bits": 4, "group_size": 32, "shard_limit": SHARD}

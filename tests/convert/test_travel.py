@@ -18,7 +18,7 @@ from checkpoints import PHOTO, WAYS, WIDE, make_wide
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.convert import convert
 
 PEER = json.loads((GOLDEN / "peer.json").read_text())

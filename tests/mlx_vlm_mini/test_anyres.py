@@ -12,11 +12,12 @@ from PIL import Image
 from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, load
-from mlx_vlm_mini.anyres import Tiling, choose_pinpoint, count_tokens, cut, pack
-from mlx_vlm_mini.describe import describe
+from mlx_vlm_mini.checkpoints.describe import describe
 from mlx_vlm_mini.errors import CheckpointError, ImageError, PromptError
 from mlx_vlm_mini.families import llava_next
-from mlx_vlm_mini.preprocess import LLAVA_NEXT_PINPOINTS, image_settings
+from mlx_vlm_mini.preprocessing.anyres import Tiling, choose_pinpoint, count_tokens, cut
+from mlx_vlm_mini.preprocessing.settings import LLAVA_NEXT_PINPOINTS, image_settings
+from mlx_vlm_mini.projectors.arrange import pack
 
 NEXT, SHARDED = "llava-next-clip-mistral", "llava-next-siglip-qwen2"
 

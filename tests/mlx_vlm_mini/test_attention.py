@@ -4,12 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_mini import attention, exponential
-from mlx_vlm_mini.activation import ACTIVATIONS
-from mlx_vlm_mini.attention import attend
-from mlx_vlm_mini.axes import Turn, turn_once
 from mlx_vlm_mini.borrow import borrow
-from mlx_vlm_mini.rope import LongRoPE, RoPE
+from mlx_vlm_mini.decoder.rope import LongRoPE, RoPE
+from mlx_vlm_mini.layers import attention
+from mlx_vlm_mini.layers.activation import ACTIVATIONS
+from mlx_vlm_mini.layers.attention import attend
+from mlx_vlm_mini.layers.cpu import exponential, tiles
+from mlx_vlm_mini.layers.rotary import Turn, turn_once
 
 
 def test_the_power_is_the_power():
@@ -146,7 +147,7 @@ def test_attention_holds_one_block_of_scores_at_a_time(softcap, mask, monkeypatc
         monkeypatch.setattr(exponential, "CHUNK", scores)
 
     scores = 4 * 8 * 2000**2  # bytes
-    monkeypatch.setattr(attention, "CAUSAL_ROWS", 2000)
+    monkeypatch.setattr(tiles, "CAUSAL_ROWS", 2000)
     limit(2**30)
     assert peak() > scores
     limit(2**17)

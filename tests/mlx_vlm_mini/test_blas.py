@@ -7,7 +7,7 @@ import sys
 
 from checkpoints import PHOTO, PLAIN
 
-from mlx_vlm_mini.blas import use_openblas
+from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
 ANSWER = (
     "import json, sys; from mlx_vlm_mini import load, stream_generate\n"
@@ -28,14 +28,25 @@ def test_it_is_too_late_once_mlx_is_imported():
 
 def test_nothing_imports_mlx_before_the_commands_load_a_model():
     """`generate` and `chat` open their images first; MLX imported by that would keep OpenBLAS out."""
-    modules = ("image", "errors", "blas", "cli.main", "cli.generate", "cli.chat", "cli.options", "cli.status")
+    modules = (
+        "images.source",
+        "errors",
+        "layers.cpu.blas",
+        "cli.main",
+        "cli.generate",
+        "cli.chat",
+        "cli.options",
+        "cli.status",
+    )
     imports = "".join(f"import mlx_vlm_mini.{module}\n" for module in modules)
     assert run(f"import json, sys\n{imports}print(json.dumps('mlx.core' in sys.modules))") is False
 
 
 def test_the_answer_is_the_same_with_it_and_without():
     """Where it is installed, the first public name loads it; where MLX is imported before, it stays out."""
-    installed = run("import json; from mlx_vlm_mini.blas import use_openblas; print(json.dumps(use_openblas()))")
+    installed = run(
+        "import json; from mlx_vlm_mini.layers.cpu.blas import use_openblas; print(json.dumps(use_openblas()))"
+    )
     if sys.platform == "linux":
         (tokens, loaded), (expected, loaded_late) = run(ANSWER), run("import mlx.core\n" + ANSWER)
         assert tokens == expected
@@ -46,7 +57,7 @@ def test_the_answer_is_the_same_with_it_and_without():
 
 def test_the_environment_leaves_it_out_and_info_says_what_computes():
     code = (
-        "import json; from mlx_vlm_mini.blas import describe_device, use_openblas; found = use_openblas()\n"
+        "import json; from mlx_vlm_mini.layers.cpu.blas import describe_device, use_openblas; found = use_openblas()\n"
         "import os; print(json.dumps([found, os.environ.get('OPENBLAS_THREAD_TIMEOUT'), describe_device()]))"
     )
     for choice in ("0", "1"):
@@ -61,7 +72,7 @@ def test_the_environment_leaves_it_out_and_info_says_what_computes():
 def test_a_process_ends_while_something_is_computed():
     """OpenBLAS hung in one of three such ends."""
     code = (
-        "from mlx_vlm_mini.blas import use_openblas; use_openblas(); import mlx.core as mx; a = mx.full((500, 500), 1e-3)\n"
+        "from mlx_vlm_mini.layers.cpu.blas import use_openblas; use_openblas(); import mlx.core as mx; a = mx.full((500, 500), 1e-3)\n"
         "b = a\nfor _ in range(40): b = b @ a\nmx.async_eval(b); print(1)"
     )
     for _ in range(6):

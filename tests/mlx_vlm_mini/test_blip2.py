@@ -14,16 +14,16 @@ from published import without_data
 from reference import CASES, GOLDEN
 
 from mlx_vlm_mini import Chat, attend, generate, load
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.hub import INSTRUCTIONS
+from mlx_vlm_mini.checkpoints.load import find_image_settings, plan
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.config import OPTConfig
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.families import blip2
-from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.hub import INSTRUCTIONS
-from mlx_vlm_mini.loading import find_image_settings, plan
-from mlx_vlm_mini.preprocess import image_settings
+from mlx_vlm_mini.generation.decode import prefill
+from mlx_vlm_mini.preprocessing.settings import image_settings
 from mlx_vlm_mini.train.trainer import Settings, Trainer
 
 OPT, VICUNA = "blip2-opt", "instructblip-vicuna"

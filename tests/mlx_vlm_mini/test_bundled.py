@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mlx_vlm_mini import bundled, generate, load
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini import generate, load
+from mlx_vlm_mini.checkpoints import bundled
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.cli.main import main
+from mlx_vlm_mini.data.examples import read_examples
+from mlx_vlm_mini.data.questions import write_scenes
 from mlx_vlm_mini.train.evaluate import evaluate
-from mlx_vlm_mini.train.examples import read_examples
-from mlx_vlm_mini.train.questions import write_scenes
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 

@@ -7,11 +7,11 @@ from checkpoints import PHOTO
 from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, load
-from mlx_vlm_mini.cache import KEEP, make_cache
-from mlx_vlm_mini.decoder import rotating_mask
+from mlx_vlm_mini.decoder.masks import rotating_mask
 from mlx_vlm_mini.errors import PromptError
-from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.stream import Options, stream_inputs
+from mlx_vlm_mini.generation.cache import KEEP, make_cache
+from mlx_vlm_mini.generation.decode import prefill
+from mlx_vlm_mini.generation.stream import Options, stream_inputs
 
 
 def check(chat, chunks, **kind):

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from mlx_vlm_mini import load, load_scorer
-from mlx_vlm_mini.checkpoint import read_json
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.errors import CheckpointError, ImageError, PromptError
-from mlx_vlm_mini.tokenizer import Tokenizer
+from mlx_vlm_mini.files import read_json
+from mlx_vlm_mini.text.tokenizer import Tokenizer
 
 CONFIG = read_json(FOLDER / "config.json")
 TEXT, VISION = CONFIG["text_config"], CONFIG["vision_config"]

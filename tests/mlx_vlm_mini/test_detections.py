@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_vlm_mini import draw_detections, find_detections
-from mlx_vlm_mini.detections import Detection
-from mlx_vlm_mini.draw import COLOURS
 from mlx_vlm_mini.errors import CheckpointError, ImageError
-from mlx_vlm_mini.mask_decoder import FILE, load_mask_decoder
+from mlx_vlm_mini.grounding.detections import Detection
+from mlx_vlm_mini.grounding.draw import COLOURS
+from mlx_vlm_mini.grounding.mask_decoder import FILE, load_mask_decoder
 
 CODES = tuple(range(100, 116))
 SEGMENTS = "".join(f"<seg{code:03d}>" for code in CODES)

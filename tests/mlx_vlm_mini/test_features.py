@@ -10,8 +10,8 @@ from checkpoints import PHOTO, SHAPES
 from PIL import Image
 
 from mlx_vlm_mini import Chat
-from mlx_vlm_mini.features import Features
-from mlx_vlm_mini.model import InputImage
+from mlx_vlm_mini.generation.features import Features
+from mlx_vlm_mini.inputs import InputImage
 
 
 @pytest.fixture

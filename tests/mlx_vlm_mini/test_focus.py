@@ -12,10 +12,10 @@ from PIL import Image
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.attended import AnswerAttention, ImageAttention
-from mlx_vlm_mini.image import read_image
-from mlx_vlm_mini.places import Frame
-from mlx_vlm_mini.train.scenes import draw
+from mlx_vlm_mini.data.scenes import draw
+from mlx_vlm_mini.grounding.attended import AnswerAttention, ImageAttention
+from mlx_vlm_mini.images.source import read_image
+from mlx_vlm_mini.preprocessing.frame import Frame
 
 
 @pytest.fixture(scope="module")

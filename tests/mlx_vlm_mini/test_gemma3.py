@@ -16,21 +16,20 @@ from published import CONFIGS, published
 from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, generate, load
-from mlx_vlm_mini.cache import make_cache
+from mlx_vlm_mini.checkpoints.describe import describe
+from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.config import PoolConfig, ScaleConfig
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.crops import Crops, crop_boxes, crop_frames, cut_crops
-from mlx_vlm_mini.decoder import causal_mask
-from mlx_vlm_mini.describe import describe
+from mlx_vlm_mini.decoder.masks import ImageBlock, block_mask, causal_mask, cut_between, find_blocks
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.families import gemma3
-from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.image_blocks import ImageBlock, block_mask, cut_between, find_blocks
-from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.generation.cache import make_cache
+from mlx_vlm_mini.generation.decode import prefill
 from mlx_vlm_mini.model import VLM
-from mlx_vlm_mini.preprocess import image_settings
-from mlx_vlm_mini.prompt import ChatTemplate
+from mlx_vlm_mini.preprocessing.crops import Crops, crop_boxes, crop_frames, cut_crops
+from mlx_vlm_mini.preprocessing.settings import image_settings
+from mlx_vlm_mini.text.template import ChatTemplate
 
 HUB, CROPS = GOLDEN / "gemma3-hub", GOLDEN / "gemma3-crops"
 PAN = Crops(min_size=256, min_ratio=1.2, max_crops=4)

@@ -13,14 +13,14 @@ from parity import TOLERANCE, check_answer
 from published import without_data
 
 from mlx_vlm_mini import Chat, attend, load
+from mlx_vlm_mini.checkpoints.describe import describe
+from mlx_vlm_mini.checkpoints.load import plan
+from mlx_vlm_mini.checkpoints.weights import hub_name
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.describe import describe
 from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.families import gemma3_text
-from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.model import VLM
-from mlx_vlm_mini.weights import hub_name
 
 
 @pytest.mark.parametrize("step", [5, 512])

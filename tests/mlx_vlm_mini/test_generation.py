@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from reference import CASES, GOLDEN
 
 from mlx_vlm_mini import generate, load, stream_generate
-from mlx_vlm_mini.decoder import causal_mask
+from mlx_vlm_mini.decoder.masks import causal_mask
 from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.families import llava as family
-from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.stream import Options, _StopFilter
-from mlx_vlm_mini.tokenizer import TextStream
+from mlx_vlm_mini.generation.decode import prefill
+from mlx_vlm_mini.generation.stream import Options, _StopFilter
+from mlx_vlm_mini.text.tokenizer import TextStream
 
 ASK = "What is in this image?"
 
@@ -151,7 +151,7 @@ def test_options_out_of_range(options):
 )
 @pytest.mark.parametrize("name", ["llava-clip-llama", "llava-siglip-qwen2"])
 def test_text_streams_as_it_decodes(text, name):
-    from mlx_vlm_mini.tokenizer import load_tokenizer
+    from mlx_vlm_mini.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(GOLDEN / name)
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -190,7 +190,7 @@ def test_causal_mask(num_queries, offset, window):
 )  # fmt: skip
 def test_a_length_dependent_rope_is_never_cut(scaling):
     """Chunks would turn the first tokens by the angles of a shorter prompt."""
-    from mlx_vlm_mini.decoder import Decoder
+    from mlx_vlm_mini.decoder.decoder import Decoder
 
     mx.random.seed(0)
     hf = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 8,

@@ -10,9 +10,9 @@ from checkpoints import PHOTO, SHAPES
 from PIL import Image
 
 from mlx_vlm_mini import attend, attention_page, draw_attention
-from mlx_vlm_mini.attended import AnswerAttention, ImageAttention
-from mlx_vlm_mini.heat import heat_of, mean_token
-from mlx_vlm_mini.image import read_image
+from mlx_vlm_mini.grounding.attended import AnswerAttention, ImageAttention
+from mlx_vlm_mini.grounding.heat import heat_of, mean_token
+from mlx_vlm_mini.images.source import read_image
 
 EVIL = '<script src="https://evil.example/x.js">\'"&'
 

@@ -20,13 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageCms, ImageOps
 
-import mlx_vlm_mini.decode as room
-import mlx_vlm_mini.image as opening
-from mlx_vlm_mini.bars import pad_and_resize, pad_to_square
+import mlx_vlm_mini.images.decode as room
+import mlx_vlm_mini.images.source as opening
 from mlx_vlm_mini.errors import ImageError, PromptError, VLMError
 from mlx_vlm_mini.families import FAMILIES
-from mlx_vlm_mini.image import image_size, open_image, read_image
-from mlx_vlm_mini.preprocess import image_settings
+from mlx_vlm_mini.images.source import image_size, open_image, read_image
+from mlx_vlm_mini.preprocessing.bars import pad_and_resize, pad_to_square
+from mlx_vlm_mini.preprocessing.settings import image_settings
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -136,7 +136,7 @@ WRITING = """
 import os, sys, threading
 from pathlib import Path
 from mlx_vlm_mini.errors import ImageError
-from mlx_vlm_mini.image import open_image
+from mlx_vlm_mini.images.source import open_image
 
 ended = threading.Event()
 
@@ -371,7 +371,7 @@ def test_any_shape_is_made_ready_or_refused(name, size):
 @pytest.mark.parametrize("kernel", [2, 3])
 def test_bars_in_bands_are_the_same_bars(monkeypatch, size, kernel):
     """The square is never made; each pixel is as if it had been."""
-    monkeypatch.setattr("mlx_vlm_mini.bars._BAND", 120)
+    monkeypatch.setattr("mlx_vlm_mini.preprocessing.bars._BAND", 120)
     image, color = RGB.resize(size), (122, 116, 104)
     for target in ((14, 14), (60, 60), (max(size), max(size)), (14, max(size))):
         expected = pad_to_square(image, color).resize(target, resample=Image.Resampling(kernel))

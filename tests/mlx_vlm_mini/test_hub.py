@@ -8,7 +8,7 @@ from checkpoints import PHOTO, PLAIN, random_mask_decoder
 from hub import COMMIT
 from reference import GOLDEN
 
-from mlx_vlm_mini.mask_decoder import ADDRESS, FILE
+from mlx_vlm_mini.grounding.mask_decoder import ADDRESS, FILE
 
 NAME, SHARDED = "tiny/llava", "tiny/llava-in-shards"
 ASK = ("-p", "What is in this image?", "-i", PHOTO, "--max-tokens", 10, "--json")

@@ -13,14 +13,14 @@ from published import CONFIGS
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.checkpoints.describe import describe
+from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.cli.main import main
-from mlx_vlm_mini.describe import describe
 from mlx_vlm_mini.errors import CheckpointError, ImageError, PromptError
 from mlx_vlm_mini.families import find_family, idefics3
-from mlx_vlm_mini.loading import plan
-from mlx_vlm_mini.preprocess import image_settings
-from mlx_vlm_mini.prompt import ChatTemplate
-from mlx_vlm_mini.splits import Splits, choose_split, cut_splits, split_frames, steps
+from mlx_vlm_mini.preprocessing.settings import image_settings
+from mlx_vlm_mini.preprocessing.splits import Splits, choose_split, cut_splits, split_frames, steps
+from mlx_vlm_mini.text.template import ChatTemplate
 
 MARKERS, WORDS, WHOLE = GOLDEN / "idefics3-markers", GOLDEN / "idefics3-words", GOLDEN / "smolvlm-whole"
 SMOL = Splits(tile_size=512, longest_edge=2048, split=True)

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
-import mlx_vlm_mini.decode as room
+import mlx_vlm_mini.images.decode as room
 from mlx_vlm_mini.errors import CheckpointError, ImageError
-from mlx_vlm_mini.image import open_image
-from mlx_vlm_mini.preprocess import image_settings, preprocess
+from mlx_vlm_mini.images.source import open_image
+from mlx_vlm_mini.preprocessing.pixels import preprocess
+from mlx_vlm_mini.preprocessing.settings import image_settings
 
 PIXELS = np.array(
     [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (10, 20, 30)], [(250, 250, 250), (0, 0, 0)]], dtype=np.uint8
@@ -302,7 +303,7 @@ def test_a_photo_of_a_hundred_megapixels_takes_little_memory(tmp_path):
     file = tmp_path / "large.jpg"
     Image.new("L", (12000, 9000), 90).save(file, quality=30)
     code = (
-        "import resource, sys; from mlx_vlm_mini.image import open_image; "
+        "import resource, sys; from mlx_vlm_mini.images.source import open_image; "
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; image = open_image(sys.argv[1]); "
         "print(image.size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     )

@@ -10,13 +10,15 @@ from checkpoints import PHOTO, PLAIN, SHAPES, edit_json
 from PIL import Image
 from reference import GOLDEN
 
-from mlx_vlm_mini import Chat, attend, attention, exponential, load, stream_generate
+from mlx_vlm_mini import Chat, attend, load, stream_generate
 from mlx_vlm_mini.errors import ImageError, PromptError, VLMError
-from mlx_vlm_mini.features import Features
-from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.heat import open_pictures
-from mlx_vlm_mini.inspection import _record, _Rows, encode_answer
-from mlx_vlm_mini.prompt import to_messages
+from mlx_vlm_mini.generation.decode import prefill
+from mlx_vlm_mini.generation.features import Features
+from mlx_vlm_mini.grounding.attend import _record, _Rows, encode_answer
+from mlx_vlm_mini.grounding.heat import open_pictures
+from mlx_vlm_mini.layers import attention
+from mlx_vlm_mini.layers.cpu import exponential
+from mlx_vlm_mini.text.messages import to_messages
 
 FAMILIES = (
     "llava-clip-llama", "llava-clip-mistral", "llava-next-clip-mistral", "internvl-qwen2", "internvl-chat-phi3", "idefics3-words",

@@ -17,22 +17,22 @@ from quantized import load_packed
 from reference import GOLDEN
 
 from mlx_vlm_mini import generate, load
-from mlx_vlm_mini.bytelevel import read_byte_level
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.describe import describe
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import plan
+from mlx_vlm_mini.checkpoints.weights import rename, split_rows
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.config import ShuffleConfig
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.describe import describe
 from mlx_vlm_mini.errors import CheckpointError, ImageError, PromptError
 from mlx_vlm_mini.families import internvl, internvl_chat
-from mlx_vlm_mini.families.maps import PerHead
-from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.families.parts.maps import PerHead
 from mlx_vlm_mini.model import VLM
-from mlx_vlm_mini.projector import pixel_shuffle
-from mlx_vlm_mini.tiles import Tiles, choose_grid, count_tiles, cut_tiles
-from mlx_vlm_mini.tokenizer import load_tokenizer
+from mlx_vlm_mini.preprocessing.tiles import Tiles, choose_grid, count_tiles, cut_tiles
+from mlx_vlm_mini.projectors.mlp import pixel_shuffle
+from mlx_vlm_mini.text.bytelevel import read_byte_level
+from mlx_vlm_mini.text.tokenizer import load_tokenizer
 from mlx_vlm_mini.train.trainer import Settings, Trainer
-from mlx_vlm_mini.weights import rename, split_rows
 
 NATIVE, SIX, INTERNLM, QWEN, LLAMA, PHI = (
     GOLDEN / f"internvl-{name}"

@@ -13,14 +13,16 @@ from mlx.utils import tree_flatten
 from reference import GOLDEN, ONEVISION
 
 from mlx_vlm_mini import Chat, attend, load
-from mlx_vlm_mini.anyres import choose_pinpoint, count_tokens, most_tokens, pack
+from mlx_vlm_mini.checkpoints.describe import describe
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.describe import describe
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families import llava_onevision
-from mlx_vlm_mini.inspection import find_boxes
-from mlx_vlm_mini.places import join
-from mlx_vlm_mini.preprocess import LLAVA_ONEVISION_PINPOINTS, frames, image_settings
+from mlx_vlm_mini.grounding.attend import find_boxes
+from mlx_vlm_mini.grounding.places import join
+from mlx_vlm_mini.preprocessing.anyres import choose_pinpoint, count_tokens, most_tokens
+from mlx_vlm_mini.preprocessing.pixels import frames
+from mlx_vlm_mini.preprocessing.settings import LLAVA_ONEVISION_PINPOINTS, image_settings
+from mlx_vlm_mini.projectors.arrange import pack
 
 HUB, NEW, STRIP = "llava-onevision", "llava-onevision-5", GOLDEN / "strip.png"
 

@@ -23,20 +23,26 @@ from PIL import Image
 from reference import CASES, GOLDEN, STEPS
 
 from mlx_vlm_mini import Chat, load, stream_generate
-from mlx_vlm_mini.anyres import choose_pinpoint, count_tokens, pack
-from mlx_vlm_mini.assembly import open_model
-from mlx_vlm_mini.checkpoint import TensorInfo, open_checkpoint
+from mlx_vlm_mini.checkpoints.assembly import open_model
+from mlx_vlm_mini.checkpoints.describe import describe
+from mlx_vlm_mini.checkpoints.folder import TensorInfo, open_checkpoint
+from mlx_vlm_mini.checkpoints.load import plan
+from mlx_vlm_mini.checkpoints.pickled import read_pickled
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.config import Prescribed
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.describe import describe
+from mlx_vlm_mini.data.examples import Example, encode
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.families import find_family, llava, llava_normed, llava_original
-from mlx_vlm_mini.families.conversations import CONVERSATIONS, chat_template, choose_conversation, find_conversation
-from mlx_vlm_mini.loading import plan
-from mlx_vlm_mini.pickled import read_pickled
-from mlx_vlm_mini.prompt import ChatTemplate
-from mlx_vlm_mini.train.examples import Example, encode
+from mlx_vlm_mini.families.parts.conversations import (
+    CONVERSATIONS,
+    chat_template,
+    choose_conversation,
+    find_conversation,
+)
+from mlx_vlm_mini.preprocessing.anyres import choose_pinpoint, count_tokens
+from mlx_vlm_mini.projectors.arrange import pack
+from mlx_vlm_mini.text.template import ChatTemplate
 from mlx_vlm_mini.train.save import save_trained
 
 INTERN, V0, V15, V16 = sorted(SPECS)
@@ -812,7 +818,9 @@ def test_every_tensor_of_a_repository_has_its_place(name, tmp_path, monkeypatch)
         both = {"text_model.embeddings.token_embedding.weight": (49408, 768), "logit_scale": ()}
         write_sparse(tower / "model.safetensors", both | clip_tensors("vision_model.", side))
     write_sparse(folder / "model.safetensors", tensors)
-    monkeypatch.setattr("mlx_vlm_mini.assembly._apply_base", lambda *_: None)  # which looks at one, and all are 0 here
+    monkeypatch.setattr(
+        "mlx_vlm_mini.checkpoints.assembly._apply_base", lambda *_: None
+    )  # which looks at one, and all are 0 here
     checkpoint = open_model(folder)
     assert checkpoint.config["conversation"] == conversation
     planned = plan(checkpoint)
@@ -866,7 +874,7 @@ def test_every_tensor_of_internvl_1_has_its_place(name, inside, tmp_path, monkey
     tensors = decoder_tensors(sizes) | linear("model.mm_projector.0", C, 3200) | linear("model.mm_projector.2", C, C)
     tensors |= intern_vit_tensors("model.vision_tower.vision_tower.", side) if inside else {}
     write_sparse(folder / "model.safetensors", tensors)
-    monkeypatch.setattr("mlx_vlm_mini.assembly._apply_base", lambda *_: None)
+    monkeypatch.setattr("mlx_vlm_mini.checkpoints.assembly._apply_base", lambda *_: None)
     checkpoint = open_model(folder)
     planned = plan(checkpoint)
     assert set(planned.ours.values()) == set(checkpoint.tensors) and not planned.unused

@@ -13,24 +13,26 @@ from hypothesis import strategies as st
 from PIL import Image
 from reference import GOLDEN
 
-from mlx_vlm_mini import Chat, attention, generate, load
+from mlx_vlm_mini import Chat, generate, load
 from mlx_vlm_mini import attend as inspect
-from mlx_vlm_mini.attention import attend
-from mlx_vlm_mini.cache import make_cache
-from mlx_vlm_mini.canvas import Canvas, choose_canvas, cut_canvas, fit_size, place, possible_grids
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import plan
+from mlx_vlm_mini.checkpoints.weights import hub_name, rename
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.cross_attention import ImageCache, Span, look
+from mlx_vlm_mini.data.questions import write_scenes
+from mlx_vlm_mini.decoder.cross_attention import ImageCache, Span, look
 from mlx_vlm_mini.errors import CheckpointError, ImageError, PromptError
 from mlx_vlm_mini.families import mllama
-from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.generation.cache import make_cache
+from mlx_vlm_mini.generation.decode import prefill
+from mlx_vlm_mini.layers import attention
+from mlx_vlm_mini.layers.attention import attend
 from mlx_vlm_mini.model import VLM
-from mlx_vlm_mini.preprocess import frames, image_settings
-from mlx_vlm_mini.train.questions import write_scenes
+from mlx_vlm_mini.preprocessing.canvas import Canvas, choose_canvas, cut_canvas, fit_size, place, possible_grids
+from mlx_vlm_mini.preprocessing.pixels import frames
+from mlx_vlm_mini.preprocessing.settings import image_settings
 from mlx_vlm_mini.train.trainer import Settings, Trainer
-from mlx_vlm_mini.weights import hub_name, rename
 
 META, OTHER = GOLDEN / "mllama-meta", GOLDEN / "mllama-transformers"
 STRIP = GOLDEN / "strip.png"
@@ -409,7 +411,7 @@ def test_text_alone_skips_the_layers_that_look(meta):
 
 
 def test_keys_and_values_are_computed_once(meta, monkeypatch):
-    from mlx_vlm_mini.cross_attention import CrossAttention
+    from mlx_vlm_mini.decoder.cross_attention import CrossAttention
 
     calls = []
     plain = CrossAttention.keys_values
@@ -429,7 +431,7 @@ def test_keys_and_values_are_computed_once(meta, monkeypatch):
 
 def test_a_step_attends_to_no_more_than_it_sees(meta, monkeypatch):
     """Of three images the last one's used tiles, without a mask."""
-    from mlx_vlm_mini import cross_attention
+    from mlx_vlm_mini.decoder import cross_attention
 
     seen = []
 

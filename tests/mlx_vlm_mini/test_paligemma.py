@@ -10,14 +10,14 @@ from checkpoints import PHOTO, PLAIN, SHAPES, edit_json, in_layout, write_names
 from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, generate, load
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import compute_dtype, plan
 from mlx_vlm_mini.config import ScaleConfig, WindowConfig
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.decoder import causal_mask
+from mlx_vlm_mini.decoder.masks import causal_mask
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.families import paligemma
-from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.loading import compute_dtype, plan
+from mlx_vlm_mini.generation.decode import prefill
 from mlx_vlm_mini.model import VLM
 
 ONE, TWO = GOLDEN / "paligemma-gemma", GOLDEN / "paligemma2-gemma2"

@@ -17,9 +17,9 @@ from reference import CASES, GOLDEN, STEPS
 from reference import SPECS as OTHERS
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.features import Features
-from mlx_vlm_mini.generation import decode, prefill
-from mlx_vlm_mini.stream import Options, stream_generate, stream_inputs
+from mlx_vlm_mini.generation.decode import decode, prefill
+from mlx_vlm_mini.generation.features import Features
+from mlx_vlm_mini.generation.stream import Options, stream_generate, stream_inputs
 
 TOLERANCE = 1e-4
 SPECS = {**OTHERS, **ORIGINALS, **QUERIES, **BLIPS, **QWEN}

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.patterns import is_bounded
-from mlx_vlm_mini.tokenizer import load_tokenizer
+from mlx_vlm_mini.text.patterns import is_bounded
+from mlx_vlm_mini.text.tokenizer import load_tokenizer
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 

@@ -14,8 +14,8 @@ from pickles import REBUILD, Call, Name, archive, tensor, write_bin
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.checkpoints.pickled import read_pickled
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.pickled import read_pickled
 
 
 def test_what_torch_wrote():

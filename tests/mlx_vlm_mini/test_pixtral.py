@@ -16,16 +16,16 @@ from quantized import check_compensation, check_eight_bits, make_wide_with
 from reference import CASES, GOLDEN
 
 from mlx_vlm_mini import attend, load, stream_generate
-from mlx_vlm_mini.axes import grid_angles
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.describe import describe
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.cli.main import main
-from mlx_vlm_mini.describe import describe
 from mlx_vlm_mini.errors import CheckpointError, ImageError
 from mlx_vlm_mini.families import find_family, mistral3, pixtral
-from mlx_vlm_mini.grid import EdgeGrid
-from mlx_vlm_mini.inspection import find_boxes
-from mlx_vlm_mini.loading import plan
-from mlx_vlm_mini.preprocess import image_settings
+from mlx_vlm_mini.grounding.attend import find_boxes
+from mlx_vlm_mini.layers.rotary import grid_angles
+from mlx_vlm_mini.preprocessing.grid import EdgeGrid
+from mlx_vlm_mini.preprocessing.settings import image_settings
 
 NAMES = ("pixtral", "mistral3")
 

@@ -12,10 +12,11 @@ from reference import GOLDEN
 
 from mlx_vlm_mini import load
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.inspection import find_boxes
-from mlx_vlm_mini.places import Frame, join, lay_over, weight_inside
-from mlx_vlm_mini.splits import Splits
-from mlx_vlm_mini.tiles import Tiles
+from mlx_vlm_mini.grounding.attend import find_boxes
+from mlx_vlm_mini.grounding.places import join, lay_over, weight_inside
+from mlx_vlm_mini.preprocessing.frame import Frame
+from mlx_vlm_mini.preprocessing.splits import Splits
+from mlx_vlm_mini.preprocessing.tiles import Tiles
 
 LAYOUTS = {  # golden, changes to its config, changes to its image settings
     "crop": ("llava-clip-llama", {}, {}),

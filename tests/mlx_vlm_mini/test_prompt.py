@@ -9,7 +9,8 @@ from PIL import Image
 
 from mlx_vlm_mini import load
 from mlx_vlm_mini.errors import CheckpointError, PromptError
-from mlx_vlm_mini.prompt import ChatTemplate, find_chat_template, images_of, to_messages
+from mlx_vlm_mini.text.messages import images_of, to_messages
+from mlx_vlm_mini.text.template import ChatTemplate, find_chat_template
 
 PARTS = "{% for m in messages %}{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %};{% endfor %}"
 TEXT = "{% for m in messages %}{{ m.role + ': ' + m.content }};{% endfor %}"

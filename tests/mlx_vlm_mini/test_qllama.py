@@ -14,17 +14,18 @@ from published import without_data
 from qllama_cases import CAPTION, CONFIG, IMAGES, TEXTS
 from reference import GOLDEN
 
-from mlx_vlm_mini import Chat, attend, attention, generate, load, load_scorer
-from mlx_vlm_mini.cache import make_cache
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini import Chat, attend, generate, load, load_scorer
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import find_image_settings, plan
+from mlx_vlm_mini.checkpoints.weights import hub_name, rename
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.families import find_family, internvl, qllama
-from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.loading import find_image_settings, plan
+from mlx_vlm_mini.generation.cache import make_cache
+from mlx_vlm_mini.generation.decode import prefill
+from mlx_vlm_mini.layers import attention
 from mlx_vlm_mini.train.trainer import Settings, Trainer
-from mlx_vlm_mini.weights import hub_name, rename
 
 FOLDER = GOLDEN / "qllama"
 PICTURES = [GOLDEN / name for name in IMAGES]

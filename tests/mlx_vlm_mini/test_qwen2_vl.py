@@ -16,17 +16,18 @@ from quantized import check_compensation, check_eight_bits, make_wide_with
 from reference import CASES, GOLDEN
 
 from mlx_vlm_mini import Chat, find_detections, load, stream_generate
-from mlx_vlm_mini.axes import PlacedImage, Turn, add_taps, grid_angles, token_positions
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.describe import describe
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.cli.main import main
-from mlx_vlm_mini.describe import describe
+from mlx_vlm_mini.decoder.sections import PlacedImage, add_taps, token_positions
 from mlx_vlm_mini.errors import CheckpointError, ImageError
 from mlx_vlm_mini.families import find_family, qwen2_5_vl, qwen2_vl, qwen3_vl
-from mlx_vlm_mini.grid import Grid
-from mlx_vlm_mini.grid_vision import window_order
-from mlx_vlm_mini.inspection import find_boxes
-from mlx_vlm_mini.loading import plan
-from mlx_vlm_mini.preprocess import image_settings
+from mlx_vlm_mini.grounding.attend import find_boxes
+from mlx_vlm_mini.layers.rotary import Turn, grid_angles
+from mlx_vlm_mini.preprocessing.grid import Grid
+from mlx_vlm_mini.preprocessing.settings import image_settings
+from mlx_vlm_mini.vision.grid import window_order
 
 NAMES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 
@@ -456,7 +457,7 @@ def test_only_one_family_answers_in_its_own_pixels():
 
 def test_an_answer_is_drawn(tmp_path, monkeypatch):
     """The command, with the model's words put into its mouth."""
-    from mlx_vlm_mini.tokenizer import Tokenizer
+    from mlx_vlm_mini.text.tokenizer import Tokenizer
 
     said = '[{"bbox_2d": [12, 18, 24, 36], "label": "roof"}, {"point_2d": [24, 36], "label": "door"}]'
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, *, skip_special_tokens=True: said)

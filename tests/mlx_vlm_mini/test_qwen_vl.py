@@ -21,21 +21,21 @@ from reference import CORPUS, GOLDEN
 from tokenizers import decoders
 
 from mlx_vlm_mini import Chat, attend, draw_detections, find_detections, load
-from mlx_vlm_mini.attention import logn_factors
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import plan, read_config
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.config import ProjectorConfig, ResamplerConfig
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.draw import COLOURS
+from mlx_vlm_mini.decoder.rope import PromptRoPE
 from mlx_vlm_mini.errors import CheckpointError, PromptError, VLMError
 from mlx_vlm_mini.families import qwen_vl
-from mlx_vlm_mini.inspection import find_boxes
-from mlx_vlm_mini.loading import plan, read_config
-from mlx_vlm_mini.ranks import read_tiktoken
-from mlx_vlm_mini.resampler import Resampler
-from mlx_vlm_mini.rope import PromptRoPE
-from mlx_vlm_mini.stream import Options
-from mlx_vlm_mini.tokenizer import TextStream, load_tokenizer
+from mlx_vlm_mini.generation.stream import Options
+from mlx_vlm_mini.grounding.attend import find_boxes
+from mlx_vlm_mini.grounding.draw import COLOURS
+from mlx_vlm_mini.layers.attention import logn_factors
+from mlx_vlm_mini.projectors.resampler import Resampler
+from mlx_vlm_mini.text.ranks import read_tiktoken
+from mlx_vlm_mini.text.tokenizer import TextStream, load_tokenizer
 
 QWEN = GOLDEN / "qwen-vl-chat"
 FIRST = 281  # of its special tokens

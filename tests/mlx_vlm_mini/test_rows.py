@@ -5,8 +5,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_vlm_mini import exponential, rows
-from mlx_vlm_mini.rows import BlockedEmbedding, BlockedLinear, block_height, block_rows
+from mlx_vlm_mini.layers.cpu import exponential, rows
+from mlx_vlm_mini.layers.cpu.rows import BlockedEmbedding, BlockedLinear, block_height, block_rows
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from mlx_vlm_mini.errors import CheckpointError, PromptError
-from mlx_vlm_mini.prompt import ChatTemplate
+from mlx_vlm_mini.text.template import ChatTemplate
 
 
 def render(source, content="Hi", times=1):

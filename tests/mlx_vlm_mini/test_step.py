@@ -13,11 +13,11 @@ from checkpoints import PHOTO
 from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, load, stream_generate
-from mlx_vlm_mini.axes import turn_once
-from mlx_vlm_mini.cache import make_cache
-from mlx_vlm_mini.generation import prefill
-from mlx_vlm_mini.rope import make_rope
-from mlx_vlm_mini.step import COMPILE, compiles, make_step
+from mlx_vlm_mini.decoder.rope import make_rope
+from mlx_vlm_mini.generation.cache import make_cache
+from mlx_vlm_mini.generation.decode import prefill
+from mlx_vlm_mini.generation.step import COMPILE, compiles, make_step
+from mlx_vlm_mini.layers.rotary import turn_once
 
 ASK = "What is in this image?"
 
@@ -78,7 +78,9 @@ def test_steps_with_mlxs_own_rope_are_the_same(name, traced_steps, monkeypatch):
     model, processor = load(GOLDEN / name)
     ours = answer(model, processor)
     del model.decoder.traced_step
-    monkeypatch.setattr("mlx_vlm_mini.step.turn_once", lambda rope, position, length: getattr(rope, "plain", rope))
+    monkeypatch.setattr(
+        "mlx_vlm_mini.generation.step.turn_once", lambda rope, position, length: getattr(rope, "plain", rope)
+    )
     theirs = answer(model, processor)
     assert ours[0] == theirs[0]
     np.testing.assert_allclose(ours[1], theirs[1], atol=1e-4)
@@ -116,7 +118,7 @@ def test_steps_go_on_where_the_caches_grow(llava, traced_steps):
 
 
 def test_short_answers_are_not_traced(traced_steps, monkeypatch):
-    monkeypatch.setattr("mlx_vlm_mini.step.BUILT_FIRST", 4)
+    monkeypatch.setattr("mlx_vlm_mini.generation.step.BUILT_FIRST", 4)
     model, processor = load(GOLDEN / "llava-clip-llama")
     answer(model, processor, 5)  # whose last token no step follows
     assert not hasattr(model.decoder, "traced_step")

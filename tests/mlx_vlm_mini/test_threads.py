@@ -14,8 +14,8 @@ from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, generate, load, stream_generate
 from mlx_vlm_mini.errors import PromptError
-from mlx_vlm_mini.generation import wired_memory
-from mlx_vlm_mini.step import COMPILE
+from mlx_vlm_mini.generation.decode import wired_memory
+from mlx_vlm_mini.generation.step import COMPILE
 
 QUESTIONS: list[tuple[str, list[Path]]] = [
     ("What is it?", [PHOTO]), ("Hello there", []), ("Which colour?", [SHAPES]), ("Two?", [PHOTO, SHAPES]),

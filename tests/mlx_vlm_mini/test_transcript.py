@@ -9,8 +9,8 @@ from checkpoints import PHOTO, PLAIN, SHAPES
 from PIL import Image
 
 from mlx_vlm_mini import Chat, load
+from mlx_vlm_mini.checkpoints.fingerprint import fingerprint
 from mlx_vlm_mini.errors import ImageError, PromptError
-from mlx_vlm_mini.fingerprint import fingerprint
 
 
 def answer(chat, prompt="And now?"):

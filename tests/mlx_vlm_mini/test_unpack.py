@@ -7,8 +7,9 @@ import pytest
 from checkpoints import PHOTO
 from quantized import load_packed
 
-from mlx_vlm_mini import load, unpack
+from mlx_vlm_mini import load
 from mlx_vlm_mini.convert import convert
+from mlx_vlm_mini.layers.cpu import unpack
 
 
 @pytest.mark.parametrize("free", [1 << 40, 0])

@@ -16,12 +16,13 @@ from reference import GOLDEN
 from video_reference import CASES, LIMITS, NAMES, SIZE, TEMPLATE, frames, video
 
 from mlx_vlm_mini import Chat, attend, load, stream_generate
-from mlx_vlm_mini.axes import PlacedImage, token_positions
 from mlx_vlm_mini.cli.main import main
+from mlx_vlm_mini.decoder.sections import PlacedImage, token_positions
 from mlx_vlm_mini.errors import CheckpointError, ImageError, PromptError
 from mlx_vlm_mini.families import qwen2_5_vl
-from mlx_vlm_mini.video import Video, read_clip, video_settings
-from mlx_vlm_mini.video_file import VideoFile, _upright
+from mlx_vlm_mini.images.video import Video
+from mlx_vlm_mini.images.video_file import VideoFile, _upright
+from mlx_vlm_mini.preprocessing.video import read_clip, video_settings
 
 
 def load_for_videos(name):
@@ -297,7 +298,7 @@ def test_a_file_cut_short(tmp_path):
 
 def test_frames_that_are_too_large(tmp_path, monkeypatch):
     file = write_video(tmp_path / "clip.mkv", 3, "ffv1", "bgr0")
-    monkeypatch.setattr("mlx_vlm_mini.video_file.MOST_PIXELS", 1000)
+    monkeypatch.setattr("mlx_vlm_mini.images.video_file.MOST_PIXELS", 1000)
     with pytest.raises(ImageError, match="has frames of 48x36 pixels, and the limit is 0 million"):
         VideoFile(file)
 

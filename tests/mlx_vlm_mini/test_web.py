@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import PHOTO
+from checkpoints import PHOTO, PLAIN
 from PIL import Image
 
-import mlx_vlm_mini.web as room
-from mlx_vlm_mini.errors import ImageError, PromptError
-from mlx_vlm_mini.image import SERVED, Access, open_image, read_image
-from mlx_vlm_mini.video import Video
+import mlx_vlm_mini.images.web as room
+from mlx_vlm_mini import load
+from mlx_vlm_mini.errors import CheckpointError, ImageError, PromptError
+from mlx_vlm_mini.images.source import LOCAL, SERVED, Access, open_image, read_image
+from mlx_vlm_mini.images.video import Video
 
 DATA = PHOTO.read_bytes()
 asked: list[str] = []
@@ -255,7 +256,11 @@ def test_whom_others_ask_opens_no_names(server, llava, tmp_path):
         read_image(server + "/a.jpg", Access(urls=True))
     assert read_image(server + "/a.jpg", Access(urls=True, private_urls=True)).data == DATA
     before = processor.access
+    assert processor.access == LOCAL
     processor.access = SERVED
+    assert load(PLAIN, access="served")[1].access == SERVED
+    with pytest.raises(CheckpointError, match="access must be 'local' or 'served', not 'all'"):
+        load(PLAIN, access="all")
     try:
         for part in (
             {"type": "image", "image": str(PHOTO)},

@@ -11,10 +11,10 @@ import pytest
 from checkpoints import PHOTO, PLAIN, edit_json
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.checkpoints.load import load as load_model
+from mlx_vlm_mini.checkpoints.weights import rename
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families import llava
-from mlx_vlm_mini.loading import load as load_model
-from mlx_vlm_mini.weights import rename
 
 HEAD = "language_model.lm_head.weight"
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"

@@ -12,11 +12,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 from reference import GOLDEN
 
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import plan
+from mlx_vlm_mini.checkpoints.weights import fused, hub_name, rename
 from mlx_vlm_mini.families import find_family
-from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.model import VLM
-from mlx_vlm_mini.weights import fused, hub_name, rename
 
 PHOTO, SHAPES = GOLDEN / "photo.jpg", GOLDEN / "shapes.png"
 PLAIN = GOLDEN / "llava-clip-llama"

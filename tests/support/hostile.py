@@ -15,7 +15,7 @@ from checkpoints import PHOTO, PLAIN
 from pickles import Call, Name, archive, tensor
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.mask_decoder import load_mask_decoder
+from mlx_vlm_mini.grounding.mask_decoder import load_mask_decoder
 
 Change = Callable[[Path], object]
 RAN = "ran"

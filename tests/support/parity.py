@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 from checkpoints import with_paths
 
-from mlx_vlm_mini.generation import prefill
+from mlx_vlm_mini.generation.decode import prefill
 
 TOLERANCE = 1e-4
 

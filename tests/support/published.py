@@ -20,15 +20,15 @@ from typing import Any
 from mlx.utils import tree_flatten
 from qwen_vl_oracle import shapes_of
 
-from mlx_vlm_mini.anyres import most_tokens
-from mlx_vlm_mini.checkpoint import Checkpoint, TensorInfo
+from mlx_vlm_mini.checkpoints.folder import Checkpoint, TensorInfo
+from mlx_vlm_mini.checkpoints.load import plan
+from mlx_vlm_mini.checkpoints.weights import CONVOLUTIONS, hub_name
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.convert.quantize import choose, plan_outputs, spread
 from mlx_vlm_mini.families import find_family
-from mlx_vlm_mini.families.maps import Weights
-from mlx_vlm_mini.loading import plan
+from mlx_vlm_mini.families.parts.maps import Weights
 from mlx_vlm_mini.model import VLM
-from mlx_vlm_mini.weights import CONVOLUTIONS, hub_name
+from mlx_vlm_mini.preprocessing.anyres import most_tokens
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 

@@ -12,11 +12,11 @@ from checkpoints import PHOTO, SHAPES, make_wide
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
-from mlx_vlm_mini.checkpoint import open_checkpoint
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import plan
+from mlx_vlm_mini.checkpoints.weights import load_weights
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.loading import plan
 from mlx_vlm_mini.model import VLM
-from mlx_vlm_mini.weights import load_weights
 
 
 def make_wide_with(change: Callable[[dict[str, Any]], None], name: str, folder: Path, sizes: Any) -> Path:

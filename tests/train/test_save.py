@@ -15,8 +15,9 @@ from click.testing import CliRunner
 
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.files import one_process, write_text, written_whole
 from mlx_vlm_mini.train import save
-from mlx_vlm_mini.train.save import one_process, save_tensors, write_text, written_whole
+from mlx_vlm_mini.train.save import save_tensors
 
 
 def killed(work: Callable[[], object]) -> None:
@@ -150,7 +151,7 @@ def test_scenes_and_compositions_that_end_early_leave_nothing(tmp_path, monkeypa
         seen.append(sorted(file.name for file in tmp_path.iterdir() if file.is_dir()))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_vlm_mini.train.questions._line", stop)
+    monkeypatch.setattr("mlx_vlm_mini.data.questions._line", stop)
     monkeypatch.setattr("mlx_vlm_mini.train.compose.save_tensors", stop)
     parts = ["--vision", f"{tmp_path}/vision_config.json", "--decoder", f"{tmp_path}/text_config.json"]
     for command in (["scenes", f"{tmp_path}/out"], ["compose", f"{tmp_path}/out", *parts, "--tokenizer", str(PLAIN)]):

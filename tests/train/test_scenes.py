@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_vlm_mini.errors import VLMError
-from mlx_vlm_mini.train import scenes as scenes_module
-from mlx_vlm_mini.train.questions import Asker, write_scenes
-from mlx_vlm_mini.train.scenes import (
+from mlx_vlm_mini.data import scenes as scenes_module
+from mlx_vlm_mini.data.questions import Asker, write_scenes
+from mlx_vlm_mini.data.scenes import (
     COLORS,
     SHAPES,
     SIZES,
@@ -23,6 +22,7 @@ from mlx_vlm_mini.train.scenes import (
     random_digit,
     random_scene,
 )
+from mlx_vlm_mini.errors import VLMError
 
 TWO = Scene(
     (Thing("circle", "red", "large", 0.3, 0.3, 0.21), Thing("square", "blue", "small", 1.5, 0.8, 0.12)),

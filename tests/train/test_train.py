@@ -19,11 +19,11 @@ from reference import GOLDEN
 
 from mlx_vlm_mini import load
 from mlx_vlm_mini.cli.main import main
+from mlx_vlm_mini.data.examples import collate, encode, read_examples
+from mlx_vlm_mini.data.questions import write_scenes
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.train.evaluate import evaluate
-from mlx_vlm_mini.train.examples import collate, encode, read_examples
 from mlx_vlm_mini.train.lora import fuse_adapters, load_adapters
-from mlx_vlm_mini.train.questions import write_scenes
 from mlx_vlm_mini.train.trainer import MUON_RATE, Settings, Trainer, answers_right, batch_loss, order
 
 

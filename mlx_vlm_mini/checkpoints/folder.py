@@ -1,0 +1,285 @@
+"""A checkpoint folder: its JSON files, and its tensors by the headers of its files.
+
+Format: https://huggingface.co/docs/safetensors: 8 bytes with the header's length, a JSON header, then the tensors.
+"""
+
+import json
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.files import _LARGEST, _check_size, read_json
+
+from .pickled import MOST_AXES, Pickled, read_pickled
+
+DTYPES: dict[str, tuple[mx.Dtype, int]] = {  # safetensors' name -> MLX's type, bytes an element
+    "F32": (mx.float32, 4), "F16": (mx.float16, 2), "BF16": (mx.bfloat16, 2),
+    "I64": (mx.int64, 8), "I32": (mx.int32, 4), "I16": (mx.int16, 2), "I8": (mx.int8, 1),
+    "U64": (mx.uint64, 8), "U32": (mx.uint32, 4), "U16": (mx.uint16, 2), "U8": (mx.uint8, 1), "BOOL": (mx.bool_, 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `start` and `end` are bytes from the start of the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in ("F32", "F16", "BF16")
+
+
+Header = tuple[Mapping[str, TensorInfo | Pickled], dict[str, str]]
+"""Of a file: its tensors by name, and its metadata."""
+
+
+def parse_header(header: bytes, file: Path, data_start: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of a safetensors header whose data begins `data_start` bytes into the file.
+
+    Raises:
+        CheckpointError: the header does not follow the format.
+    """
+    tensors = {}
+    try:
+        _check_size(header, file)
+        content = json.loads(header.decode(), object_pairs_hook=lambda pairs: _without_doubles(pairs, file))
+        metadata = content.pop("__metadata__", None)
+        for name, entry in content.items():
+            shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+            numbers = (*shape, start, end)
+            if len(shape) > MOST_AXES or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+                raise ValueError("no whole numbers of 63 bits")
+            dtype = str(entry["dtype"])
+            check_dtype(dtype, name, file)
+            if end - start != prod(shape) * DTYPES[dtype][1]:
+                raise CheckpointError(f"{file}: the header gives {name} another size than its shape {list(shape)}")
+            tensors[name] = TensorInfo(file, dtype, shape, data_start + start, data_start + end)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise CheckpointError(f"{file} has a broken safetensors header; download it again") from None
+    front = TensorInfo(file, "U8", (0,), data_start, data_start)
+    for before, after in pairwise([front, *sorted(tensors.values(), key=lambda info: (info.start, info.end))]):
+        if after.start < before.end:
+            raise CheckpointError(f"{file}: two tensors lie in one place; download it again")
+        if after.start > before.end:
+            raise CheckpointError(f"{file}: {after.start - before.end} bytes belong to no tensor; download it again")
+    # A file that MLX saves without metadata says null.
+    return tensors, metadata if isinstance(metadata, dict) else {}
+
+
+def check_dtype(dtype: str, name: str, file: Path) -> None:
+    """Raises CheckpointError where MLX has no such type."""
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{file}: tensor {name} has type {dtype}; MLX reads {', '.join(DTYPES)}")
+
+
+def _without_doubles(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise CheckpointError(f"{file} holds {name} twice; download it again")
+    return content
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; reads nothing but the header.
+
+    Raises:
+        CheckpointError: the file is missing, not of this format, or truncated.
+    """
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 2**64
+            if length > _LARGEST:
+                raise CheckpointError(f"{file} is not a safetensors file, or is truncated; download it again")
+            header = stream.read(length)
+            size = stream.seek(0, 2)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
+    if len(header) < length:
+        raise CheckpointError(f"{file} is truncated: {size} of at least {8 + length} bytes; download it again")
+    tensors, metadata = parse_header(header, file, 8 + length)
+    end = max((info.end for info in tensors.values()), default=8 + length)
+    if size < end:
+        raise CheckpointError(f"{file} is truncated: {size} of {end} bytes; download it again")
+    if size > end:
+        raise CheckpointError(f"{file} has {size - end} bytes behind its last tensor; download it again")
+    return tensors, metadata
+
+
+def find_tensor_files(folder: Path) -> list[Path]:
+    """The files of tensors, those that an index names but that are missing included: safetensors where there are any,
+    else PyTorch's.
+
+    Raises:
+        CheckpointError: an index is broken, or names a file outside the folder.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if index.is_file():
+            return _indexed(index)
+        files = [single] if single.is_file() else sorted(folder.glob(f"{stem}*.{suffix}"))
+        if files:
+            return files
+    return []
+
+
+def _indexed(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    if any(Path(name).name != name or "\0" in name for name in names):
+        raise CheckpointError(f"{index} names a file outside its folder")
+    if any(len(name.encode(errors="replace")) > 255 for name in names):
+        raise CheckpointError(f"{index} names a file that no file system has: {names[-1][:40]}...")
+    return [index.parent / name for name in names]
+
+
+@dataclass
+class Checkpoint:
+    """A folder with config.json, tensors and whatever else came with them.
+
+    Attributes:
+        folder: the folder, or the part of the Hub's cache that holds it.
+        config: config.json.
+        headers: of the tensor files, where they are known from elsewhere than the folder.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    headers: list[Header] | None = None
+    _arrays: dict[Path, dict[str, mx.array]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def _headers(self) -> list[Header]:
+        if self.headers is not None:
+            return self.headers
+        return [
+            (read_pickled(file), {"format": "pt"}) if file.suffix == ".bin" else read_header(file)
+            for file in self._files()
+        ]
+
+    def _files(self) -> list[Path]:
+        files = find_tensor_files(self.folder)
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise CheckpointError(f"{missing[0]} is missing; download it again")
+        if not files:
+            raise CheckpointError(f"{self.folder} has neither model.safetensors nor pytorch_model.bin")
+        return files
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo | Pickled]:
+        """Every tensor by its name in the checkpoint.
+
+        Raises:
+            CheckpointError: a file is missing or broken, or two files hold one name.
+        """
+        found: dict[str, TensorInfo | Pickled] = {}
+        for tensors, _ in self._headers:
+            for name, info in tensors.items():
+                if name in found:
+                    raise CheckpointError(f"{info.file} and {found[name].file.name} both hold {name}")
+                found[name] = info
+        return found
+
+    @cached_property
+    def is_mlx(self) -> bool:
+        """Whether convolutions lie in MLX's layout: said by the files' metadata, never guessed from shapes."""
+        return any(metadata.get("format") == "mlx" for _, metadata in self._headers)
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The quantization of config.json in mlx-lm's form, None where nothing is quantized."""
+        quantization, other = self.config.get("quantization"), self.config.get("quantization_config")
+        if not isinstance(quantization, Mapping | None) or not isinstance(other, Mapping | None):
+            raise CheckpointError(f"{self.folder}/config.json: quantization must be an object")
+        if quantization is None and other is not None:
+            method = other.get("quant_method", "unknown")
+            raise CheckpointError(
+                f"{self.folder} is quantized by '{method}', which MLX does not read; use the original weights"
+            )
+        return quantization
+
+    def num_weights(self, name: str) -> int:
+        """Weights that a tensor holds: of a quantized one as many as are packed into it, of its scales none."""
+        info, (module, _, parameter) = self.tensors[name], name.rpartition(".")
+        if f"{module}.scales" not in self.tensors:
+            return prod(info.shape)
+        if parameter in ("scales", "biases"):
+            return 0
+        settings = self.quantization or {}
+        own = settings.get(module)
+        bits = (own if isinstance(own, Mapping) else settings).get("bits", 4)
+        if type(bits) is not int or not 1 <= bits <= 32:
+            raise CheckpointError(f"{self.folder}/config.json: weights have 1 to 32 bits, not {bits!r}")
+        return prod(info.shape) * 32 // bits if parameter == "weight" else prod(info.shape)
+
+    def read(self, name: str) -> mx.array:
+        """A tensor, read when it is evaluated; no reference to it is kept here, so its memory is the caller's."""
+        info = self.tensors[name]
+        if isinstance(info, Pickled):
+            return info.read()
+        file = info.file
+        if name not in self._arrays.get(file, {}):
+            try:
+                self._arrays[file] = cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise CheckpointError(f"MLX cannot read {file}: {error}") from None
+        if name not in self._arrays[file]:
+            raise CheckpointError(f"{file} no longer holds {name}: it was changed while it was read")
+        return self._arrays[file].pop(name)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint from a folder on disk.
+
+    Raises:
+        CheckpointError: the folder or its config.json is missing or broken.
+    """
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "not found"
+        raise CheckpointError(f"checkpoint folder {folder} {what}" if folder.exists() else f"folder {what}: {folder}")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint folder")
+    _check_links(folder)
+    return Checkpoint(folder, read_json(folder / "config.json"))
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse a folder with links that lead out of it: what they name would be read, and copied by a conversion.
+
+    The Hub's cache has its files in `blobs`, two folders above a model's.
+    """
+    try:
+        whole = folder.resolve()
+        allowed = [whole, whole.parent.parent / "blobs"] if whole.parent.name == "snapshots" else [whole]
+        parts = [part for part in folder.iterdir() if part.is_dir() and not part.is_symlink()]
+        for file in [each for part in (folder, *parts) for each in part.iterdir()]:
+            if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in allowed):
+                raise CheckpointError(
+                    f"{file} is a link to {file.resolve()}, outside its folder: put the file itself in its place"
+                )
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise CheckpointError(f"cannot read {folder}: {getattr(error, 'strerror', None) or error}") from None

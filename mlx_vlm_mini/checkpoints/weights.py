@@ -1,0 +1,358 @@
+"""From a checkpoint's tensors to the model's: rename by weight map, split fused ones, check strictly, cast, load."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_vlm_mini.config import VLMConfig, check_layers
+from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.families.parts.maps import PerHead, Weights
+from mlx_vlm_mini.model import VLM
+
+from .folder import Checkpoint
+
+CONVOLUTIONS = frozenset({"vision.patch_embed.weight", "patch_embed.weight"})
+"""Our names of convolution kernels: (out, in, h, w) on the Hub, (out, h, w, in) here and in MLX's files; of videos
+with time in front of h."""
+
+_BATCHED = frozenset({"vision.class_token", "vision.pos_embed", "query_tokens", "projector.query_tokens"})
+"""Our names of tensors that some families store with axes of length 1 in front."""
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def _find(name: str, weights: Weights) -> tuple[str | tuple[str, ...] | None, str]:
+    """What a map says of a tensor, its layer numbers filled in, and what of the name stands behind that.
+
+    Raises:
+        KeyError: the map does not know the name.
+    """
+    numbers = _NUMBER.findall(name)
+    pattern = name if {name, name.rpartition(".")[0]} & weights.keys() else _NUMBER.sub("{}", name)
+    module, _, parameter = pattern.rpartition(".")
+    whole = pattern in weights
+    target = weights[pattern if whole else module]
+    if isinstance(target, tuple):
+        target = type(target)(each.format(*numbers) for each in target)
+    elif target is not None:
+        target = target.format(*numbers)
+    return target, "" if whole else f".{parameter}"
+
+
+def rename(name: str, weights: Weights) -> tuple[str, ...]:
+    """Our names of a checkpoint's tensor: one, several of a fused one, none where the family drops it.
+
+    A map names whole modules or single tensors; a name with its own numbers counts before one with `{}`. What stands
+    behind a module (`weight`, `bias`, and `scales` and `biases` of a quantized one) is kept.
+
+    Raises:
+        KeyError: the map does not know the name.
+    """
+    target, rest = _find(name, weights)
+    targets = () if target is None else (target,) if isinstance(target, str) else target
+    return tuple(each + rest for each in targets)
+
+
+def hub_name(name: str, weights: Weights) -> str:
+    """What one of our tensors is called on the Hub: by the first entry of the map that gives it alone.
+
+    Raises:
+        KeyError: the map gives no such tensor.
+    """
+    numbers, (module, _, parameter) = _NUMBER.findall(name), name.rpartition(".")
+    for theirs, ours in weights.items():
+        if not isinstance(ours, str) or ours.count("{}") > len(numbers):
+            continue
+        if ours.format(*numbers) in (name, module):
+            whole = theirs.format(*numbers)
+            return whole if ours.format(*numbers) == name else f"{whole}.{parameter}"
+    raise KeyError(name)
+
+
+def match_names(names: Iterable[str], weights: Weights, family: str) -> tuple[dict[str, str], list[str]]:
+    """Match a checkpoint's tensors to ours.
+
+    Returns:
+        Our names to theirs, those of a fused tensor in the order of its rows; and their names that the family drops.
+
+    Raises:
+        CheckpointError: a tensor is unknown, or two have one meaning.
+    """
+    ours: dict[str, str] = {}
+    unused, unknown = [], []
+    for name in names:
+        try:
+            targets = rename(name, weights)
+        except KeyError:
+            unknown.append(name)
+            continue
+        if not targets:
+            unused.append(name)
+        for target in targets:
+            if target in ours:
+                raise CheckpointError(f"the checkpoint has both {ours[target]} and {name}, which mean the same tensor")
+            ours[target] = name
+    if unknown:
+        raise CheckpointError(f"the checkpoint has {_list(unknown)}, which family '{family}' does not know")
+    return ours, unused
+
+
+def _is_idle(name: str, config: VLMConfig) -> bool:
+    """Whether a tensor belongs to a vision block behind the last one whose features are read, which is not built."""
+    match = re.match(r"vision\.blocks\.(\d+)\.", name)
+    return match is not None and config.vision.depth <= int(match[1]) < config.vision.num_hidden_layers
+
+
+def _list(names: list[str]) -> str:
+    """The first names of a list, for an error of one line."""
+    shown = ", ".join(sorted(names)[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown}{more})"
+
+
+def quantization_of(
+    ours: Mapping[str, str], quantization: Mapping[str, Any] | None
+) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+    """Which modules are stored quantized, and how: a predicate for `nn.quantize`.
+
+    A module is quantized where the checkpoint has its `scales`; config.json says how, for all or for this one by its
+    name in the checkpoint.
+    """
+    settings = quantization or {}
+
+    def predicate(path: str, _: nn.Module) -> bool | dict[str, Any]:
+        theirs = ours.get(f"{path}.scales")
+        if theirs is None:
+            return False
+        own = settings.get(theirs.removesuffix(".scales"), settings.get(path))
+        chosen = own if isinstance(own, Mapping) else settings
+        if "bits" not in chosen or "group_size" not in chosen:
+            raise CheckpointError(f"{theirs} is quantized, but config.json says neither bits nor group_size")
+        return {
+            "group_size": chosen["group_size"],
+            "bits": chosen["bits"],
+            "mode": chosen.get("mode", settings.get("mode", "affine")),
+        }
+
+    return predicate
+
+
+def _least_weights(config: VLMConfig) -> int:
+    """Weights that the largest matrices of a model have, whatever its family: it has no fewer."""
+    decoder, vision = config.decoder, config.vision
+    heads = decoder.num_attention_heads + decoder.num_key_value_heads
+    layer = 2 * decoder.hidden_size * (heads * decoder.head_dim + decoder.intermediate_size)
+    block = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+    tower = 0 if config.text_alone else vision.depth * block
+    own = [kind for kind in decoder.layer_types if kind != "cross_attention"]
+    return decoder.num_embeddings * decoder.hidden_size + len(own) * layer + tower
+
+
+def _check_weights(config: VLMConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a config whose model cannot be in the files, before anything is made of it.
+
+    Raises:
+        CheckpointError: it asks for more than four weights a byte; the narrowest have two bits.
+    """
+    asked, held = _least_weights(config), sum(info.nbytes for info in checkpoint.tensors.values())
+    if asked > 4 * held:
+        raise CheckpointError(
+            f"config.json asks for a model of {asked:.2g} weights or more, about {2 * asked / 1e9:.2g} GB in bfloat16; "
+            f"{checkpoint.folder} holds {held / 1e9:.2g} GB of tensors: the files do not belong together"
+        )
+
+
+def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) -> VLM:
+    """The model with every tensor of the checkpoint's type and shape expected, none of them read.
+
+    Raises:
+        CheckpointError: a tensor is missing, superfluous or of another shape.
+    """
+    tiled = config.vision.tiled
+    depths = config.vision.num_hidden_layers, config.decoder.num_hidden_layers
+    layers = max(*depths, 0 if tiled is None else tiled.num_global_layers)
+    if layers > len(checkpoint.tensors):  # before a model of a billion layers is built
+        raise CheckpointError(
+            f"config.json asks for {layers} layers, {checkpoint.folder} has {len(checkpoint.tensors)} tensors in all"
+        )
+    _check_weights(config, checkpoint)
+    try:
+        model = VLM(config)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"config.json asks for a model that MLX cannot build: {error}") from None
+    if any(name.endswith(".scales") for name in ours):
+        try:
+            nn.quantize(model, class_predicate=quantization_of(ours, checkpoint.quantization))
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise CheckpointError(f"config.json: quantization does not fit the model: {error}") from None
+    expected = dict(tree_flatten(model.parameters()))
+    block = [name for name in expected if name.startswith("vision.blocks.0.")]
+    if not any(name.endswith(".scales") for name in block):  # quantized ones may each be so in their own way
+        for number in range(config.vision.depth, config.vision.num_hidden_layers):
+            expected |= {name.replace(".0.", f".{number}.", 1): expected[name] for name in block}
+    check_tensors(expected, ours, checkpoint, is_idle=lambda name: _is_idle(name, config))
+    return model
+
+
+def check_tensors(
+    expected: Mapping[str, mx.array],
+    ours: Mapping[str, str],
+    checkpoint: Checkpoint,
+    *,
+    is_idle: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Check that a checkpoint has the tensors that a model expects, of their shapes, and no others but idle ones.
+
+    Raises:
+        CheckpointError: a tensor is missing, superfluous or of another shape.
+    """
+    missing = [name for name in expected if name not in ours]
+    if missing:
+        raise CheckpointError(f"{checkpoint.folder} lacks {_list([_their_name(name, ours) for name in missing])}")
+    extra = [theirs for name, theirs in ours.items() if name not in expected and not is_idle(name)]
+    if extra:
+        raise CheckpointError(f"{checkpoint.folder} has {_list(extra)}, which config.json has no place for")
+    held = fused(ours)
+    for theirs in dict.fromkeys(ours[name] for name in expected):
+        names, info = held[theirs], checkpoint.tensors[theirs]
+        name, array = names[0], expected[names[0]]
+        stored = info.shape
+        if name in CONVOLUTIONS and not checkpoint.is_mlx and len(stored) in (4, 5):
+            stored = (stored[0], *stored[2:], stored[1])
+        if name in _BATCHED:
+            stored = stored[-array.ndim :] if set(stored[: -array.ndim]) <= {1} else stored
+        asked = (sum(expected[each].shape[0] for each in names), *array.shape[1:]) if len(names) > 1 else array.shape
+        if stored != asked:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {theirs} has shape {list(info.shape)}, config.json asks for {list(asked)}"
+                + (" (out, height, width, in)" if name in CONVOLUTIONS else "")
+            )
+        if info.is_float != mx.issubdtype(array.dtype, mx.floating):
+            kind = "whole numbers" if array.dtype != mx.float32 else "floating-point numbers"
+            raise CheckpointError(f"{checkpoint.folder}: {theirs} has type {info.dtype} instead of {kind}")
+
+
+def _their_name(name: str, ours: Mapping[str, str]) -> str:
+    """What a missing tensor would be called in this checkpoint, judged by a sibling in another layer or part."""
+    pattern = _NUMBER.sub("{}", name)
+    for sibling, theirs in ours.items():
+        if _NUMBER.sub("{}", sibling) == pattern and _NUMBER.findall(sibling) == _NUMBER.findall(theirs):
+            return _NUMBER.sub("{}", theirs).format(*_NUMBER.findall(name))
+    return name
+
+
+def to_torch_layout(name: str, array: mx.array) -> mx.array:
+    """A tensor of the model, by our name, with convolution kernels as (out, in, h, w)."""
+    return mx.moveaxis(array, -1, 1) if name in CONVOLUTIONS else array
+
+
+def to_mlx_layout(name: str, array: mx.array, checkpoint: Checkpoint) -> mx.array:
+    """A tensor, by our name, with convolution kernels as (out, h, w, in)."""
+    if name in CONVOLUTIONS and not checkpoint.is_mlx:
+        return mx.moveaxis(array, 1, -1)
+    return array
+
+
+def fused(ours: Mapping[str, str]) -> dict[str, list[str]]:
+    """A checkpoint's tensors to what they hold: one tensor of ours, several of a fused one in the order of its rows."""
+    held: dict[str, list[str]] = {}
+    for name, theirs in ours.items():
+        held.setdefault(theirs, []).append(name)
+    return held
+
+
+def split_rows(array: mx.array, rows: Sequence[int], blocks: int) -> list[mx.array]:
+    """Cut a fused tensor: it is `blocks` times the same, an equal share of each part's `rows` after another."""
+    shares = [count // blocks for count in rows]
+    parts = mx.split(array.reshape(blocks, sum(shares), *array.shape[1:]), list(accumulate(shares))[:-1], axis=1)
+    return [part.reshape(count, *array.shape[1:]) for part, count in zip(parts, rows, strict=True)]
+
+
+def join_rows(parts: Sequence[mx.array], blocks: int) -> mx.array:
+    """What `split_rows` cuts into these parts."""
+    shares = [part.reshape(blocks, part.shape[0] // blocks, *part.shape[1:]) for part in parts]
+    return mx.concatenate(shares, axis=1).reshape(-1, *parts[0].shape[1:])
+
+
+def count_blocks(theirs: str, weights: Weights, config: VLMConfig) -> int:
+    """How many times a fused tensor holds a share of each of its parts."""
+    target = _find(theirs, weights)[0]
+    if not isinstance(target, PerHead):
+        return 1
+    in_vision = target[0].startswith("vision.")
+    return config.vision.num_attention_heads if in_vision else config.decoder.num_key_value_heads
+
+
+def load_weights(
+    model: VLM,
+    ours: Mapping[str, str],
+    checkpoint: Checkpoint,
+    dtype: mx.Dtype,
+    weights: Weights,
+    *,
+    prefixes: tuple[str, ...] = ("",),
+) -> None:
+    """Read the tensors into the model, floats as `dtype`, packed ones as they are.
+
+    Args:
+        weights: the family's map.
+        prefixes: how our names of the tensors begin that are to be read.
+    """
+    arrays: list[tuple[str, mx.array]] = []
+    expected = dict(tree_flatten(model.parameters()))
+    for theirs, names in fused(ours).items():
+        if not names[0].startswith(prefixes) or _is_idle(names[0], model.config):
+            continue
+        array = to_mlx_layout(names[0], checkpoint.read(theirs), checkpoint)
+        if mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(dtype)
+        if names[0] in _BATCHED:
+            array = array.reshape(expected[names[0]].shape)
+        if len(names) == 1:
+            arrays.append((names[0], array))
+            continue
+        blocks = count_blocks(theirs, weights, model.config)
+        arrays += zip(names, split_rows(array, [expected[name].shape[0] for name in names], blocks), strict=True)
+    model.load_weights(arrays, strict="" in prefixes)
+    model.eval()
+    try:
+        mx.eval([array for _, array in arrays])
+    except RuntimeError as error:
+        raise CheckpointError(f"cannot read the tensors of {checkpoint.folder}: {error}") from None
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def load_whole(checkpoint: Checkpoint, kind: str, weights: Weights, build: Callable[[], Module]) -> Module:
+    """A model of one piece, in float32, with a checkpoint's tensors in it.
+
+    Args:
+        kind: for errors.
+        build: makes the model of config.json, with fresh weights.
+
+    Raises:
+        CheckpointError: config.json is malformed, or names or shapes do not fit it.
+    """
+    check_layers(checkpoint.config)
+    parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
+    layers = [part["num_hidden_layers"] for part in parts if isinstance(part.get("num_hidden_layers"), int)]
+    if max(layers, default=0) > len(checkpoint.tensors):  # before a model of a billion layers is built
+        raise CheckpointError(f"config.json asks for {max(layers)} layers, {checkpoint.folder} has fewer tensors")
+    try:
+        model = build()
+    except (TypeError, KeyError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.folder}/config.json is malformed: {error!r}") from None
+    ours, _ = match_names(checkpoint.tensors, weights, kind)
+    check_tensors(dict(tree_flatten(model.parameters())), ours, checkpoint)
+    arrays = [(name, to_mlx_layout(name, checkpoint.read(theirs), checkpoint)) for name, theirs in ours.items()]
+    model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays])
+    model.eval()
+    mx.eval(model.parameters())
+    return model

@@ -1,0 +1,183 @@
+"""Cross-attention: queries of the text, keys and values of the images, these computed once and kept.
+
+Source: Flamingo (arXiv:2204.14198) puts such layers, gated, between a language model's own; Llama 3.2 Vision's are in
+models/llama3/multimodal/model.py of meta-llama/llama-models.
+
+An image's token says from where on it is seen: by itself and what follows, up to the next image's. Images whose tokens
+follow one another are seen together:
+
+    token   text  <A>  text  <B>  <C>  text  text
+    sees    none  A    A     B    B C  B C   B C
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_vlm_mini.config import DecoderConfig
+from mlx_vlm_mini.layers.attention import attend
+from mlx_vlm_mini.layers.types import Recorder
+
+
+class Span(NamedTuple):
+    """The keys of an image: `position` of its token in the prompt, keys that tokens see, and keys in all.
+
+    They differ where an image's unused tiles have keys, too; those come last.
+    """
+
+    position: int
+    seen: int
+    held: int
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """An image for cross-attention layers to look at: `features` float[keys, C]."""
+
+    span: Span
+    features: mx.array
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What tokens look at.
+
+    Attributes:
+        keys: the part of all keys that matters.
+        mask: bool[L, S] of that part; None where every token sees all of it.
+        sees: bool[L, 1], which tokens see an image at all, in whose mask stands true; None where all do.
+    """
+
+    keys: slice
+    mask: mx.array | None
+    sees: mx.array | None
+
+
+def look(spans: Sequence[Span], length: int, offset: int, *, blind_attend: bool, whole: bool = False) -> Sight | None:
+    """What `length` tokens after `offset` others see of images.
+
+    Args:
+        spans: of all images of the prompt, in order; those that come later among them.
+        blind_attend: tokens that see no image attend to every key of all images; else it does not count what they see.
+        whole: all keys are wanted, not the part that matters.
+
+    Returns:
+        None where there is nothing to look at.
+    """
+    at = np.arange(offset, offset + length)
+    places = np.array([span.position for span in spans], dtype=np.int64)
+    begins = np.flatnonzero(np.diff(places, prepend=-2) != 1)  # of runs
+    ends = np.append(places[begins], np.iinfo(np.int64).max)[np.searchsorted(begins, np.arange(len(spans)), "right")]
+    sees = (places <= at[:, None]) & (at[:, None] < ends)  # (L, images)
+    blind = np.asarray(~sees.any(axis=1))
+    seen = np.flatnonzero(sees.any(axis=0))
+    whole = whole or (blind_attend and bool(blind.any()))
+    if not len(spans) or not (whole or len(seen)):
+        return None
+    first, last = (0, len(spans) - 1) if whole else (int(seen[0]), int(seen[-1]))
+    columns, counts = [], []
+    for image in range(first, last + 1):
+        columns += [sees[:, image] | blind, blind]
+        counts += [spans[image].seen, spans[image].held - spans[image].seen]
+    if not whole:
+        counts[-1] = 0
+    start = sum(span.held for span in spans[:first])
+    kept = [index for index, count in enumerate(counts) if count]
+    mask = None
+    if not all(columns[index].all() for index in kept):
+        mask = mx.array(np.repeat(np.stack(columns, axis=1), counts, axis=1))
+    return Sight(slice(start, start + sum(counts)), mask, mx.array(~blind[:, None]) if blind.any() else None)
+
+
+class ImageCache:
+    """Keys and values of a cross-attention layer, of a prompt's images in order.
+
+    Attributes:
+        keys, values: float[1, H, S, D]; None while there are none.
+        spans: what of them belongs to which image.
+    """
+
+    def __init__(self) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.spans: tuple[Span, ...] = ()
+
+    def add(self, spans: Sequence[Span], keys: mx.array, values: mx.array) -> None:
+        if self.keys is not None and self.values is not None:
+            keys = mx.concatenate([self.keys, keys], axis=2)
+            values = mx.concatenate([self.values, values], axis=2)
+        self.keys, self.values, self.spans = keys, values, (*self.spans, *spans)
+
+    def cut(self, length: int) -> None:
+        """Give up the images whose tokens do not stand among the first `length`."""
+        kept = tuple(span for span in self.spans if span.position < length)
+        if len(kept) < len(self.spans):
+            self.spans, count = kept, sum(span.held for span in kept)
+            # Copied, so that what is given up does not stay in memory.
+            self.keys, self.values = (
+                mx.contiguous(each[..., :count, :]) if count and each is not None else None
+                for each in (self.keys, self.values)
+            )
+
+    def empty(self) -> bool:
+        return self.keys is None
+
+    @property
+    def state(self) -> list[mx.array]:
+        """What has to be evaluated, as of mlx-lm's caches."""
+        return [each for each in (self.keys, self.values) if each is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.state)
+
+
+class _Seeing:
+    """Hands weights on, block by block of queries, 0 where a token sees no image."""
+
+    def __init__(self, recorder: Recorder, sees: mx.array) -> None:
+        self._recorder, self._sees, self._done = recorder, sees, 0
+
+    def append(self, weights: mx.array, /) -> None:
+        sees = self._sees[self._done : self._done + weights.shape[2]]
+        self._done += weights.shape[2]
+        self._recorder.append(weights * sees)
+
+
+class CrossAttention(nn.Module):
+    """Grouped queries of the text on keys and values of images; queries and keys are normed head by head."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        size, heads, kv_heads, dim = (
+            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        )  # fmt: skip
+        self.num_heads, self.num_kv_heads, self.scale = heads, kv_heads, dim**-0.5
+        self.q_proj = nn.Linear(size, heads * dim, bias=False)
+        self.k_proj = nn.Linear(size, kv_heads * dim, bias=False)
+        self.v_proj = nn.Linear(size, kv_heads * dim, bias=False)
+        self.o_proj = nn.Linear(heads * dim, size, bias=False)
+        self.q_norm = nn.RMSNorm(dim, eps=config.norms.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(dim, eps=config.norms.rms_norm_eps)
+
+    def keys_values(self, features: mx.array) -> tuple[mx.array, mx.array]:
+        """float[1, S, C] -> float[1, H, S, D], twice."""
+        B, S, _ = features.shape
+        k = self.k_norm(self.k_proj(features).reshape(B, S, self.num_kv_heads, -1))
+        v = self.v_proj(features).reshape(B, S, self.num_kv_heads, -1)
+        # Laid out head by head, once: else each step would copy them for its product.
+        return mx.contiguous(k.transpose(0, 2, 1, 3)), mx.contiguous(v.transpose(0, 2, 1, 3))
+
+    def __call__(self, x: mx.array, *, sight: Sight, cache: Any, attentions: Recorder | None = None) -> mx.array:
+        """float[B, L, C] -> float[B, L, C]. Weights that are asked for are 0 where a token sees no image."""
+        B, L, _ = x.shape
+        q = self.q_norm(self.q_proj(x).reshape(B, L, self.num_heads, -1)).transpose(0, 2, 1, 3)  # (B, H, L, D)
+        k, v = cache.keys[..., sight.keys, :], cache.values[..., sight.keys, :]
+        if attentions is not None and sight.sees is not None:
+            attentions = _Seeing(attentions, sight.sees)
+        out = attend(q, k, v, scale=self.scale, mask=sight.mask, attentions=attentions)
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))

@@ -1,0 +1,1 @@
+"""Prefill, decoding, caches, streams of answers, chat."""

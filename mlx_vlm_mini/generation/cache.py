@@ -1,0 +1,237 @@
+"""A conversation's KV cache, and what it holds: mlx-lm's caches chosen, trimmed, shared, written and read."""
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_vlm_mini.borrow import borrow
+from mlx_vlm_mini.checkpoints.folder import DTYPES, TensorInfo, read_header
+from mlx_vlm_mini.decoder.cross_attention import ImageCache, Span
+from mlx_vlm_mini.decoder.sections import forget
+from mlx_vlm_mini.errors import CheckpointError, PromptError
+from mlx_vlm_mini.inputs import Inputs
+from mlx_vlm_mini.model import VLM
+
+KEEP = 4  # first tokens that a rotating cache never gives up: attention leans on them (arXiv:2309.17453)
+_PARTS = ("keys", "values")
+
+
+def identify(inputs: Inputs) -> np.ndarray:
+    """What each position of a prompt is: uint64[L, 5], the token's id and zeros, or at an image's slot the image's
+    digest and, from 1 on, which of its slots it is."""
+    identity = np.zeros((len(inputs.slots), 5), dtype=np.uint64)
+    identity[:, 0] = np.array(inputs.input_ids[0])
+    slots = np.flatnonzero(inputs.slots)
+    for image in inputs.images:
+        own, slots = slots[: image.tokens], slots[image.tokens :]
+        identity[own, :4] = np.frombuffer(image.digest, dtype="<u8")
+        identity[own, 4] = np.arange(1, len(own) + 1)
+    return identity
+
+
+def make_cache(model: VLM, *, kv_bits: int | None = None, rotate: int | None = None) -> list[Any]:
+    """An empty cache. What cross-attention layers keep of images is neither quantized nor given up.
+
+    Args:
+        kv_bits: 2, 4 or 8 quantizes keys and values, in groups of 64 or 32 along a head (mlx-lm's QuantizedKVCache).
+        rotate: each token sees the first `KEEP` tokens and those up to itself that fill `rotate` with them (mlx-lm's
+            RotatingKVCache), so that memory stops growing there.
+
+    Raises:
+        PromptError: the model cannot be run so.
+    """
+    if kv_bits is None and rotate is None:
+        return model.make_cache()
+    caches, config = borrow("models.cache"), model.config.decoder
+    if kv_bits is not None and rotate is not None:
+        raise PromptError("a rotating cache cannot be quantized: choose kv_bits or rotate")
+    if rotate is not None:
+        if rotate <= 2 * KEEP:
+            raise PromptError(f"rotate must be more than {2 * KEEP} tokens, not {rotate}")
+        both = config.prefix_lm or config.queries is not None
+        if both or config.two_way != "nothing" or "sliding_attention" in config.layer_types:
+            own = "reads a prompt both ways" if both else "has layers with a window of their own"
+            raise PromptError(f"family '{model.config.family}' {own}, which no rotating cache fits: leave rotate out")
+        return model.cache_of(lambda: caches.RotatingKVCache(max_size=rotate, keep=KEEP))
+    group_size = next((size for size in (64, 32) if config.head_dim % size == 0), None)
+    if kv_bits not in (2, 4, 8) or group_size is None:
+        why = f"kv_bits must be 2, 4 or 8, not {kv_bits}"
+        if kv_bits in (2, 4, 8):
+            why = f"heads of {config.head_dim} numbers cannot be quantized in groups of 32: leave kv_bits out"
+        raise PromptError(why)
+    return model.cache_of(lambda: caches.QuantizedKVCache(group_size=group_size, bits=kv_bits))
+
+
+class TurnCache:
+    """A cache that knows what it holds, position by position.
+
+    Attributes:
+        entries: one of mlx-lm's caches a decoder layer, an `ImageCache` a cross-attention layer.
+        held: what they hold, see `identify`.
+    """
+
+    def __init__(self, model: VLM, *, kv_bits: int | None = None, rotate: int | None = None) -> None:
+        """Arguments and errors as of `make_cache`."""
+        self.model, self.kv_bits, self.rotate = model, kv_bits, rotate
+        self.clear()
+
+    def clear(self) -> None:
+        self.entries = make_cache(self.model, kv_bits=self.kv_bits, rotate=self.rotate)
+        self.held = np.zeros((0, 5), dtype=np.uint64)
+
+    @property
+    def _texts(self) -> list[Any]:
+        return [entry for entry in self.entries if not isinstance(entry, ImageCache)]
+
+    @property
+    def _images(self) -> dict[int, ImageCache]:
+        return {number: entry for number, entry in enumerate(self.entries) if isinstance(entry, ImageCache)}
+
+    @property
+    def prompt_length(self) -> int | None:
+        """Tokens of the prompt that the sequence began with, as the decoder noted it; None where it was not there."""
+        found: int | None = getattr(self._texts[0], "prompt_length", None)
+        return found
+
+    def share(self, wanted: np.ndarray) -> int:
+        """Trim to what is shared with a prompt, all but its last token; return its length.
+
+        Args:
+            wanted: the prompt's identity, see `identify`.
+        """
+        length = min(len(self.held), len(wanted) - 1)
+        different = np.flatnonzero((self.held[:length] != wanted[:length]).any(axis=-1))
+        length = int(different[0]) if len(different) else length
+        kept = self.model.decoder.keeps_keys(self.prompt_length, len(self.held), len(wanted))
+        ahead = self.model.decoder.looks_ahead and (self.held[:, 4].any() or wanted[:, 4].any())
+        if self.kv_bits is not None or ahead or not kept:
+            length = 0
+        self._trim(length)
+        return len(self.held)
+
+    def keep(self, prompt: np.ndarray, tokens: Sequence[int]) -> None:
+        """Note what is held after an answer, and trim the token that was computed ahead.
+
+        Args:
+            prompt: its identity.
+            tokens: of the answer; none where it did not begin, what was shared being all that is known to be whole.
+        """
+        said = np.zeros((len(tokens), 5), dtype=np.uint64)
+        said[:, 0] = tokens
+        if tokens:
+            self.held = np.concatenate([prompt, said])
+        self._trim(min(len(self.held), *(entry.offset for entry in self._texts)))
+        mx.eval([entry.state for entry in self.entries if not entry.empty()])
+
+    def _trim(self, length: int) -> None:
+        """Cut to the first tokens and the images among them; to none where a rotating cache gave one of them up."""
+        longer = [entry for entry in self._texts if entry.offset > length]
+        if not all(entry.is_trimmable() for entry in longer):
+            self.clear()
+            return
+        for entry in longer:
+            entry.trim(entry.offset - length)
+        for images in self._images.values():
+            images.cut(length)
+        forget(self._texts[0], length)
+        self.held = self.held[:length]
+
+    def fork(self) -> "TurnCache":
+        """A cache with the same tokens that goes on by itself.
+
+        Nothing is copied yet: the arrays have other handles to the same memory, and MLX writes into an array in place
+        only where nobody else holds its memory. So what is written to first copies each array once.
+        """
+        twin = TurnCache(self.model, kv_bits=self.kv_bits, rotate=self.rotate)
+        twin.entries, twin.held = [copy.copy(entry) for entry in self.entries], self.held
+        for entry in twin.entries:
+            if not entry.empty():
+                entry.keys, entry.values = tree_map(lambda array: array[...], (entry.keys, entry.values))
+        return twin
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is held, in hexadecimal."""
+        return hashlib.sha256(self.held.tobytes()).hexdigest()
+
+    def check_plain(self) -> None:
+        """Raises PromptError where the cache cannot be written: it is quantized or rotating."""
+        if self.kv_bits is not None or self.rotate is not None:
+            raise PromptError("a quantized or rotating cache is not saved: save the conversation without its cache")
+
+    def write(self, file: Path, model_fingerprint: str) -> None:
+        """Write safetensors: `keys` and `values` of each layer, float[1, H, L, D], and `held`, uint64[L, 5]; with
+        cross-attention layers and images also `images`, uint64[N, 3], their spans."""
+        images = self._images
+        arrays = {
+            f"layers.{i}.{part}": mx.contiguous(getattr(entry, part)[..., : None if i in images else len(self.held), :])
+            for i, entry in enumerate(self.entries)
+            if not entry.empty()
+            for part in _PARTS
+        }
+        for entry in images.values():
+            if entry.spans:
+                arrays["images"] = mx.array(np.array(entry.spans, dtype=np.uint64))
+        metadata = {"model": model_fingerprint, "prompt_length": str(self.prompt_length)}
+        mx.save_safetensors(str(file), {**arrays, "held": mx.array(self.held)}, metadata)
+
+    def read(self, file: Path, model_fingerprint: str, digest: str) -> None:
+        """Take what `write` wrote of this model.
+
+        Raises:
+            CheckpointError: the file is broken, or belongs to another model or conversation.
+        """
+        tensors, metadata = read_header(file)
+        if metadata.get("model") != model_fingerprint:
+            raise CheckpointError(f"{file} was computed by another model")
+        info, config = tensors.get("held"), self.model.config.decoder
+        begun = str(metadata.get("prompt_length"))
+        shown, images = tensors.get("images"), self._images
+        layers = [i for i in range(len(self.entries)) if shown is not None or i not in images]
+        names = [f"layers.{i}.{part}" for i in layers for part in _PARTS]
+        if info is None or set(tensors) != {"held", *names, *(["images"] if images and shown else [])}:
+            raise CheckpointError(f"{file} has not the layers of this model")
+        if info.dtype != "U64" or len(info.shape) != 2 or info.shape[1] != 5 or not info.shape[0]:
+            raise CheckpointError(f"{file} does not say which tokens it holds")
+        spans = self._read_spans(file, shown)
+        for name in names:
+            count = sum(span.held for span in spans) if int(name.split(".")[1]) in images else info.shape[0]
+            shape = 1, config.num_key_value_heads, count, config.head_dim
+            if tensors[name].shape != shape or DTYPES[tensors[name].dtype][0] != self.model.dtype:
+                found = f"{tensors[name].dtype}{list(tensors[name].shape)}"
+                raise CheckpointError(f"{file}: {name} is {found}, and this model's is {self.model.dtype}{list(shape)}")
+        arrays = cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
+        held = np.array(arrays["held"])
+        if hashlib.sha256(held.tobytes()).hexdigest() != digest:
+            raise CheckpointError(f"{file} belongs to another conversation")
+        if images and [span.position for span in spans] != np.flatnonzero(held[:, 4]).tolist():
+            raise CheckpointError(f"{file} does not hold the images of its tokens")
+        mx.eval(arrays)
+        for i in layers:
+            entry = self.entries[i]
+            entry.keys, entry.values = (arrays[f"layers.{i}.{part}"] for part in _PARTS)
+            if i in images:
+                entry.spans = spans
+            else:
+                entry.offset = len(held)
+                if begun.isdecimal():
+                    entry.prompt_length = int(begun)
+        self.held = held
+
+    @staticmethod
+    def _read_spans(file: Path, info: TensorInfo | None) -> tuple[Span, ...]:
+        if info is None:
+            return ()
+        if info.dtype != "U64" or len(info.shape) != 2 or info.shape[1] != 3:
+            raise CheckpointError(f"{file} does not say which images it holds")
+        arrays = cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
+        spans = tuple(Span(*row) for row in np.array(arrays["images"]).tolist())
+        if not all(0 < span.seen <= span.held < 2**31 for span in spans):
+            raise CheckpointError(f"{file} does not say which images it holds")
+        return spans

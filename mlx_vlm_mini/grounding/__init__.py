@@ -1,0 +1,1 @@
+"""Where a model looks (attention maps), and places that it names (boxes, masks)."""

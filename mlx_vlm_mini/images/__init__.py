@@ -1,0 +1,1 @@
+"""A path, URL, array or video -> RGB pixels."""

@@ -1,0 +1,61 @@
+"""What a processor makes of a prompt, and a model reads."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import PromptError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InputImage:
+    """One image of a prompt.
+
+    Attributes:
+        pixel_values: float32[B, height, width, 3] (numpy), normalised: one row, or one a tile. Of a video
+            float32[T, height, width, 3 * frames]: one row a step of time.
+        tokens: its slots in the prompt.
+        size: height and width in pixels, as it was opened.
+        digest: SHA-256 of its size and all its pixels, by which a cache tells images apart; of its instruction, too.
+        instruction: int32[L] (numpy), what a Q-Former reads beside it; None where that is nothing.
+        times: of a video, where its steps stand on the decoder's axis of time.
+    """
+
+    pixel_values: np.ndarray
+    tokens: int
+    size: tuple[int, int]
+    digest: bytes
+    times: tuple[int, ...] = (0,)
+    instruction: np.ndarray | None = None
+
+    @property
+    def rows(self) -> int:
+        """Its rows of pixels, which the vision tower encodes one by one."""
+        return len(self.pixel_values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What `processor(messages)` gives: everything the model needs.
+
+    Attributes:
+        input_ids: int32[1, L]; at an image's slots stands the image token's id.
+        slots: bool[L] (numpy): true where a row of image features replaces the token's embedding.
+        images: in the prompt's order; their slots follow one another.
+    """
+
+    input_ids: mx.array
+    slots: np.ndarray
+    images: tuple[InputImage, ...] = ()
+
+    @property
+    def pixel_values(self) -> mx.array | None:
+        """float32[B, height, width, 3]: the rows of all images in order, copied; None for text alone.
+
+        Raises:
+            PromptError: the images have different sizes.
+        """
+        if len({image.pixel_values.shape[1:] for image in self.images}) > 1:
+            raise PromptError("the images have different sizes: each has pixel_values of its own")
+        return mx.array(np.concatenate([image.pixel_values for image in self.images])) if self.images else None

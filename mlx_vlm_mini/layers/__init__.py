@@ -1,0 +1,1 @@
+"""What towers and decoders share: attention, MLPs, norms, activations, rotary positions."""

@@ -1,0 +1,1 @@
+"""What exists because MLX computes slowly on CPUs that are not Apple's."""

@@ -1,0 +1,1 @@
+"""RGB pixels -> pixel_values: resized, cut, padded, normalised."""

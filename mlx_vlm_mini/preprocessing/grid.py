@@ -1,0 +1,129 @@
+"""Images of any size as grids of patches: sides of whole squares of patches, within limits.
+
+Source: smart_resize in models/qwen2_vl, get_resize_output_image_size in models/pixtral of huggingface/transformers.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import ceil, floor, sqrt
+from typing import Any
+
+from mlx_vlm_mini.errors import CheckpointError, ImageError
+
+_LONGEST = 200  # times the shorter side
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchGrid(ABC):
+    """How an image processor makes a grid."""
+
+    patch_size: int
+    merge: int
+    """Patches along a side of what becomes one token."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or not 1 <= value < 1 << 31:
+                raise CheckpointError(f"images in patches need a whole number above 0 as {field.name}, not {value!r}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side of what becomes one token."""
+        return self.patch_size * self.merge
+
+    @property
+    @abstractmethod
+    def max_tokens(self) -> int:
+        """Tokens of the largest image; of a very long and narrow one a few more may come."""
+
+    @abstractmethod
+    def fit(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width in pixels of what an image of `size`, height and width, becomes.
+
+        Raises:
+            ImageError: it is too long and narrow.
+        """
+
+    def count_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens of an image of `size`, height and width in pixels.
+
+        Raises:
+            ImageError: as `fit`.
+        """
+        height, width = self.fit(size)
+        return (height // self.factor) * (width // self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(PatchGrid):
+    """Sides rounded to whole tokens; `min_pixels` and `max_pixels` bound height times width (Qwen2-VL)."""
+
+    min_pixels: int
+    max_pixels: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_pixels > self.max_pixels:
+            raise CheckpointError(
+                f"an image cannot have {self.min_pixels} pixels at least and {self.max_pixels} at most"
+            )
+
+    @property
+    def max_tokens(self) -> int:
+        return max(self.max_pixels // self.factor**2, 1)
+
+    def fit(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Halves round to the even number. An image below the limit gets sides rounded up, one above it down."""
+        if max(size) / min(size) > _LONGEST:
+            raise ImageError(
+                f"an image of {size[1]}x{size[0]} pixels is too long and narrow: at most {_LONGEST} times as long as "
+                "wide, crop it first"
+            )
+        height, width = (round(side / self.factor) * self.factor for side in size)
+        if height * width > self.max_pixels:
+            shrink = sqrt(size[0] * size[1] / self.max_pixels)
+            height, width = (max(self.factor, floor(side / shrink / self.factor) * self.factor) for side in size)
+        elif height * width < self.min_pixels:
+            grow = sqrt(self.min_pixels / (size[0] * size[1]))
+            height, width = (ceil(side * grow / self.factor) * self.factor for side in size)
+        return height, width
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeGrid(PatchGrid):
+    """Sides rounded up to whole tokens, of an image that is first shrunk into a frame, and never enlarged (Pixtral)."""
+
+    max_height: int
+    max_width: int
+
+    @property
+    def max_tokens(self) -> int:
+        return ceil(self.max_height / self.factor) * ceil(self.max_width / self.factor)
+
+    def fit(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The shrunken sides lose their fractions before they are rounded up, as in the reference."""
+        height, width = size
+        ratio = max(height / self.max_height, width / self.max_width)
+        if ratio > 1:
+            height, width = floor(height / ratio), floor(width / ratio)
+        if min(height, width) < 1:
+            raise ImageError(
+                f"an image of {size[1]}x{size[0]} pixels is too long and narrow for one of {self.max_width}x"
+                f"{self.max_height}: crop it first"
+            )
+        return ceil(height / self.factor) * self.factor, ceil(width / self.factor) * self.factor
+
+
+def edge_grid(size: Mapping[str, int], values: Mapping[str, Any]) -> EdgeGrid:
+    """The grid of an image processor's settings.
+
+    Raises:
+        CheckpointError: `size` has neither `longest_edge` nor `height` and `width`.
+    """
+    frame = [size.get("longest_edge", size.get(key, 0)) for key in ("height", "width")]
+    if 0 in frame:
+        raise CheckpointError(f"preprocessor_config.json: {dict(size)} names no longest_edge")
+    patches = {"patch_size": values["patch_size"], "merge": values["merge_size"]}
+    return EdgeGrid(**patches, max_height=frame[0], max_width=frame[1])

@@ -1,0 +1,1 @@
+"""How well images and texts fit: CLIP, ViLT, InternVL's scores."""

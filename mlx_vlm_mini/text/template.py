@@ -1,0 +1,154 @@
+"""Chat templates: found in a checkpoint, rendered in a sandbox, and cut where images stand."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_vlm_mini.errors import CheckpointError, PromptError
+from mlx_vlm_mini.files import read_bytes, read_json
+
+from .messages import Message, images_of
+
+_WRITTEN = "\ue000image\ue001"  # in place of an image token that the assistant wrote, while the template renders
+
+
+def find_chat_template(folder: Path) -> str | None:
+    """The checkpoint's chat template: chat_template.jinja, chat_template.json, processor_config.json or
+    tokenizer_config.json, in this order; of several named ones `default`.
+
+    Raises:
+        CheckpointError: one of the files is broken.
+    """
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return read_bytes(file).decode("utf-8")
+        except ValueError:
+            raise CheckpointError(f"{file} is not UTF-8 text") from None
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            template = read_json(folder / name).get("chat_template")
+            if isinstance(template, list):
+                entries = [entry for entry in template if isinstance(entry, dict)]
+                template = {entry.get("name"): entry.get("template") for entry in entries}
+            if isinstance(template, Mapping):
+                template = template.get("default")
+            if isinstance(template, str):
+                return template
+    return None
+
+
+@dataclass
+class ChatTemplate:
+    """A chat template, rendered in a sandbox: it computes text, within limits, and reaches nothing else.
+
+    Some templates take a message's content as a list of parts, some as a text, some both: which is found out once, by
+    rendering a probe.
+
+    Attributes:
+        source: the template.
+        variables: what else it may read: `bos_token`, `eos_token`, ...
+        image_token: what stands for an image in the text.
+        video_token: what stands for a video; None where the model takes none.
+    """
+
+    source: str
+    variables: Mapping[str, str]
+    image_token: str
+    video_token: str | None = None
+
+    def __post_init__(self) -> None:
+        from .sandbox import compile_template
+
+        try:
+            self._template = compile_template(self.source)
+        except RecursionError:
+            raise CheckpointError("the chat template is broken: its parts lie too deep in one another") from None
+        except (Exception, MemoryError) as error:  # Python's own of what jinja2 makes of it, too
+            raise CheckpointError(f"the chat template is broken: {error}") from None
+        probe = "mlx-vlm-mini-probe"
+        rendered = self._try([{"role": "user", "content": [{"type": "text", "text": probe}]}])
+        self._takes_parts = probe in rendered and "'text'" not in rendered  # a list printed as it is shows its keys
+        self._takes_text = probe in self._try([{"role": "user", "content": probe}])
+        # Some templates take a system message's, or an answer's, as a text all the same.
+        self._takes_as_text = {role for role in ("system", "assistant") if not self._reads_parts(role, probe)}
+
+    def _reads_parts(self, role: str, probe: str) -> bool:
+        """Whether the template reads parts of a message of this role, as far as it reads one at all."""
+        parts = [{"type": "text", "text": probe}]
+
+        def rendered(content: Any) -> str:
+            both = [{"role": role, "content": content}, {"role": "user", "content": parts}]
+            return self._try(both if role == "system" else both[::-1])
+
+        found = rendered(parts)
+        return "'text'" not in found and (found != "" or not rendered(probe))
+
+    def _try(self, messages: list[Message]) -> str:
+        try:
+            return self._render(messages, add_generation_prompt=False)
+        except PromptError:
+            return ""
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[str]:
+        """The prompt's text, cut where the images and videos stand: one piece more than there are of them.
+
+        An `image_token` that the assistant wrote stays text: it holds no image's place.
+
+        Raises:
+            PromptError: the template refuses the messages, or has not as many places as they hold images.
+        """
+        plain = [{**message, "content": self._content(message["content"], message["role"])} for message in messages]
+        text = self._render(plain, add_generation_prompt=add_generation_prompt)
+        kinds = [part["type"] for part in images_of(messages)]
+        if self.video_token is not None and "video" in kinds:
+            return self._cut(text, kinds, self.video_token)
+        pieces, images = text.split(self.image_token), len(kinds)
+        if len(pieces) - 1 != images:
+            raise PromptError(
+                f"the chat template's text has {len(pieces) - 1} places for an image ({self.image_token}), "
+                f"the messages hold {images} images"
+            )
+        return [piece.replace(_WRITTEN, self.image_token) for piece in pieces]
+
+    def _cut(self, text: str, kinds: Sequence[str], video_token: str) -> list[str]:
+        names = {self.image_token: "image", video_token: "video"}
+        pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        found = [names[token] for token in pieces[1::2]]
+        if found != list(kinds):
+            raise PromptError(
+                f"the chat template's text has places for {', '.join(found) or 'nothing'}, the messages hold "
+                f"{', '.join(kinds)}: does it know videos?"
+            )
+        return [piece.replace(_WRITTEN, self.image_token) for piece in pieces[::2]]
+
+    def _content(self, content: Any, role: str) -> Any:
+        """Content in a form that the template takes, without the images themselves."""
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if role == "assistant":
+            parts = [
+                {**part, "text": part["text"].replace(self.image_token, _WRITTEN)} if part["type"] == "text" else part
+                for part in parts
+            ]
+        if isinstance(content, str) and self._takes_text:
+            return parts[0]["text"]
+        if role in self._takes_as_text and all(part["type"] == "text" for part in parts):
+            return "".join(part["text"] for part in parts)
+        if self._takes_parts:
+            return [part if part["type"] == "text" else {"type": part["type"]} for part in parts]
+        tokens = {"image": self.image_token, "video": self.video_token}
+        return "".join(part["text"] if part["type"] == "text" else f"{tokens[part['type']]}\n" for part in parts)
+
+    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+        from .sandbox import Stopped, render
+
+        try:
+            return render(self._template, {**self.variables, "add_generation_prompt": add_generation_prompt}, messages)
+        except Stopped as error:
+            raise CheckpointError(f"the chat template was stopped: {error}") from None
+        except RecursionError:
+            raise CheckpointError("the chat template never ends: it calls itself") from None
+        except (Exception, MemoryError) as error:  # whatever a program can raise
+            raise PromptError(f"the chat template refuses these messages: {error}") from None

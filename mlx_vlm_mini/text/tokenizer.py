@@ -1,0 +1,288 @@
+"""Text to token ids and back, by the `tokenizers` library from the folder's tokenizer.json or tokenizer.model.
+
+transformers' AutoTokenizer would import torch wherever it is installed; the file alone decides here.
+"""
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
+
+from mlx_vlm_mini.errors import CheckpointError, PromptError
+from mlx_vlm_mini.files import read_json
+
+from .bytelevel import MERGES, VOCABULARY, read_byte_level
+from .patterns import check_patterns, check_size, library_errors
+from .ranks import RANKS, read_tiktoken
+from .sentencepiece import Prefix, build_backend, read_sentencepiece
+from .wordpieces import WORDS, read_word_pieces
+
+_CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
+    "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "QWenTokenizer": {"eos_token": "<|endoftext|>"},
+    "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+}
+MOST_ADDED = 50_000  # tokens beside the vocabulary: they are looked for one by one
+_KEPT_WORDS = 100
+_SENTENCEPIECE_CLASSES = ("", "LlamaTokenizer", "InternLM2Tokenizer")
+"""Classes whose tokenizer.model is known to be read as theirs is."""
+
+
+class Tokenizer:
+    """A tokenizer.json with the special tokens that tokenizer_config.json names.
+
+    Attributes:
+        special_tokens: `bos_token`, `eos_token`, ... to their text.
+    """
+
+    def __init__(self, backend: Backend, special_tokens: dict[str, str]) -> None:
+        self.backend = backend
+        self.special_tokens = special_tokens
+        # The library keeps what words became: 10,000 of them, and where nothing splits a text before (Llama) all of it
+        # is a word, of 7 KB. So each message of a long conversation stayed.
+        limit = getattr(backend.model, "_resize_cache", None)
+        if limit is not None:
+            limit(_KEPT_WORDS)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens of the file's post-processor around them or without.
+
+        Raises:
+            PromptError: the text holds what no UTF-8 gives (a lone surrogate).
+        """
+        ids: list[int] = self._encoding(text, add_special_tokens).ids
+        return ids
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Any:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise PromptError("the prompt is not valid UTF-8 text") from None
+        with library_errors(f"the tokenizer cannot read {text[:40]!r}"):
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+
+    def has_bos(self, text: str, image_token: str) -> bool:
+        """Whether a prompt has a `bos_token` in front, of which images may stand."""
+        bos = self.special_tokens.get("bos_token")
+        return bool(bos) and re.match(f"(?:{re.escape(image_token)})*{re.escape(bos or '')}", text) is not None
+
+    def encode_with_offsets(self, text: str, *, image_token: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a whole prompt, and where each token's text begins and ends: one `bos_token`, whether the chat
+        template wrote it or not.
+
+        Args:
+            image_token: may stand in front of the `bos_token` that the template wrote.
+        """
+        encoding = self._encoding(text, not self.has_bos(text, image_token))
+        return encoding.ids, encoding.offsets
+
+    def encode_piece(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same of a text that goes on a prompt: no special tokens are put around it."""
+        encoding = self._encoding(text, False)
+        return encoding.ids, encoding.offsets
+
+    def encode_behind_images(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same of a text that begins a prompt behind images, with a `bos_token` in front of it: what follows that
+        is a text of its own."""
+        bos = self.special_tokens.get("bos_token", "")
+        first = self.token_to_id(bos)
+        if first is None or not text.startswith(bos):
+            return self.encode_piece(text)
+        ids, offsets = self.encode_piece(text[len(bos) :])
+        return [first, *ids], [(0, len(bos)), *((len(bos) + start, len(bos) + end) for start, end in offsets)]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids; ids beyond the vocabulary give nothing."""
+        with library_errors("the tokenizer cannot write its tokens"):
+            text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def show(self, tokens: Collection[str]) -> None:
+        """Make these tokens text as others are, which `decode` gives, where they are special ones."""
+        added = self.backend.get_added_tokens_decoder().values()
+        if any(each.special and each.content in tokens for each in added):
+            content = json.loads(self.backend.to_str())
+            for each in content["added_tokens"]:
+                each["special"] = each["special"] and each["content"] not in tokens
+            self.backend = Backend.from_str(json.dumps(content))
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a token, None where there is no such token."""
+        found: int | None = self.backend.token_to_id(token)
+        return found
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """Token of an id, None beyond the vocabulary."""
+        if not 0 <= token_id < 1 << 32:  # all that the library takes
+            return None
+        found: str | None = self.backend.id_to_token(token_id)
+        return found
+
+
+class TextStream:
+    """Token ids to text as they come; bytes of an unfinished character wait for the rest.
+
+    The last piece shown is decoded again with each new token, since decoders strip a leading space and join bytes.
+    (The `tokenizers` library's own DecodeStream gives up on byte sequences that are no UTF-8.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # of the last piece shown
+        self._shown = 0  # tokens whose text was shown
+
+    def add(self, token_id: int) -> str:
+        """The text that this token completes, often one word, sometimes nothing."""
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids[self._start :])
+        return "" if text.endswith("\ufffd") else self._show(text)
+
+    def finish(self) -> str:
+        """What still waited when the answer ended."""
+        return self._show(self._tokenizer.decode(self._ids[self._start :]))
+
+    def _show(self, text: str) -> str:
+        before = self._tokenizer.decode(self._ids[self._start : self._shown])
+        if len(text) <= len(before):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return text[len(before) :]
+
+
+def _text_of(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read tokenizer.json (or qwen.tiktoken, vocab.json and merges.txt, vocab.txt, or tokenizer.model),
+    tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or one of the files is broken.
+    """
+    settings, more, added = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    special = dict(_CLASS_DEFAULTS.get(_class_of(settings), {}))
+    for source in (more, settings):
+        for key, value in source.items():
+            text = _text_of(value)
+            if key.endswith("_token") and isinstance(text, str):
+                special[key] = text
+    for listed, name in ((settings.get("added_tokens_decoder"), "tokenizer_config.json"), (added, "added_tokens.json")):
+        if isinstance(listed, dict | list) and len(listed) > MOST_ADDED:
+            raise CheckpointError(f"{folder}/{name} adds {len(listed):,} tokens, at most {MOST_ADDED:,} are read")
+    file = folder / "tokenizer.json"
+    try:
+        with library_errors(
+            f"{folder}: the tokenizer's files do not make one", but=(TypeError, ValueError, AttributeError)
+        ):
+            if file.is_file():
+                backend = _from_json(file)
+            elif (folder / RANKS).is_file():
+                backend = read_tiktoken(folder / RANKS)
+            else:
+                byte_level = (folder / VOCABULARY).is_file() and (folder / MERGES).is_file()
+                words = (folder / WORDS).is_file() and not (folder / "tokenizer.model").is_file()
+                if byte_level:
+                    backend = read_byte_level(folder, gpt2=_class_of(settings) == "GPT2Tokenizer")
+                elif words:
+                    backend = read_word_pieces(folder, settings)
+                else:
+                    backend = _from_sentencepiece(folder, settings, special)
+                own = sorted((int(token_id), text) for text, token_id in added.items())
+                tokens = [(token_id, AddedToken(text, special=True, normalized=False)) for token_id, text in own]
+                _add(backend, tokens, "added_tokens.json", folder)
+            _add_tokens(backend, settings, list(special.values()), folder)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/tokenizer_config.json is malformed: {error!r}") from None
+    return Tokenizer(backend, special)
+
+
+def _class_of(settings: dict[str, Any]) -> str:
+    return str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+
+
+def _from_json(file: Path) -> Backend:
+    check_size(file)
+    with library_errors(f"{file} is broken"):
+        backend = Backend.from_file(str(file))
+    if len(backend.get_added_tokens_decoder()) > MOST_ADDED:
+        raise CheckpointError(f"{file} adds more than {MOST_ADDED:,} tokens to its vocabulary")
+    for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
+        check_patterns(part, file)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _from_sentencepiece(folder: Path, settings: dict[str, Any], special: dict[str, str]) -> Backend:
+    """Llama's tokenizer from a tokenizer.model, as transformers 4 with `use_fast=False` reads it.
+
+    Without `legacy` in its settings it is true, as it was when folders without tokenizer.json were made.
+    """
+    file = folder / "tokenizer.model"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json and no tokenizer.model; save one with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    if _class_of(settings) not in _SENTENCEPIECE_CLASSES:
+        raise CheckpointError(
+            f"{file} belongs to a {settings['tokenizer_class']}, whose tokenizer.model is not read here; save a "
+            "tokenizer.json with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    model = read_sentencepiece(file)
+    added = settings.get("added_tokens_decoder") or {}
+    names = {int(token_id): _text_of(entry) for token_id, entry in added.items()}
+    legacy = settings.get("legacy") is not False
+    spaced = model.add_dummy_prefix if legacy else settings.get("add_prefix_space") is not False
+    prefix: Prefix = "none" if not spaced else "each" if legacy else "first"
+    backend = build_backend(model, prefix=prefix, names={i: name for i, name in names.items() if isinstance(name, str)})
+    for key, text in _CLASS_DEFAULTS["LlamaTokenizer"].items():
+        special.setdefault(key, text)
+    before = [special["bos_token"]] if settings.get("add_bos_token") is not False else []
+    behind = [special["eos_token"]] if settings.get("add_eos_token") else []
+    backend.add_special_tokens([text for text in (*before, *behind) if backend.token_to_id(text) is None])
+    around = [(text, backend.token_to_id(text)) for text in dict.fromkeys([*before, *behind])]
+    if around:
+        backend.post_processor = TemplateProcessing(single=[*before, "$A", *behind], special_tokens=around)
+    return backend
+
+
+def _add_tokens(backend: Backend, settings: dict[str, Any], special: list[str], folder: Path) -> None:
+    """Add the tokens that only tokenizer_config.json lists, which take the next free ids, and its flags to all."""
+    added = settings.get("added_tokens_decoder") or {}
+    tokens = []
+    for token_id, entry in sorted(added.items(), key=lambda item: int(item[0])):
+        text = _text_of(entry)
+        if not isinstance(text, str):
+            continue
+        options = {key: entry[key] for key in ("lstrip", "rstrip", "normalized", "single_word") if key in entry}
+        tokens.append((int(token_id), AddedToken(text, special=bool(entry.get("special", False)), **options)))
+    _add(backend, tokens, "tokenizer_config.json", folder)
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    named = [_text_of(entry) for entry in [*special, *(extra.values() if isinstance(extra, dict) else extra)]]
+    backend.add_special_tokens([text for text in named if isinstance(text, str) and backend.token_to_id(text) is None])
+
+
+def _add(backend: Backend, tokens: Sequence[tuple[int, AddedToken]], file: str, folder: Path) -> None:
+    """Add tokens, in the order of their ids, which must be the next free ones; all at once: each time the library
+    builds its table of them anew."""
+    new = {token.content: token_id for token_id, token in tokens[::-1] if backend.token_to_id(token.content) is None}
+    backend.add_tokens([token for _, token in tokens])
+    for content, token_id in new.items():
+        if backend.token_to_id(content) != token_id:
+            raise CheckpointError(
+                f"{folder}/{file} gives '{content}' the id {token_id}, "
+                f"the next free one of the tokenizer is {backend.token_to_id(content)}"
+            )

@@ -1,0 +1,1 @@
+"""pixel_values -> image features."""

@@ -1,0 +1,147 @@
+"""The vision transformer: pixels -> patch features.
+
+Source: "An Image is Worth 16x16 Words" (arXiv:2010.11929). CLIP (arXiv:2103.00020) adds a class token and a norm in
+front, SigLIP (arXiv:2303.15343) a bias in the patch projection, InternViT (arXiv:2312.14238) layer scales, RMS norms,
+norms of queries and keys, and positions for any size. Modules are named as timm names them.
+"""
+
+from math import inf, isqrt, nextafter
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_vlm_mini.config import VisionConfig
+from mlx_vlm_mini.errors import ImageError
+from mlx_vlm_mini.layers.attention import Attention
+from mlx_vlm_mini.layers.mlp import MLP, GatedMLP
+from mlx_vlm_mini.layers.norms import NORMS
+from mlx_vlm_mini.layers.types import Mask, Recorder
+
+
+class PatchEmbed(nn.Module):
+    """Cuts the image into patches and projects each: a convolution whose stride is its kernel, as one product."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        p = self.patch_size = config.patch_size
+        scale = (3 * p * p) ** -0.5
+        self.weight = mx.random.uniform(-scale, scale, (config.hidden_size, p, p, 3))
+        if config.patch_bias:
+            self.bias = mx.zeros(config.hidden_size)
+
+    def __call__(self, pixel_values: mx.array) -> mx.array:
+        p = self.patch_size
+        B, height, width, channels = pixel_values.shape
+        rows, columns = height // p, width // p
+        x = pixel_values[:, : rows * p, : columns * p].reshape(B, rows, p, columns, p, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, -1)  # (B, P, p * p * channels)
+        x = x @ self.kernel(channels).reshape(-1, p * p * channels).T  # (B, P, C)
+        return x + self.bias if "bias" in self else x
+
+    def kernel(self, channels: int) -> mx.array:
+        """float[C, p, p, channels]."""
+        return self.weight
+
+
+class Block(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        heads, norm, qk_norm_eps = config.num_attention_heads, NORMS[config.blocks.norm_type], config.blocks.qk_norm_eps
+        self.norm1 = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = Attention(
+            config.hidden_size,
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=config.hidden_size // heads,
+            qkv_bias=config.blocks.qkv_bias,
+            o_bias=config.blocks.o_bias,
+            scale=(config.hidden_size // heads) ** -0.5,
+            qk_norm=None if qk_norm_eps is None else (config.hidden_size, qk_norm_eps),
+        )
+        self.norm2 = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = GatedMLP(config) if config.blocks.gated_mlp else MLP(config)
+        if config.blocks.layer_scale:
+            self.ls1, self.ls2 = mx.ones(config.hidden_size), mx.ones(config.hidden_size)
+
+    def __call__(
+        self, x: mx.array, attentions: Recorder | None = None, *, mask: Mask = None, rope: Any = None
+    ) -> mx.array:
+        added = self.attn(self.norm1(x), mask=mask, rope=rope, attentions=attentions)
+        x = x + (added * self.ls1 if "ls1" in self else added)
+        added = self.mlp(self.norm2(x))
+        return x + (added * self.ls2 if "ls2" in self else added)
+
+
+def resample(positions: mx.array, side: int) -> mx.array:
+    """A square grid's positions as those of one with another side, bicubic: float[P, C] -> float[side**2, C]."""
+    stored = isqrt(len(positions))
+    if side == stored:
+        return positions
+    scale = nextafter(side / stored, inf)  # so that Upsample, which cuts fractions off, makes no row too few
+    upsample = nn.Upsample(scale_factor=scale, mode="cubic", align_corners=False)
+    grid = upsample(positions.astype(mx.float32).reshape(1, stored, stored, -1))  # (1, side, side, C)
+    return grid.reshape(side**2, -1).astype(positions.dtype)
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        if config.class_token:
+            self.class_token = mx.zeros(config.hidden_size)
+        self.pos_embed = mx.zeros((config.num_positions, config.hidden_size))
+        if config.pre_norm:
+            self.norm_pre = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.blocks = [Block(config) for _ in range(config.depth)]
+        if config.post_norm:
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def _positions(self, height: int, width: int) -> mx.array:
+        """Position embeddings of an image, float[P, C]; bicubic between the stored ones where it has another size.
+
+        Raises:
+            ImageError: the tower takes no such size.
+        """
+        config, side = self.config, self.config.image_size
+        if (height, width) == (side, side):
+            return self.pos_embed
+        stored, wanted = side // config.patch_size, height // config.patch_size
+        if not config.resample_positions or height != width or not wanted:
+            raise ImageError(
+                f"the vision tower takes {side}x{side} pixels, the image processor gives {width}x{height}: "
+                "preprocessor_config.json does not fit config.json"
+            )
+        first, rest = self.pos_embed[: -(stored**2)], self.pos_embed[-(stored**2) :]
+        return mx.concatenate([first, resample(rest, wanted)])
+
+    def __call__(self, pixel_values: mx.array, attentions: Recorder | None = None) -> mx.array:
+        """Encode images.
+
+        Args:
+            pixel_values: float[B, side, side, 3], normalised; `image_size` pixels along a side, or any number of them
+                where the config says `resample_positions`.
+            attentions: where given, each block appends its weights float[B, H, P, P] (class token first).
+
+        Returns:
+            float[B, P, feature_size], P being `num_features` for images of `image_size` pixels.
+
+        Raises:
+            ImageError: the image has another size than the position embeddings.
+        """
+        positions = self._positions(*pixel_values.shape[1:3])
+        x = self.patch_embed(pixel_values)  # (B, P, C)
+        if "class_token" in self:
+            first = mx.broadcast_to(self.class_token, (x.shape[0], 1, x.shape[2]))
+            x = mx.concatenate([first, x], axis=1)
+        x = x + positions
+        if "norm_pre" in self:
+            x = self.norm_pre(x)
+        states = [x]
+        for block in self.blocks:
+            states.append(block(states[-1], attentions))
+        if "norm" in self:
+            states[-1] = self.norm(states[-1])
+        features = mx.concatenate([states[layer] for layer in self.config.feature_layers], axis=-1)
+        return features[:, 1:] if self.config.drop_first_feature else features
