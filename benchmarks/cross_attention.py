@@ -29,9 +29,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from published import CONFIGS
 
-from mlx_vlm_mini.borrow import borrow
-from mlx_vlm_mini.decoder.cross_attention import ImageCache, ShownImage, Span
+from mlx_vlm_mini.decoder.cross_attention import Span
 from mlx_vlm_mini.decoder.decoder import Decoder
+from mlx_vlm_mini.decoder.reading import Memory, Reading
+from mlx_vlm_mini.decoder.state import State
 from mlx_vlm_mini.families import mllama
 from mlx_vlm_mini.generation.decode import prefill
 
@@ -53,11 +54,6 @@ def make_decoder(kinds: tuple[Any, ...], dtype: mx.Dtype, shared: dict[str, Any]
     return decoder
 
 
-def make_cache(decoder: Decoder) -> list[Any]:
-    text = borrow("models.cache").KVCache
-    return [ImageCache() if kind == "cross_attention" else text() for kind in decoder.config.layer_types]
-
-
 def count(*modules: Any) -> int:
     return sum(int(array.size) for module in modules for _, array in tree_flatten(module.parameters()))
 
@@ -74,29 +70,26 @@ def main() -> None:
     decoder = make_decoder(kinds, dtype, shared)
     plain = make_decoder(("full_attention",) * options.layers, dtype, shared)
     size = decoder.config.hidden_size
-    prompt, token = (mx.random.normal((1, length, size)).astype(dtype) for length in (options.text, 1))
+    prompt, token = (Reading(mx.random.normal((1, length, size)).astype(dtype)) for length in (options.text, 1))
 
-    caches: dict[str, tuple[Decoder, list[Any]]] = {}
+    states: dict[str, tuple[Decoder, State]] = {}
     for name, tiles in IMAGES.items():
-        cache = make_cache(decoder)
-        shown = [
-            ShownImage(
-                Span(place, each * PATCHES, each * PATCHES), mx.random.normal((each * PATCHES, size)).astype(dtype)
-            )
-            for place, each in enumerate(tiles)  # beside one another, so that all are seen to the end
-        ]
-        mx.eval(prefill(decoder, prompt, cache, images=shown))
-        caches[name] = decoder, cache
-    text = [borrow("models.cache").KVCache() for _ in plain.layers]
+        state, counts = decoder.make_state(), [each * PATCHES for each in tiles]
+        # beside one another, so that all are seen to the end
+        spans = tuple(Span(place, count, count) for place, count in enumerate(counts))
+        memory = Memory(mx.random.normal((sum(counts), size)).astype(dtype), spans) if spans else None
+        mx.eval(prefill(decoder, replace(prompt, memory=memory), state))
+        states[name] = decoder, state
+    text = plain.make_state()
     mx.eval(prefill(plain, prompt, text))
-    caches["text alone, all layers read text"] = plain, text
+    states["text alone, all layers read text"] = plain, text
 
-    times: dict[str, list[float]] = {name: [] for name in caches}
+    times: dict[str, list[float]] = {name: [] for name in states}
     load = os.getloadavg()[0]
     for step in range(options.steps + 1):
-        for name, (own, cache) in caches.items():
+        for name, (own, state) in states.items():
             start = time.perf_counter()
-            mx.eval(own.logits(own(token, cache)))
+            mx.eval(own.logits(own(token, state)))
             if step:
                 times[name].append(time.perf_counter() - start)
 

@@ -62,49 +62,58 @@ class Plan:
 
 
 PLAN = {
-    "attention": Plan(
+    "layers.attention": Plan(
         ("test_attention.py", "test_cache.py", "test_qwen_vl.py", "test_mllama.py"),
         ("llava-clip-llama", "paligemma2-gemma2", "qwen-vl-chat", "internvl-rms-qwen3"),
         ("test_attention", "scaled_by_their_place", "blocks", "prompt_logit", "cached"),
     ),
-    "cross_attention": Plan(
+    "decoder.cross_attention": Plan(
         ("test_mllama.py", "test_chat.py"), ("mllama-meta", "mllama-transformers"),
         ("what_tokens_see", "images_is_cut", "decoded", "blocks", "keys_and_values", "attends", "prompt_logit"),
     ),
-    "image_blocks": Plan(
-        ("test_gemma3.py", "test_chat.py"), ("gemma3-hub", "gemma3-crops"), ("block", "pieces", "causal", "later_turn")
-    ),
-    "decoder": Plan(
+    "decoder.masks": Plan(
         ("test_attention.py", "test_gemma3.py", "test_paligemma.py", "test_cache.py", "test_chat.py", "test_mllama.py",
          "test_qllama.py", "test_generation.py"),
-        ("llava-clip-mistral", "paligemma2-gemma2", "gemma3-hub", "mllama-meta", "qllama"),
-        ("mask", "window", "causal", "prefix", "rotating", "block", "prompt_logit", "cached_decoding"),
-        ("causal_mask", "rotating_mask", "masks"),
+        ("llava-clip-mistral", "paligemma2-gemma2", "gemma3-hub", "gemma3-crops", "mllama-meta", "qllama"),
+        ("mask", "window", "causal", "prefix", "rotating", "block", "pieces", "prompt_logit", "cached_decoding"),
     ),
-    "tiles": Plan(
+    "decoder.state": Plan(
+        ("test_state.py", "test_cache.py", "test_chat.py", "test_mllama.py", "test_qwen2_vl.py"),
+        ("llava-clip-llama", "qwen2.5-vl", "mllama-meta"),
+        ("test_state", "images_is_cut", "fork", "undo", "rows_of_a_batch", "cached"),
+    ),
+    "decoder.positions": Plan(
+        ("test_qwen2_vl.py", "test_video.py", "test_state.py"), ("qwen2-vl", "qwen3-vl"),
+        ("positions", "the_offset", "rows_of_a_batch", "cached"),
+    ),
+    "preprocessing.tiles": Plan(
         ("test_internvl.py", "test_places.py"), ("internvl-qwen2", "internvl-chat-phi3"), ("grids", "tile", "bright")
     ),
-    "anyres": Plan(
+    "preprocessing.anyres": Plan(
         ("test_anyres.py", "test_llava_onevision.py", "test_llava_original.py", "test_places.py"),
         ("llava-next-clip-mistral", "llava-onevision"), ("test_anyres", "tokens", "shrunk", "longest", "bright"),
     ),
-    "splits": Plan(
+    "preprocessing.splits": Plan(
         ("test_idefics3.py", "test_places.py"), ("idefics3-markers", "smolvlm-whole"),
         ("sizes", "limits", "split", "ribbon", "bright"),
     ),
-    "crops": Plan(("test_gemma3.py", "test_places.py"), ("gemma3-crops", "gemma3-hub"), ("crops", "settings")),
-    "grid": Plan(("test_qwen2_vl.py", "test_pixtral.py"), ("qwen2-vl", "pixtral"), ("size", "sides", "grid")),
-    "cache": Plan(
+    "preprocessing.crops": Plan(
+        ("test_gemma3.py", "test_places.py"), ("gemma3-crops", "gemma3-hub"), ("crops", "settings")
+    ),
+    "preprocessing.grid": Plan(
+        ("test_qwen2_vl.py", "test_pixtral.py"), ("qwen2-vl", "pixtral"), ("size", "sides", "grid")
+    ),
+    "generation.cache": Plan(
         ("test_cache.py", "test_chat.py", "test_transcript.py", "test_mllama.py", "test_qwen2_vl.py",
          "test_gemma3.py", "test_qwen_vl.py"), (), ("cache", "saved", "loaded", "fork", "undo", "turn"),
     ),
-    "weights": Plan(
+    "checkpoints.weights": Plan(
         ("test_weights.py", "test_internvl.py", "test_requantize.py", "test_convert.py", "test_mllama.py",
          "test_qwen_vl.py"),
         ("llava-clip-llama", "internvl-chat-internlm2", "internvl-chat-phi3"),
         ("names", "shape", "missing", "unknown", "rows", "fused", "prompt_logit", "layout", "settings_of_its_own"),
     ),
-    "families.maps": Plan(
+    "families.parts.maps": Plan(
         ("test_internvl.py", "test_mllama.py", "test_qwen_vl.py"),
         ("internvl-qwen2", "internvl-chat-internlm2", "internvl-chat-phi3", "mllama-meta", "qwen-vl-chat",
          "llava-original-internvit"), ("names", "every_tensor", "prompt_logit"), at_import=True,
@@ -294,7 +303,7 @@ def test_module(name: str, folder: Path, options: argparse.Namespace) -> None:
     """Test one module's mutants, in a process that has imported the package."""
     module, plan = f"mlx_vlm_mini.{name}", PLAN[name]
     file = ROOT / f"{module.replace('.', '/')}.py"
-    source, strings = file.read_text(), name in ("weights", "families.maps")
+    source, strings = file.read_text(), name in ("checkpoints.weights", "families.parts.maps")
 
     def parse() -> tuple[ast.Module, list[Mutant]]:
         tree = ast.parse(source)

@@ -163,11 +163,11 @@ def ours(file: Path) -> None:
     for name, case in job["cases"].items():
         inputs = processor(with_paths(case["messages"]))
         report[name] = {"same_ids": np.array(inputs.input_ids[0]).tolist() == case["ids"]}
-        cache = model.make_cache()
-        logits, rows = prefill(model.decoder, model.embed(inputs), cache, images=model.show(inputs)), []
+        state = model.make_state()
+        logits, rows = prefill(model.decoder, model.read(inputs), state), []
         for token in case["tokens"]:
             rows.append(np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0])
-            logits = model.decoder.logits(model.decoder(model.decoder.embed(mx.array([[token]])), cache))[:, -1]
+            logits = model.decoder.logits(model.decoder(model.decoder.read(mx.array([[token]])), state))[:, -1]
         arrays[f"{name}/own"] = np.stack(rows)
     np.savez(file.with_suffix(".npz"), **arrays)
     file.with_suffix(".out.json").write_text(json.dumps(report))

@@ -21,8 +21,9 @@ use_openblas()  # before anything imports mlx
 import mlx.core as mx
 from published import CONFIGS
 
-from mlx_vlm_mini.borrow import borrow
 from mlx_vlm_mini.decoder.decoder import Decoder
+from mlx_vlm_mini.decoder.masks import Prefix
+from mlx_vlm_mini.decoder.reading import Reading
 from mlx_vlm_mini.families import find_family
 from mlx_vlm_mini.generation.decode import prefill
 
@@ -49,8 +50,7 @@ def main() -> None:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     start = time.perf_counter()
-    cache = [borrow("models.cache").KVCache() for _ in decoder.layers]
-    mx.eval(prefill(decoder, embeddings, cache))
+    mx.eval(prefill(decoder, Reading(embeddings, Prefix(length)), decoder.make_state()))
     seconds = time.perf_counter() - start
     scores = whole.decoder.num_attention_heads * length**2 * dtype.size
     print(

@@ -101,13 +101,13 @@ class Ours(OnMlx):
 
         os.environ[step.COMPILE], step.BUILT_FIRST = str(int(traced)), 0
         mx, decoder = self.mx, self.model.decoder
-        cache = self.filled(
-            self.model.make_cache(), context, decoder.config.num_key_value_heads, decoder.config.head_dim
-        )
-        logits = decoder.logits(decoder(decoder.embed(mx.array([[5]])), cache))[:, 0]
+        state = self.model.make_state()
+        self.filled(state.layers, context, decoder.config.num_key_value_heads, decoder.config.head_dim)
+        state.start = context
+        logits = decoder.logits(decoder(decoder.read(mx.array([[5]])), state))[:, 0]
         mx.eval(logits)
         steps = decode(
-            decoder, logits, cache, prompt=mx.array([5]), max_tokens=tokens + 2,
+            decoder, logits, state, prompt=mx.array([5]), max_tokens=tokens + 2,
             sampler=lambda logprobs: mx.argmax(logprobs, axis=-1),
         )  # fmt: skip
         return self.timed(steps, tokens)
@@ -146,7 +146,7 @@ class Ours(OnMlx):
     def encode(self, image: str) -> Reply:
         pixels = self.mx.array(self.processor.prepare(Path(image)).pixel_values)
         begin = time.perf_counter()
-        self.mx.eval(self.model.project(pixels))
+        self.model.embed_images(pixels)
         return {"seconds": time.perf_counter() - begin}
 
     def first(self, images: list[str], question: str) -> Reply:

@@ -12,6 +12,7 @@ import click
 
 from .batch import Item, Output, answer_all, ask, ask_about, check_pictures, left_to_do, read_prompts, spread
 from .drawing import check_drawing, draw_answer, drawing_options, find_mask_decoder
+from .interrupt import Interrupts
 from .look import Look
 from .main import INTERRUPTED
 from .options import check_videos, complete_files, loading_options, model_argument, sampling_options, video_options
@@ -116,11 +117,18 @@ def command(
         messages = ask(prompt, opened, system).messages
         messages[-1]["content"] = [*videos, *messages[-1]["content"]]
         try:
-            for chunk in stream_generate(vlm, processor, messages, progress=status.prefill, **options):
-                status.clear()
-                chunks.append(chunk)
-                if not as_json:
-                    answer.write(chunk.text)
+            with Interrupts() as interrupts:
+
+                def progress(done: int, total: int) -> None:
+                    status.prefill(done, total)
+                    interrupts.check()
+
+                for chunk in stream_generate(vlm, processor, messages, progress=progress, **options):
+                    status.clear()
+                    chunks.append(chunk)
+                    if not as_json:
+                        answer.write(chunk.text)
+                    interrupts.check()
         except KeyboardInterrupt:
             interrupted = True
     if not as_json:
@@ -169,12 +177,16 @@ def _answer_many(
 
         def answer(item: Item) -> dict[str, Any]:
             chat.messages = []  # the cache stays: questions about the same picture share how they begin
-            chunks = list(chat.send(item.messages))
+            chunks = []
+            for chunk in chat.send(item.messages):
+                chunks.append(chunk)
+                interrupts.check()
             check_pictures(item, [part["image"].origin.sha256 for part in images_of(chat.messages)])
             return _as_object(chunks, {}, False)
 
         try:
-            failed = answer_all(todo, output, answer)
+            with Interrupts() as interrupts:
+                failed = answer_all(todo, output, answer)
         except KeyboardInterrupt:
             if path is not None:
                 click.echo(f"\nstopped: the same command goes on with {path}", err=True)

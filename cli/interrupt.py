@@ -1,4 +1,7 @@
-"""Ctrl-C while an answer is computed: acted on between two tokens, where nothing is half done."""
+"""Ctrl-C while an answer is computed: acted on between two tokens, where nothing is half done.
+
+Raised wherever it comes, it would now and then be lost: `mx.array` of numpy's swallows what is raised meanwhile.
+"""
 
 import signal
 from types import FrameType, TracebackType

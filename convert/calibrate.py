@@ -16,13 +16,10 @@ from mlx_vlm_mini.checkpoints.weights import load_weights
 from mlx_vlm_mini.data.examples import read_examples
 from mlx_vlm_mini.data.questions import Asker, dialogue, user
 from mlx_vlm_mini.data.scenes import draw, random_scene
-from mlx_vlm_mini.decoder.cross_attention import ShownImage
-from mlx_vlm_mini.decoder.masks import ImageBlock
-from mlx_vlm_mini.decoder.sections import PlacedImage, add_taps
+from mlx_vlm_mini.decoder.reading import Pass
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.inputs import Inputs
-from mlx_vlm_mini.layers.cpu.exponential import log_softmax
-from mlx_vlm_mini.layers.cpu.unpack import unpack
+from mlx_vlm_mini.layers.kernels import kernels
 from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.text.messages import Message
 
@@ -34,19 +31,14 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about pictures and its answer, as the model reads them.
-
-    Attributes:
-        inputs: the question, and behind it the answer.
-        start: tokens of the question.
-    """
+    """A question about pictures and its answer, as the model reads them."""
 
     inputs: Inputs
-    start: int
 
     @property
-    def length(self) -> int:
-        return self.inputs.input_ids.shape[1]
+    def start(self) -> int:
+        """Tokens of the question."""
+        return self.inputs.prompt_length
 
 
 def make_sample(processor: Processor, messages: Sequence[Message], answer: str = "") -> Sample:
@@ -55,11 +47,8 @@ def make_sample(processor: Processor, messages: Sequence[Message], answer: str =
     if processor.config.text_alone:
         messages = [{**message, "content": _texts(message["content"])} for message in messages]
     inputs = processor(messages)
-    start = inputs.input_ids.shape[1]
     ids = processor.tokenizer.encode(answer, add_special_tokens=False) if answer else []
-    whole = mx.concatenate([inputs.input_ids, mx.array([ids], dtype=mx.int32).reshape(1, -1)], axis=1)
-    slots = np.concatenate([inputs.slots, np.zeros(len(ids), dtype=bool)])
-    return Sample(replace(inputs, input_ids=whole, slots=slots), start)
+    return Sample(inputs.followed_by(ids))
 
 
 def _texts(content: Any) -> Any:
@@ -124,18 +113,12 @@ def release(module: nn.Module) -> None:
     mx.clear_cache()
 
 
-def expand(module: nn.Module, dtype: mx.Dtype) -> None:
-    """On a CPU, replace quantized linear layers by dequantized ones, which are many times faster on many rows."""
-    if mx.default_device().type != mx.DeviceType.gpu:
-        unpack(module, dtype)
-
-
 class Walk:
     """A model run on samples part by part, each read before and given back after.
 
     Attributes:
         hidden: of each sample, what the next layer reads: float[1, L, C].
-        shown: of each sample, what cross-attention layers look at.
+        passes: of each sample, what is prepared for all layers.
     """
 
     def __init__(
@@ -145,33 +128,32 @@ class Walk:
         self.samples = samples
         self.dtype = dtype
         self.hidden: list[mx.array] = []
-        self.shown: list[list[ShownImage | PlacedImage]] = []
-        self.blocks: list[list[ImageBlock]] = []
+        self.passes: list[Pass] = []
         self._say = say or (lambda _: None)
 
     def load_front(self) -> None:
         """Read everything in front of the decoder's layers."""
         self._say("vision")
         others = {name.partition(".")[0] for name in self.plan.ours} - {"decoder"}
-        load_part(self.plan, "decoder.embed_tokens.", *sorted(others), dtype=self.dtype)
+        load_part(self.plan, "decoder.embed_tokens.", "decoder.pos_embed", *sorted(others), dtype=self.dtype)
 
     def enter(self) -> list[mx.array]:
-        """What the first layer reads of each sample; what cross-attention layers look at becomes `shown`."""
-        model, embedded = self.plan.model, []
-        self.shown, self.blocks = [], []
+        """What the first layer reads of each sample; what is prepared for the layers becomes `passes`."""
+        model, entered = self.plan.model, []
+        self.passes = []
         for sample in self.samples:
-            embeddings, images = model.read(sample.inputs)
-            embedded.append(embeddings)
-            self.shown.append([image for image in images if not isinstance(image, ImageBlock)])
-            self.blocks.append([image for image in images if isinstance(image, ImageBlock)])
-            mx.eval(embedded[-1])
-        return embedded
+            run = model.decoder.begin(model.read(sample.inputs))
+            entered.append(model.decoder.enter(run))
+            mx.eval(entered[-1], run.reading.beside, run.reading.memory and run.reading.memory.features)
+            none = run.reading.embeddings[:, :0]  # they are the first hidden states, which are given up later
+            self.passes.append(replace(run, reading=replace(run.reading, embeddings=none)))
+        return entered
 
     def embed(self) -> None:
         """Embed all samples, their pictures among them; keeps the embeddings' table where the head needs it."""
         model = self.plan.model
         for part in (model.vision, model.projector):
-            expand(part, self.dtype)
+            kernels().unpack(part, self.dtype)
         self.hidden = self.enter()
         for part in (model.vision, model.projector):
             release(part)
@@ -180,13 +162,9 @@ class Walk:
 
     def features(self) -> list[np.ndarray]:
         """Of each sample the embeddings of its pictures, float32[P, C]; between `embed` and the first layer."""
-        looked_at = [[image for image in shown if isinstance(image, ShownImage)] for shown in self.shown]
-        if any(looked_at):
-            return [
-                np.concatenate([np.array(image.features.astype(mx.float32)) for image in shown])
-                for shown in looked_at
-                if shown
-            ]
+        memories = [run.reading.memory for run in self.passes]
+        if any(memory is not None for memory in memories):
+            return [np.array(memory.features.astype(mx.float32)) for memory in memories if memory is not None]
         found = []
         for sample, hidden in zip(self.samples, self.hidden, strict=True):
             rows = mx.array(np.flatnonzero(sample.inputs.slots))
@@ -202,26 +180,16 @@ class Walk:
 
     def run_layer(self, number: int, hidden: Sequence[mx.array]) -> list[mx.array]:
         """What a layer makes of its inputs, one a sample."""
-        decoder = self.plan.model.decoder
-        layer, kind = decoder.layers[number], decoder.config.layer_types[number]
         outputs = []
-        for x, sample, images, blocks in zip(hidden, self.samples, self.shown, self.blocks, strict=True):
-            shown = [image for image in images if isinstance(image, ShownImage)]
-            placed = [image for image in images if isinstance(image, PlacedImage)]
-            features = shown[0].features[None] if shown and decoder.config.queries is not None else None
-            spans = [image.span for image in shown]
-            masks = decoder.masks(sample.length, prefix=sample.start, spans=spans, features=features, blocks=blocks)
-            cache = decoder.show(number, shown, None) if kind == "cross_attention" else None
-            rope = decoder.ropes(placed, 0, sample.length, sample.start)[kind]
-            x = layer(x, mask=masks[kind], rope=rope, cache=cache, attentions=None)
-            outputs.append(add_taps(x, number, placed, 0))
+        for x, run in zip(hidden, self.passes, strict=True):
+            outputs.append(self.plan.model.decoder.run_layer(number, x, run))
             mx.eval(outputs[-1])
         return outputs
 
     def step(self, number: int) -> None:
         """Move all samples through a layer that is loaded, and give it back."""
         layer = self.plan.model.decoder.layers[number]
-        expand(layer, self.dtype)
+        kernels().unpack(layer, self.dtype)
         self.hidden = self.run_layer(number, self.hidden)
         release(layer)
 
@@ -239,7 +207,7 @@ class Walk:
         """Of each sample the log-probabilities of the next token there: float32[T, vocab_size]."""
         found = []
         for hidden in self.scored():
-            found.append(np.array(log_softmax(self.plan.model.decoder.logits(hidden)[0])))
+            found.append(np.array(kernels().log_softmax(self.plan.model.decoder.logits(hidden)[0])))
         return found
 
 
@@ -268,7 +236,7 @@ def observe(
         walk.load_layer(number)
         walk.step(number)
     walk.load_head()
-    expand(plan.model.decoder, dtype)
+    kernels().unpack(plan.model.decoder, dtype)
     logprobs = walk.logprobs()
     release(plan.model.decoder)
     return Observed(features, logprobs)

@@ -23,6 +23,7 @@ from mlx_vlm_mini.checkpoints.folder import DTYPES
 from mlx_vlm_mini.checkpoints.load import Plan, compute_dtype
 from mlx_vlm_mini.checkpoints.weights import count_blocks, fused, join_rows
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.inputs import InputImage
 
 from .calibrate import Sample, Walk, release
 from .quantize import Packed, Quantization
@@ -260,6 +261,54 @@ class _Gather:
         return {path: sums[owner] for path, owner in self._owners.items()}
 
 
+def _finish_front(
+    plan: Plan,
+    images: Sequence[InputImage],
+    layers: Mapping[str, nn.Module],
+    finish: Callable[[str, Seen | None], None],
+) -> None:
+    """Quantize the layers before the decoder, by path, on what all images give them."""
+    model = plan.model
+    last: tuple[mx.array, Seen] | None = None
+
+    def finish_at_once(path: str, x: mx.array) -> None:
+        nonlocal last
+        if not mx.issubdtype(x.dtype, mx.floating):  # tokens, of a Q-Former's embeddings
+            return finish(path, None)
+        if last is None or x is not last[0]:
+            gather = _Gather()
+            gather.add(path, x)
+            last = x, gather.seen()[path]
+        finish(path, last[1])
+
+    if plan.config.vision.grid is not None:  # of different sizes, so one by one, before any layer is rounded
+        gather = _Gather()
+        with watch(model, layers.keys(), gather.add):
+            for image in images:
+                mx.eval(model.embed_images(mx.array(image.pixel_values)))
+        for path, seen in gather.seen().items():
+            finish(path, seen)
+        return
+    # all pictures in one call, so that each layer is finished when the next one reads
+    questions = [mx.array(image.instruction) for image in images if image.instruction is not None]
+    asked = {path for path in layers if path.startswith("projector.") and questions}
+    with watch(model, layers.keys() - asked, finish_at_once):
+        if plan.config.vision.tiled is not None:
+            mx.eval(model.embed_tiled(images))
+        else:
+            rows = mx.array(np.concatenate([image.pixel_values for image in images]))
+            features = model.vision.encode(rows.astype(model.dtype))
+            mx.eval(features if asked else model.project(features))
+    if asked:  # each picture with its own question, of its own length: so one by one, as above
+        gather, ends = _Gather(), np.cumsum([image.rows for image in images])
+        with watch(model, {path for path in asked if isinstance(layers[path], nn.Linear)}, gather.add):
+            for question, end, image in zip(questions, ends.tolist(), images, strict=True):
+                mx.eval(model.projector(features[end - image.rows : end], question))
+        found = gather.seen()
+        for path in sorted(asked):
+            finish(path, found.get(path))
+
+
 def compensate_model(
     plan: Plan,
     chosen: Mapping[str, Quantization],
@@ -302,37 +351,11 @@ def compensate_model(
             weight, scales, biases = (join_rows(each, blocks) for each in zip(*map(parts.pop, held[name]), strict=True))
             result[name] = weight, scales, biases
 
-    last: tuple[mx.array, Seen] | None = None
-
-    def finish_at_once(path: str, x: mx.array) -> None:
-        nonlocal last
-        if not mx.issubdtype(x.dtype, mx.floating):  # tokens, of a Q-Former's embeddings
-            return finish(path, None)
-        if last is None or x is not last[0]:
-            gather = _Gather()
-            gather.add(path, x)
-            last = x, gather.seen()[path]
-        finish(path, last[1])
-
     walk = Walk(plan, samples, compute_dtype(plan), say)
     walk.load_front()
     images = [image for sample in samples for image in sample.inputs.images]
-    if images and plan.config.vision.grid is not None:  # of different sizes, so one by one, before any layer is rounded
-        gather = _Gather()
-        with watch(model, {path for path in wanted if not path.startswith("decoder.")}, gather.add):
-            for image in images:
-                mx.eval(model.embed_images(mx.array(image.pixel_values)))
-        for path, seen in gather.seen().items():
-            finish(path, seen)
-    elif images:  # all pictures in one call, so that each layer is finished when the next one reads
-        front = {path for path in wanted if not path.startswith("decoder.")}
-        with watch(model, front, finish_at_once):
-            if plan.config.vision.tiled is not None:
-                mx.eval(model.embed_tiled(images))
-            else:
-                rows = mx.array(np.concatenate([image.pixel_values for image in images]))
-                mx.eval(model.project(rows, images[0].instruction))
-        last = None
+    if images:
+        _finish_front(plan, images, {path: layers[path] for path in wanted if not path.startswith("decoder.")}, finish)
     if "decoder.embed_tokens" in wanted:
         finish("decoder.embed_tokens", None)
     walk.embed()

@@ -201,9 +201,9 @@ def measure(
             start = int(paths[0].split(".")[2])
             other = answers(states[start], start)
         else:
-            shown = walk.shown
+            passes = walk.passes
             other = answers(walk.enter(), 0)
-            walk.shown = shown
+            walk.passes = passes
         for path, weight in zip(paths, exact, strict=True):
             layers[path].weight = weight
         kl = max(float(divergence(reference, other).mean()), 0.0)

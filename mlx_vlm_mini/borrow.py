@@ -6,13 +6,15 @@ loaded under a package of our own, unless mlx-lm is already imported: then its m
 """
 
 import sys
+import threading
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-_PACKAGE = "mlx_vlm_mini._mlx_lm"
+_PACKAGE, _UNCOMPILED = "mlx_vlm_mini._mlx_lm", "mlx_vlm_mini._mlx_lm_uncompiled"
+_lock = threading.Lock()
 
 
 @cache
@@ -24,11 +26,39 @@ def borrow(module: str) -> Any:
     """
     if "mlx_lm" in sys.modules:
         return import_module(f"mlx_lm.{module}")
-    if _PACKAGE not in sys.modules:
+    return _load(_PACKAGE, module)
+
+
+@cache
+def borrow_uncompiled(module: str) -> Any:
+    """The same, none of whose functions are compiled where MLX would call the system's C++ compiler for it: on a CPU.
+
+    What that compiler makes is loaded from a folder that other users may write to. Errors as of `borrow`.
+    """
+    import mlx.core as mx
+
+    if mx.default_device().type == mx.DeviceType.gpu:
+        return borrow(module)
+    with _lock:
+        before = mx.compile
+        setattr(mx, "compile", _leave)  # noqa: B010 - another type than the function's
+        try:
+            return _load(_UNCOMPILED, module)
+        finally:
+            setattr(mx, "compile", before)  # noqa: B010
+
+
+def _leave(function: Any = None, *_: Any, **__: Any) -> Any:
+    """In place of `mx.compile`: the function itself."""
+    return function
+
+
+def _load(package: str, module: str) -> Any:
+    if package not in sys.modules:
         spec = find_spec("mlx_lm")
         if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError("mlx-lm is not installed: pip install mlx-lm", name="mlx_lm")
-        package = ModuleType(_PACKAGE)
-        package.__path__ = list(spec.submodule_search_locations)
-        sys.modules[_PACKAGE] = package
-    return import_module(f"{_PACKAGE}.{module}")
+        made = ModuleType(package)
+        made.__path__ = list(spec.submodule_search_locations)
+        sys.modules[package] = made
+    return import_module(f"{package}.{module}")

@@ -1,6 +1,7 @@
 """What a processor makes of a prompt, and a model reads."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -43,11 +44,28 @@ class Inputs:
         input_ids: int32[1, L]; at an image's slots stands the image token's id.
         slots: bool[L] (numpy): true where a row of image features replaces the token's embedding.
         images: in the prompt's order; their slots follow one another.
+        answer_length: tokens at the end that belong to an answer.
     """
 
     input_ids: mx.array
     slots: np.ndarray
     images: tuple[InputImage, ...] = ()
+    answer_length: int = 0
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt, without those of an answer that was appended."""
+        return len(self.slots) - self.answer_length
+
+    def followed_by(self, tokens: Sequence[int]) -> "Inputs":
+        """The same with an answer's token ids after them."""
+        ids = mx.array([[*tokens]], dtype=self.input_ids.dtype).reshape(1, -1)
+        return replace(
+            self,
+            input_ids=mx.concatenate([self.input_ids, ids], axis=1),
+            slots=np.concatenate([self.slots, np.zeros(len(tokens), dtype=bool)]),
+            answer_length=self.answer_length + len(tokens),
+        )
 
     @property
     def pixel_values(self) -> mx.array | None:

@@ -337,6 +337,13 @@ class Processor:
         if not ids:
             raise PromptError("the prompt is empty: the chat template gives no text for these messages")
         written, places = np.array(ids, dtype=np.int32), np.flatnonzero(is_slot)
+        rows = self.config.decoder.num_embeddings
+        for token in written[~is_slot & (written >= rows)].tolist()[:1]:
+            name = self.tokenizer.id_to_token(token)
+            raise PromptError(
+                f"the prompt has the token {name} with the id {token}, and the model has embeddings of {rows} tokens: "
+                "leave it out of the text, or use the tokenizer files that belong to these weights"
+            )
         video_id = None if self.video_token is None else self.tokenizer.token_to_id(self.video_token)
         for image, count in zip(prepared, (one.tokens for one in given), strict=True):
             own, places = places[:count], places[count:]

@@ -35,6 +35,7 @@ from reference import GOLDEN
 from mlx_vlm_mini import load
 from mlx_vlm_mini.generation import step
 from mlx_vlm_mini.generation.step import COMPILE
+from mlx_vlm_mini.layers import kernels
 
 
 def _is_number(host: str) -> bool:
@@ -67,6 +68,29 @@ def traced_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     mx.disable_compile()
     yield
     mx.enable_compile()
+
+
+@pytest.fixture
+def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute as on a CPU that is not Apple's, wherever the tests run."""
+    monkeypatch.setitem(kernels._chosen, mx.default_device().type, kernels.CPU)
+
+
+@pytest.fixture
+def mac_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compute as a Mac does, in plain MLX; what is compiled there is interpreted, as on a CPU it would go through a C++
+    compiler."""
+    monkeypatch.setitem(kernels._chosen, mx.default_device().type, kernels.MLX)
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(params=["cpu", "mac"])
+def either_kernels(request: pytest.FixtureRequest) -> kernels.Kernels:
+    """Both ways to compute, one after the other."""
+    request.getfixturevalue(f"{request.param}_kernels")
+    return kernels.kernels()
 
 
 @pytest.fixture(scope="session")

@@ -33,12 +33,12 @@ def compare(folder, case, chat_template=None, steps=6):
     np.testing.assert_array_equal(np.array(inputs.input_ids[0]), expected["prompt_ids"])
     if inputs.pixel_values is not None:
         np.testing.assert_allclose(np.array(inputs.pixel_values), expected["pixel_values"], atol=1e-5)
-    cache = model.make_cache()
-    logits = prefill(model.decoder, model.embed(inputs), cache, step=8)
+    cache = model.make_state()
+    logits = prefill(model.decoder, model.read(inputs), cache, step=8)
     for token, logprobs in zip(expected["token_ids"].tolist(), expected["logprobs"], strict=True):
         own = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
         np.testing.assert_allclose(own, logprobs, atol=TOLERANCE)
-        logits = model.decoder.logits(model.decoder(model.decoder.embed(mx.array([[token]])), cache))[:, -1]
+        logits = model.decoder.logits(model.decoder(model.decoder.read(mx.array([[token]])), cache))[:, -1]
 
 
 def changed(name, *, vision=None, text=None, **changes) -> Spec:

@@ -24,6 +24,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_vlm_mini.data.examples import Batch, Encoded, Example, collate, encode
+from mlx_vlm_mini.decoder.reading import Reading
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.files import write_text
 from mlx_vlm_mini.layers.cpu.blas import one_thread
@@ -104,10 +105,10 @@ def batch_logits(model: VLM, input_ids: mx.array, features_at: mx.array, pixel_v
     """float32[B, L, vocabulary]: what the model expects behind each token of a batch; see `Batch`."""
     embeddings = model.decoder.embed(input_ids)
     if pixel_values.shape[0]:
-        features = model.projector(model.vision(pixel_values))
+        features = model.projector(model.vision.encode(pixel_values))
         features = features.reshape(-1, features.shape[-1])
         embeddings = mx.where((features_at >= 0)[..., None], features[mx.maximum(features_at, 0)], embeddings)
-    return model.decoder.logits(model.decoder(embeddings)).astype(mx.float32)
+    return model.decoder.logits(model.decoder(Reading(embeddings))).astype(mx.float32)
 
 
 def batch_loss(

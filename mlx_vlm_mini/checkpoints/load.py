@@ -1,5 +1,6 @@
 """Folder or Hub name -> model and processor."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,14 +8,15 @@ from types import NoneType
 from typing import Any, Literal
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_vlm_mini.config import VLMConfig, check_layers
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families import Family, find_family, qwen_vl
 from mlx_vlm_mini.files import read_json
 from mlx_vlm_mini.images.source import ACCESS, Access
-from mlx_vlm_mini.layers.cpu.rows import block_rows
-from mlx_vlm_mini.layers.cpu.unpack import unpack_for_cpu
+from mlx_vlm_mini.layers.kernels import claim_process, kernels
+from mlx_vlm_mini.layers.memory import free_memory
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.preprocessing.grid import EdgeGrid
 from mlx_vlm_mini.preprocessing.settings import TILINGS, ImageSettings, image_settings
@@ -219,6 +221,37 @@ def compute_dtype(plan: Plan) -> mx.Dtype:
     return DTYPES[stored][0] if stored in ("F16", "BF16") else mx.float32
 
 
+def check_memory(planned: Plan, dtype: mx.Dtype) -> None:
+    """Whether a model's weights fit into memory, before any of them is read.
+
+    On a GPU a warning says so where they take more than nine tenths of the memory that the device recommends.
+
+    Raises:
+        CheckpointError: on a CPU, they do not.
+    """
+    parameters = [array for _, array in tree_flatten(planned.model.parameters())]
+    needed = sum(
+        array.size * (dtype.size if mx.issubdtype(array.dtype, mx.floating) else array.dtype.size)
+        for array in parameters
+    )
+    kind = str(dtype).split(".")[-1]
+    if mx.default_device().type == mx.DeviceType.gpu:
+        recommended = mx.device_info().get("max_recommended_working_set_size")
+        if isinstance(recommended, int) and needed > 0.9 * recommended:
+            warnings.warn(
+                f"the model's weights take {needed / 1e9:.1f} GB in {kind}, of {recommended / 1e9:.1f} GB that this "
+                "GPU should use: answers may be slow; a model of fewer bits fits better",
+                stacklevel=3,
+            )
+        return
+    free = free_memory()
+    if needed > free:
+        raise CheckpointError(
+            f"the model's weights take {needed / 1e9:.1f} GB in {kind}, and {free / 1e9:.1f} GB of memory are free: "
+            "close other programs, convert the model to fewer bits, or choose a smaller one"
+        )
+
+
 def load(
     name: str | Path = bundled.NAME,
     *,
@@ -270,9 +303,11 @@ def load(
     if min_pixels is not None or max_pixels is not None:
         processor.limit_pixels(min_pixels, max_pixels)
     chosen: Any = getattr(mx, dtype) if dtype is not None else compute_dtype(planned)
+    claim_process()
+    check_memory(planned, chosen)
     load_weights(planned.model, planned.ours, checkpoint, chosen, planned.family.WEIGHTS)
-    unpack_for_cpu(planned.model, chosen, tied=planned.config.decoder.tie_word_embeddings)
-    block_rows(planned.model.decoder)
+    tied = planned.config.decoder.tie_word_embeddings
+    kernels().prepare(planned.model, planned.model.decoder, chosen, tied)
     # Frequencies and the like, too: what MLX has yet to compute can be computed by this thread alone.
     mx.eval([[part for part in module.values() if isinstance(part, mx.array)] for module in planned.model.modules()])
     return planned.model, processor

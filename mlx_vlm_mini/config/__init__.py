@@ -11,15 +11,16 @@ from typing import Any, Literal
 
 from mlx_vlm_mini.errors import CheckpointError
 
-from .checks import Activation, check_layers
+from .checks import Activation, NormType, check_layers
 from .decoder import (
+    AttentionShape,
     BiasConfig,
     BlindRows,
     CrossAttentionConfig,
     DecoderConfig,
     LayerType,
+    MLPType,
     NormConfig,
-    OPTConfig,
     ScaleConfig,
     TwoWay,
     WindowConfig,
@@ -27,14 +28,14 @@ from .decoder import (
 from .projector import MergerConfig, PoolConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
 from .qformer import InstructionConfig, QFormerConfig
 from .queries import ContrastConfig, QueryConfig
-from .vision import MOST_TILES, BlockConfig, GridConfig, TiledConfig, VisionConfig, VisionNorm
+from .vision import MOST_TILES, BlockConfig, GridConfig, TiledConfig, VisionConfig
 
 __all__ = [
-    "MOST_TILES", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig", "CrossAttentionConfig",
-    "DecoderConfig", "GridConfig", "InstructionConfig", "LayerType", "MergerConfig", "NormConfig", "OPTConfig",
-    "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig", "QueryConfig", "ResamplerConfig", "ScaleConfig",
-    "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "VisionNorm", "WindowConfig",
-    "check_layers",
+    "MOST_TILES", "Activation", "AttentionShape", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig",
+    "CrossAttentionConfig", "DecoderConfig", "GridConfig", "InstructionConfig", "LayerType", "MLPType",
+    "MergerConfig", "NormConfig", "NormType", "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig",
+    "QueryConfig", "ResamplerConfig", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay",
+    "VLMConfig", "VisionConfig", "WindowConfig", "check_layers",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]

@@ -1,24 +1,27 @@
 """Config of the decoder."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from mlx_vlm_mini.errors import CheckpointError
 
-from .checks import Activation, check_flags, check_multiple, check_positive, check_sizes
+from .checks import Activation, NormType, check_flags, check_multiple, check_positive, check_sizes
 from .queries import QueryConfig
 
 LayerType = Literal["full_attention", "sliding_attention", "cross_attention", "query_attention"]
 BlindRows = Literal["zero", "attend"]
 TwoWay = Literal["nothing", "prompt", "images"]
+MLPType = Literal["gated", "plain"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormConfig:
-    """The decoder's RMS norms."""
+    """The decoder's norms."""
 
     rms_norm_eps: float
+    norm_type: NormType = "rms_norm"
+    """RMS norms, or layer norms (OPT), whose eps is the same field."""
     rms_norm_offset: float = 0.0
     """Added to the stored weight: Gemma's are around 0 and multiply by 1 + weight."""
     sandwich: bool = False
@@ -29,6 +32,8 @@ class NormConfig:
     def __post_init__(self) -> None:
         check_positive(self, "rms_norm_eps")
         check_flags(self, "sandwich", "qk_norm")
+        if self.norm_type not in get_args(NormType):
+            raise CheckpointError(f"config.json: unknown norm_type {self.norm_type!r} of the decoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +101,29 @@ class WindowConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """The attention of a kind of layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dims: int
+    """Numbers of a head that rotary positions rotate, its first ones."""
+    gated: bool = False
+    """Each head's output is multiplied by a gate that q_proj gives besides the query (Qwen3-Next)."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "num_heads", "num_kv_heads", "head_dim", "rotary_dims")
+        check_multiple(self, "num_heads", "num_kv_heads")
+        check_flags(self, "gated")
+        if self.rotary_dims % 2 or self.rotary_dims > self.head_dim:
+            raise CheckpointError(
+                f"config.json: rotary positions need an even number of a head's {self.head_dim} numbers, not "
+                f"{self.rotary_dims}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A pre-norm decoder with grouped-query attention, rotary positions and a gated MLP."""
 
@@ -124,6 +152,11 @@ class DecoderConfig:
     """Image embeddings do not enter the sequence: layers of a type of their own read them. None: there are none."""
     queries: QueryConfig | None = None
     """Query tokens stand for an image, and layers of another type let them look at it. None: there are none."""
+    shapes: Mapping[LayerType, AttentionShape] = field(default_factory=dict)
+    """The attention of kinds of layers whose shape is not the one that the fields above say."""
+    mlp_type: MLPType = "gated"
+    learned_positions: int | None = None
+    """Rows of a learned position embedding before the first token's (OPT); None: positions are rotary."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -135,6 +168,10 @@ class DecoderConfig:
         check_multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim % 2:
             raise CheckpointError(f"config.json: rotary positions need an even head_dim, not {self.head_dim}")
+        if self.mlp_type not in get_args(MLPType):
+            raise CheckpointError(f"config.json: unknown mlp_type {self.mlp_type!r}")
+        for kind in set(self.layer_types):
+            self.shape(kind)
         if len(self.layer_types) != self.num_hidden_layers:
             raise CheckpointError(
                 f"config.json: layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers"
@@ -152,6 +189,20 @@ class DecoderConfig:
             raise CheckpointError("config.json: a decoder needs a layer that reads text")
         if self.cross_attention is not None and self.tie_word_embeddings:
             raise CheckpointError("config.json: the head cannot be tied to an embedding with spare rows")
+
+    def shape(self, kind: LayerType) -> AttentionShape:
+        """The attention of a kind of layer."""
+        if kind in self.shapes:
+            return self.shapes[kind]
+        factor = (self.rope_scaling or {}).get("partial_rotary_factor") or 1.0
+        if not isinstance(factor, int | float) or not 0 < factor <= 1:
+            raise CheckpointError(f"config.json: partial_rotary_factor must be above 0 and at most 1, not {factor!r}")
+        return AttentionShape(
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            rotary_dims=int(self.head_dim * factor),
+        )
 
     @property
     def has_sections(self) -> bool:
@@ -172,8 +223,3 @@ class DecoderConfig:
     def num_embeddings(self) -> int:
         """Rows of the token embedding."""
         return self.vocab_size + (0 if self.cross_attention is None else self.cross_attention.spare_embeddings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OPTConfig(DecoderConfig):
-    """A decoder of another kind (`opt.py`), by the same names; the eps is its layer norms', rope is not used."""

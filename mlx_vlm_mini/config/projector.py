@@ -5,9 +5,8 @@ from math import isqrt
 
 from mlx_vlm_mini.errors import CheckpointError
 
-from .checks import Activation, check_flags, check_positive, check_sizes
+from .checks import Activation, NormType, check_flags, check_positive, check_sizes
 from .qformer import QFormerConfig
-from .vision import VisionNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class PoolConfig:
 class MergerConfig:
     """Each feature normed, squares of them joined, two layers (Qwen2-VL); see `merger.py`."""
 
-    norm_type: VisionNorm
+    norm_type: NormType
     taps: int = 0
     """Further mergers, for features of earlier blocks, whose norm is of the joined ones (Qwen3-VL)."""
     by_channel: bool = False

@@ -1,13 +1,11 @@
 """Config of the vision tower."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from mlx_vlm_mini.errors import CheckpointError
 
-from .checks import Activation, check_flags, check_multiple, check_positive, check_sizes
-
-VisionNorm = Literal["layer_norm", "rms_norm"]
+from .checks import Activation, NormType, check_flags, check_multiple, check_positive, check_sizes
 
 MOST_TILES = 100  # of an image in one tower, far above every model's 4; the grids that are compared grow with it
 
@@ -16,7 +14,7 @@ MOST_TILES = 100  # of an image in one tower, far above every model's 4; the gri
 class BlockConfig:
     """What differs in the blocks of vision towers; the defaults are CLIP's and SigLIP's."""
 
-    norm_type: VisionNorm = "layer_norm"
+    norm_type: NormType = "layer_norm"
     qkv_bias: bool = True
     o_bias: bool = True
     qk_norm_eps: float | None = None
@@ -30,7 +28,7 @@ class BlockConfig:
 
     def __post_init__(self) -> None:
         check_flags(self, "qkv_bias", "o_bias", "layer_scale", "gated_mlp", "mlp_bias")
-        if self.norm_type not in get_args(VisionNorm):
+        if self.norm_type not in get_args(NormType):
             raise CheckpointError(f"config.json: unknown norm_type {self.norm_type!r} of the vision tower")
         if self.qk_norm_eps is not None:
             check_positive(self, "qk_norm_eps")

@@ -1,19 +1,29 @@
-"""The layers of decoders by kind."""
+"""The layers of decoders by kind: `LAYERS` says which class a kind is, `MLPS` which feed-forward.
 
-from collections.abc import Sequence
+A layer turns float[B, L, C] into float[B, L, C] by what a `Pass` has prepared for its kind.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vlm_mini.config import DecoderConfig
-from mlx_vlm_mini.layers.activation import ACTIVATIONS
+from mlx_vlm_mini.config import DecoderConfig, LayerType, MLPType
 from mlx_vlm_mini.layers.attention import Attention
-from mlx_vlm_mini.layers.norms import OffsetRMSNorm
-from mlx_vlm_mini.layers.types import Mask, Recorder
+from mlx_vlm_mini.layers.mlp import MLP, GatedMLP
+from mlx_vlm_mini.layers.norms import NORMS, OffsetRMSNorm
 
-from .cross_attention import CrossAttention, ImageCache, ShownImage, Sight
+from .cross_attention import CrossAttention, ImageCache, Sight, look
 from .query_attention import QueryAttention
+from .reading import Pass
+
+MLPS: dict[MLPType, Callable[[DecoderConfig], nn.Module]] = {
+    "gated": lambda config: GatedMLP(
+        config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.biases.mlp_bias
+    ),
+    "plain": lambda config: MLP(config.hidden_size, config.intermediate_size, config.hidden_act),
+}
 
 
 def make_norm(config: DecoderConfig, width: int | None = None) -> nn.Module:
@@ -21,117 +31,153 @@ def make_norm(config: DecoderConfig, width: int | None = None) -> nn.Module:
     norms, width = config.norms, width or config.hidden_size
     if norms.rms_norm_offset:
         return OffsetRMSNorm(width, eps=norms.rms_norm_eps, offset=norms.rms_norm_offset)
-    return nn.RMSNorm(width, eps=norms.rms_norm_eps)
-
-
-class MLP(nn.Module):
-    """The gated MLP of "GLU Variants Improve Transformer" (arXiv:2002.05202)."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.act = ACTIVATIONS[config.hidden_act]
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.biases.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.biases.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.biases.mlp_bias)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+    return NORMS[norms.norm_type](width, eps=norms.rms_norm_eps)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+    """Self-attention and a feed-forward, each normed before and added to the stream."""
+
+    def __init__(self, config: DecoderConfig, kind: LayerType) -> None:
         super().__init__()
+        self.kind = kind
+        shape = config.shape(kind)
         self.input_layernorm = make_norm(config)
         self.self_attn = Attention(
             config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
             qkv_bias=config.biases.qkv_bias,
             o_bias=config.biases.o_bias,
-            scale=(config.scales.query_pre_attn_scalar or config.head_dim) ** -0.5,
+            scale=(config.scales.query_pre_attn_scalar or shape.head_dim) ** -0.5,
             softcap=config.scales.attn_logit_softcapping,
-            logn_length=config.scales.logn_length,
+            gated=shape.gated,
         )
         if config.norms.qk_norm:
-            self.self_attn.q_norm = make_norm(config, config.head_dim)
-            self.self_attn.k_norm = make_norm(config, config.head_dim)
+            self.self_attn.q_norm = make_norm(config, shape.head_dim)
+            self.self_attn.k_norm = make_norm(config, shape.head_dim)
         self.post_attention_layernorm = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = MLPS[config.mlp_type](config)
 
-    def __call__(self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: Recorder | None) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), mask=mask, rope=rope, cache=cache, attentions=attentions)
+    @classmethod
+    def mask(cls, config: DecoderConfig, kind: LayerType, run: Pass) -> Any:
+        """What layers of this kind may look at in a pass: a `Mask`."""
+        return run.visible.mask(config.sliding_window if kind == "sliding_attention" else None, run.rows)
+
+    def make_cache(self, make: Callable[[], Any]) -> Any:
+        """An empty cache for this layer; `make` gives one for keys and values of text."""
+        return make()
+
+    def attend(self, x: mx.array, run: Pass, cache: Any) -> mx.array:
+        """Self-attention of what is normed already: float[B, L, C] -> float[B, L, C]."""
+        y: mx.array = self.self_attn(
+            x,
+            mask=run.masks[self.kind],
+            rope=run.ropes.get(self.kind),
+            sharpness=run.sharpness,
+            cache=cache,
+            attentions=run.attentions,
+        )
+        return y
+
+    def __call__(self, x: mx.array, run: Pass, cache: Any) -> mx.array:
+        x = x + self.attend(self.input_layernorm(x), run, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class SandwichLayer(DecoderLayer):
     """Gemma 2's layer: what attention and MLP give is normed, too.
 
-    `post_attention_layernorm` stands behind the attention here, not in front of the MLP.
+    `post_attention_layernorm` stands after the attention here, not before the MLP.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: DecoderConfig, kind: LayerType) -> None:
+        super().__init__(config, kind)
         self.pre_feedforward_layernorm = make_norm(config)
         self.post_feedforward_layernorm = make_norm(config)
 
-    def __call__(self, x: mx.array, *, mask: Mask, rope: Any, cache: Any, attentions: Recorder | None) -> mx.array:
-        y = self.self_attn(self.input_layernorm(x), mask=mask, rope=rope, cache=cache, attentions=attentions)
-        x = x + self.post_attention_layernorm(y)
+    def __call__(self, x: mx.array, run: Pass, cache: Any) -> mx.array:
+        x = x + self.post_attention_layernorm(self.attend(self.input_layernorm(x), run, cache))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class QueryLayer(DecoderLayer):
-    """QLLaMA's layer in which an image's query tokens, the first of all, look at its features."""
+    """QLLaMA's layer in which an image's query tokens, the first of all, attend to its features."""
 
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: DecoderConfig, kind: LayerType) -> None:
+        super().__init__(config, kind)
         self.cross_attn = QueryAttention(config)
 
-    def __call__(self, x: mx.array, *, mask: Any, rope: Any, cache: Any, attentions: Recorder | None) -> mx.array:
-        """`mask` is a QuerySight."""
-        x = x + self.self_attn(self.input_layernorm(x), mask=mask.mask, rope=rope, cache=cache, attentions=attentions)
-        if mask.features is not None:
-            x = self.cross_attn(x, mask.features, mask.looks)
+    def __call__(self, x: mx.array, run: Pass, cache: Any) -> mx.array:
+        x = x + self.attend(self.input_layernorm(x), run, cache)
+        memory = run.reading.memory
+        if memory is not None:
+            x = self.cross_attn.look(x, memory.features[None], memory.looks)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class CrossAttentionLayer(nn.Module):
-    """A layer that looks at images: what its attention and its MLP add is multiplied by tanh of a gate.
+    """A layer that attends to images: what its attention and its MLP add is multiplied by tanh of a gate.
 
     Tokens that see no image leave it as they entered. `zero_blind` false is what transformers computes, which spares
     them the MLP alone: they attend to all images.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, kind: LayerType) -> None:
         super().__init__()
         assert config.cross_attention is not None
+        self.kind = kind
         self.zero_blind = config.cross_attention.blind_rows == "zero"
         self.input_layernorm = make_norm(config)
         self.cross_attn = CrossAttention(config)
         self.cross_attn_attn_gate = mx.zeros(1)
         self.post_attention_layernorm = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = MLPS[config.mlp_type](config)
         self.cross_attn_mlp_gate = mx.zeros(1)
 
-    def show(self, images: Sequence[ShownImage], cache: ImageCache) -> None:
-        """Put keys and values of images behind those of the images before them."""
-        features = mx.concatenate([image.features for image in images])[None]
-        cache.add([image.span for image in images], *self.cross_attn.keys_values(features))
+    @classmethod
+    def mask(cls, config: DecoderConfig, kind: LayerType, run: Pass) -> Sight | None:
+        """What the tokens of a pass see of the images; None where that is nothing."""
+        if not run.spans:
+            return None
+        assert config.cross_attention is not None
+        blind_attend = config.cross_attention.blind_rows == "attend"
+        whole = run.attentions is not None
+        return look(run.spans, run.rows.length, run.rows.start, blind_attend=blind_attend, whole=whole)
 
-    def __call__(
-        self, x: mx.array, *, mask: Sight | None, rope: Any, cache: Any, attentions: Recorder | None
-    ) -> mx.array:
-        """`cache` is an ImageCache; images have no positions, and `rope` is not used."""
-        if mask is None:
-            if attentions is not None:
-                attentions.append(mx.zeros((x.shape[0], self.cross_attn.num_heads, x.shape[1], 0)))
+    def make_cache(self, make: Callable[[], Any]) -> ImageCache:
+        """An empty cache of images."""
+        return ImageCache()
+
+    def __call__(self, x: mx.array, run: Pass, cache: ImageCache | None) -> mx.array:
+        sight: Sight | None = run.masks[self.kind]
+        cache = ImageCache() if cache is None else cache
+        memory = run.reading.memory
+        if memory is not None:
+            cache.add(*self.cross_attn.keys_values(memory.features[None]))
+        if sight is None:
+            if run.attentions is not None:
+                run.attentions.append(mx.zeros((x.shape[0], self.cross_attn.num_heads, x.shape[1], 0)))
             return x
-        y = self.cross_attn(self.input_layernorm(x), sight=mask, cache=cache, attentions=attentions)
-        if self.zero_blind and mask.sees is not None:
-            y = y * mask.sees
+        y = self.cross_attn.look(self.input_layernorm(x), sight, cache, run.attentions)
+        if self.zero_blind and sight.sees is not None:
+            y = y * sight.sees
         x = x + mx.tanh(self.cross_attn_attn_gate) * y
         y = self.mlp(self.post_attention_layernorm(x))
-        if mask.sees is not None:
-            y = y * mask.sees
+        if sight.sees is not None:
+            y = y * sight.sees
         return x + mx.tanh(self.cross_attn_mlp_gate) * y
+
+
+LAYERS: dict[LayerType, type[DecoderLayer] | type[CrossAttentionLayer]] = {
+    "full_attention": DecoderLayer,
+    "sliding_attention": DecoderLayer,
+    "query_attention": QueryLayer,
+    "cross_attention": CrossAttentionLayer,
+}
+
+
+def layer_class(config: DecoderConfig, kind: LayerType) -> type[DecoderLayer] | type[CrossAttentionLayer]:
+    """The class of a kind of layer in a decoder of this config."""
+    found = LAYERS[kind]
+    return SandwichLayer if found is DecoderLayer and config.norms.sandwich else found

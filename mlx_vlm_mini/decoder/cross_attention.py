@@ -12,14 +12,14 @@ follow one another are seen together:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_vlm_mini.config import DecoderConfig
-from mlx_vlm_mini.layers.attention import attend
+from mlx_vlm_mini.layers.attention import Attention
 from mlx_vlm_mini.layers.types import Recorder
 
 
@@ -32,14 +32,6 @@ class Span(NamedTuple):
     position: int
     seen: int
     held: int
-
-
-@dataclass(frozen=True)
-class ShownImage:
-    """An image for cross-attention layers to look at: `features` float[keys, C]."""
-
-    span: Span
-    features: mx.array
 
 
 @dataclass(frozen=True)
@@ -98,32 +90,29 @@ class ImageCache:
 
     Attributes:
         keys, values: float[1, H, S, D]; None while there are none.
-        spans: what of them belongs to which image.
     """
 
     def __init__(self) -> None:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
-        self.spans: tuple[Span, ...] = ()
 
-    def add(self, spans: Sequence[Span], keys: mx.array, values: mx.array) -> None:
+    def add(self, keys: mx.array, values: mx.array) -> None:
+        """Append those of further images."""
         if self.keys is not None and self.values is not None:
             keys = mx.concatenate([self.keys, keys], axis=2)
             values = mx.concatenate([self.values, values], axis=2)
-        self.keys, self.values, self.spans = keys, values, (*self.spans, *spans)
+        self.keys, self.values = keys, values
 
-    def cut(self, length: int) -> None:
-        """Give up the images whose tokens do not stand among the first `length`."""
-        kept = tuple(span for span in self.spans if span.position < length)
-        if len(kept) < len(self.spans):
-            self.spans, count = kept, sum(span.held for span in kept)
-            # Copied, so that what is given up does not stay in memory.
+    def cut(self, count: int) -> None:
+        """Give up all but the first keys. They are copied, so that what is given up does not stay in memory."""
+        if self.keys is not None and count < self.keys.shape[2]:
             self.keys, self.values = (
                 mx.contiguous(each[..., :count, :]) if count and each is not None else None
                 for each in (self.keys, self.values)
             )
 
     def empty(self) -> bool:
+        """Whether it holds nothing."""
         return self.keys is None
 
     @property
@@ -133,6 +122,7 @@ class ImageCache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of keys and values."""
         return sum(each.nbytes for each in self.state)
 
 
@@ -148,36 +138,25 @@ class _Seeing:
         self._recorder.append(weights * sees)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Grouped queries of the text on keys and values of images; queries and keys are normed head by head."""
 
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        size, heads, kv_heads, dim = (
-            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        )  # fmt: skip
-        self.num_heads, self.num_kv_heads, self.scale = heads, kv_heads, dim**-0.5
-        self.q_proj = nn.Linear(size, heads * dim, bias=False)
-        self.k_proj = nn.Linear(size, kv_heads * dim, bias=False)
-        self.v_proj = nn.Linear(size, kv_heads * dim, bias=False)
-        self.o_proj = nn.Linear(heads * dim, size, bias=False)
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        super().__init__(config.hidden_size, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
         self.q_norm = nn.RMSNorm(dim, eps=config.norms.rms_norm_eps)
         self.k_norm = nn.RMSNorm(dim, eps=config.norms.rms_norm_eps)
 
-    def keys_values(self, features: mx.array) -> tuple[mx.array, mx.array]:
-        """float[1, S, C] -> float[1, H, S, D], twice."""
-        B, S, _ = features.shape
-        k = self.k_norm(self.k_proj(features).reshape(B, S, self.num_kv_heads, -1))
-        v = self.v_proj(features).reshape(B, S, self.num_kv_heads, -1)
-        # Laid out head by head, once: else each step would copy them for its product.
-        return mx.contiguous(k.transpose(0, 2, 1, 3)), mx.contiguous(v.transpose(0, 2, 1, 3))
+    def keys_values(self, memory: mx.array) -> tuple[mx.array, mx.array]:
+        """float[1, S, C] -> float[1, H, S, D], twice; laid out head by head, once: else each step would copy them for
+        its product."""
+        k, v = super().keys_values(memory)
+        return mx.contiguous(k), mx.contiguous(v)
 
-    def __call__(self, x: mx.array, *, sight: Sight, cache: Any, attentions: Recorder | None = None) -> mx.array:
+    def look(self, x: mx.array, sight: Sight, cache: ImageCache, attentions: Recorder | None) -> mx.array:
         """float[B, L, C] -> float[B, L, C]. Weights that are asked for are 0 where a token sees no image."""
-        B, L, _ = x.shape
-        q = self.q_norm(self.q_proj(x).reshape(B, L, self.num_heads, -1)).transpose(0, 2, 1, 3)  # (B, H, L, D)
-        k, v = cache.keys[..., sight.keys, :], cache.values[..., sight.keys, :]
+        assert cache.keys is not None and cache.values is not None
+        memory = cache.keys[..., sight.keys, :], cache.values[..., sight.keys, :]
         if attentions is not None and sight.sees is not None:
             attentions = _Seeing(attentions, sight.sees)
-        out = attend(q, k, v, scale=self.scale, mask=sight.mask, attentions=attentions)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        return self(x, memory=memory, mask=sight.mask, attentions=attentions)

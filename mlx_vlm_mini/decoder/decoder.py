@@ -1,46 +1,57 @@
-"""The decoder: embeddings -> logits.
+"""The decoder: embeddings -> hidden states -> logits.
 
 Source: LLaMA (arXiv:2302.13971). Mistral (arXiv:2310.06825) adds grouped queries and a sliding window, Qwen2
 (arXiv:2407.10671) biases on queries, keys and values, Qwen3 (arXiv:2505.09388) norms of each head's queries and keys,
-Gemma 2 (arXiv:2408.00118) norms on both sides and caps, Llama 3.2 Vision (arXiv:2407.21783) layers that look at images,
-QLLaMA (arXiv:2312.14238) layers in which query tokens do.
-Modules are named as Hugging Face names them.
+Gemma 2 (arXiv:2408.00118) norms on both sides and caps, Llama 3.2 Vision (arXiv:2407.21783) layers that attend to
+images, QLLaMA (arXiv:2312.14238) layers in which query tokens do, OPT (arXiv:2205.01068) learned positions and layer
+norms. Modules are named as Hugging Face names them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from mlx_vlm_mini.config import DecoderConfig, LayerType
-from mlx_vlm_mini.layers.rotary import turn_once
-from mlx_vlm_mini.layers.types import Recorder
+from mlx_vlm_mini.borrow import borrow
+from mlx_vlm_mini.config import DecoderConfig
+from mlx_vlm_mini.errors import PromptError
+from mlx_vlm_mini.layers.rotary import Rotary
+from mlx_vlm_mini.layers.types import Recorder, Rope
 
-from .blocks import CrossAttentionLayer, DecoderLayer, QueryLayer, SandwichLayer, make_norm
-from .cross_attention import ImageCache, ShownImage, Span, look
-from .masks import ImageBlock, block_mask, causal_mask, rotating_mask
-from .query_attention import QuerySight
-from .rope import PromptRoPE, depends_on_length, make_rope
-from .sections import PlacedImage, SectionedRoPE, add_taps, remember
+from .blocks import layer_class, make_norm
+from .masks import Rows
+from .positions import Counting
+from .reading import Pass, Reading
+from .rope import depends_on_length, make_ropes, prompt_step
+from .state import State
 
 
 class Decoder(nn.Module):
+    """Layers by the kinds that the config names, between an embedding and a head."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.num_embeddings, config.hidden_size)
-        layer = SandwichLayer if config.norms.sandwich else DecoderLayer
-        kinds: dict[LayerType, Any] = {"cross_attention": CrossAttentionLayer, "query_attention": QueryLayer}
-        self.layers = [kinds.get(kind, layer)(config) for kind in config.layer_types]
+        self.layers = [layer_class(config, kind)(config, kind) for kind in config.layer_types]
         self.norm = make_norm(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rope = make_rope(config)
-        if config.window is not None and config.window.sliding_rope_theta is not None:
-            self.sliding_rope = make_rope(config, config.window.sliding_rope_theta)
-        if config.has_sections:
-            self.rope = SectionedRoPE(self.rope, config)
+        kinds = dict.fromkeys(config.layer_types) if config.learned_positions is None else {}
+        # Not a dict, which MLX would take for a part with weights.
+        self.ropes = MappingProxyType(make_ropes(config, kinds))
+        if config.learned_positions is not None:
+            rows = config.max_position_embeddings + config.learned_positions
+            self.pos_embed = mx.zeros((rows, config.hidden_size))
+
+    def make_state(self, make: Callable[[], Any] | None = None) -> State:
+        """An empty state: one of mlx-lm's caches for each layer that reads text, made by `make`, and those that layers
+        of other kinds have of their own."""
+        new = make or borrow("models.cache").KVCache
+        return State(lambda: [layer.make_cache(new) for layer in self.layers])
 
     def embed(self, input_ids: mx.array) -> mx.array:
         """int[B, L] -> float[B, L, C]: the tokens' embeddings, scaled where the config says so."""
@@ -49,6 +60,10 @@ class Decoder(nn.Module):
         scale = self.config.scales.embed_scale
         return embeddings if scale == 1 else embeddings * mx.array(scale, dtype=embeddings.dtype)
 
+    def read(self, input_ids: mx.array) -> Reading:
+        """int[B, L] -> what is read of tokens without images."""
+        return Reading(self.embed(input_ids))
+
     def reads_whole(self, length: int) -> bool:
         """Whether the keys of a prompt of this length depend on all of it.
 
@@ -56,25 +71,18 @@ class Decoder(nn.Module):
         """
         return self.config.prefix_lm or depends_on_length(self.config, length)
 
-    def rope_after(self, prompt: int) -> Any:
-        """Rotary positions of a sequence that begins with a prompt of so many tokens."""
-        return self.rope.begun(prompt) if isinstance(self.rope, PromptRoPE) else self.rope
-
-    def keeps_keys(self, begun: int | None, held: int, length: int) -> bool:
+    def keeps_keys(self, prompt_length: int | None, cached: int, length: int) -> bool:
         """Whether cached keys are those that a prompt of `length` tokens would give again.
 
         Args:
-            begun: tokens of the prompt that the cached sequence began with; None where that is not known.
-            held: tokens in the cache.
+            prompt_length: tokens of the prompt that the cached sequence began with; None where that is not known.
+            cached: tokens in the cache.
         """
-        if begun is not None and isinstance(self.rope, PromptRoPE):
-            return self.rope.step(begun) == self.rope.step(length)
-        return not self.reads_whole(max(held, length))
-
-    @property
-    def least_chunk(self) -> int:
-        """Tokens that the first chunk of a prompt must have: query tokens, which see one another."""
-        return 1 if self.config.queries is None else self.config.queries.num_query_tokens
+        rope = next(iter(self.ropes.values()), None)
+        if prompt_length is not None and rope is not None and rope.depends_on == "prompt":
+            original = (self.config.rope_scaling or {})["original_max_position_embeddings"]
+            return prompt_step(prompt_length, original) == prompt_step(length, original)
+        return not self.reads_whole(max(cached, length))
 
     @property
     def looks_ahead(self) -> bool:
@@ -82,114 +90,107 @@ class Decoder(nn.Module):
         cross = self.config.cross_attention
         return cross is not None and cross.blind_rows == "attend"
 
-    def show(self, number: int, images: Sequence[ShownImage], cache: ImageCache | None) -> ImageCache:
-        """Show images to the cross-attention layer of this number; without a cache to it alone."""
-        cache = ImageCache() if cache is None else cache
-        if images:
-            self.layers[number].show(images, cache)
-        return cache
+    def begin(self, reading: Reading, state: State | None = None, attentions: Recorder | None = None) -> Pass:
+        """Prepare what all layers share in reading some tokens; the state learns what it has to know of them."""
+        length = reading.length
+        rows = Rows(0, length) if state is None else state.rows(length)
+        offset = 0 if state is None else state.length
+        prompt = reading.prompt_length or (state.prompt_length if state is not None else None) or length
+        positions = reading.positions or (Counting() if state is None else state.positions)
+        spans = (() if state is None else state.spans) + (() if reading.memory is None else reading.memory.spans)
+        if state is not None:
+            state.prompt_length, state.spans = prompt, spans
+            state.positions = positions
+        visible = reading.visible if state is None or state.visible is None else state.visible
+        first = positions.at(offset, length)
+        run = Pass(reading, rows, first, visible, spans, attentions=attentions)
+        for kind in dict.fromkeys(self.config.layer_types):
+            run.masks[kind] = layer_class(self.config, kind).mask(self.config, kind, run)
+        made: dict[Rotary, Rope] = {}
+        for kind, rope in self.ropes.items():
+            if rope not in made:
+                made[rope] = self._rotate(rope, run, offset, prompt)
+            run.ropes[kind] = made[rope]
+        if self.config.scales.logn_length is not None:
+            run.sharpness = logn_factors(offset, length, self.config.scales.logn_length)
+        return run
 
-    def masks(
-        self,
-        length: int,
-        offset: int = 0,
-        prefix: int | None = None,
-        spans: Sequence[Span] = (),
-        whole: bool = False,
-        features: mx.array | None = None,
-        blocks: Sequence[ImageBlock] = (),
-    ) -> dict[LayerType, Any]:
-        """What `length` tokens after `offset` cached ones may look at, by kind of layer: a `Mask`, of cross-attention
-        layers a `Sight` or None, of layers with query tokens a `QuerySight`.
+    @staticmethod
+    def _rotate(rope: Rotary, run: Pass, offset: int | mx.array, prompt: int) -> Rope:
+        length = run.rows.length
+        if rope.depends_on == "nothing":
+            return rope.at(run.first, length)
+        if isinstance(offset, mx.array):
+            raise ValueError("rotary positions that depend on the length cannot be those of a batch")
+        return rope.at(run.first, length, total=prompt if rope.depends_on == "prompt" else offset + length)
 
-        Args:
-            prefix: as in a call.
-            spans, whole: see `look`.
-            features: float[1, P, C], what query tokens look at; None where none are among these tokens.
-            blocks: images whose tokens see one another; none of them begins in these tokens and ends behind them.
+    def enter(self, run: Pass) -> mx.array:
+        """What the first layer reads of a pass: the embeddings, with learned positions where there are any.
+
+        Raises:
+            PromptError: prompt and answer are longer than there are positions.
         """
-        if any(block.end > offset and block.start < offset + length for block in blocks):
-            return {
-                "full_attention": block_mask(length, offset, None, blocks),
-                "sliding_attention": block_mask(length, offset, self.config.sliding_window, blocks),
-            }
-        if not self.config.prefix_lm:
-            prefix = 0 if features is None else self.least_chunk
-        elif prefix is None:
-            prefix = 0 if offset else length
-        full = causal_mask(length, offset, None, prefix)
-        return {
-            "full_attention": full,
-            "query_attention": QuerySight(full, features),
-            "sliding_attention": causal_mask(length, offset, self.config.sliding_window, prefix),
-            "cross_attention": look(spans, length, offset, blind_attend=self.looks_ahead, whole=whole)
-            if spans
-            else None,
-        }
+        x, before = run.reading.embeddings, self.config.learned_positions
+        if before is None:
+            return x
+        if not isinstance(run.first, mx.array):
+            start = before + run.first
+            if start + x.shape[1] > len(self.pos_embed):
+                raise PromptError(
+                    f"this model has positions for {len(self.pos_embed) - before} tokens, prompt and answer are more: "
+                    "shorten them"
+                )
+            return x + self.pos_embed[start : start + x.shape[1]]
+        return x + self.pos_embed[before + run.first[:, None] + mx.arange(x.shape[1])]
 
-    def __call__(
-        self,
-        embeddings: mx.array,
-        cache: Sequence[Any] | None = None,
-        attentions: Recorder | None = None,
-        prefix: int | None = None,
-        images: Sequence[ShownImage | ImageBlock | PlacedImage] = (),
-    ) -> mx.array:
+    def run_layer(self, number: int, x: mx.array, run: Pass, cache: Any = None) -> mx.array:
+        """What a layer gives of its input, float[B, L, C], with what stands beside the tokens for it added."""
+        x = self.layers[number](x, run, cache)
+        beside = run.reading.beside
+        return x + beside[number].astype(x.dtype) if number < len(beside) else x
+
+    def run(self, run: Pass, caches: Sequence[Any]) -> mx.array:
+        """All layers and the final norm: float[B, L, C]."""
+        x = self.enter(run)
+        for number, cache in enumerate(caches):
+            x = self.run_layer(number, x, run, cache)
+        return self.norm(x)
+
+    def __call__(self, reading: Reading, state: State | None = None, attentions: Recorder | None = None) -> mx.array:
         """Run the layers and the final norm; `logits` turns rows of the result into scores.
 
         Args:
-            embeddings: float[B, L, C].
-            cache: one of mlx-lm's KV caches a layer, an `ImageCache` a cross-attention layer; these L tokens are
-                appended to it.
+            reading: L tokens of B rows.
+            state: what was read before; these tokens are appended to it.
             attentions: where given, each layer appends its weights float[B, H, L, S], see `Recorder`; S are the tokens,
                 in cross-attention layers the keys of all images.
-            prefix: the prompt's tokens: they see one another where the config says `prefix_lm`, and decide on rotary
-                positions that go by the prompt. By default those of the call that begins the sequence.
-            images: new ones, for cross-attention layers; also those whose tokens only later calls read. Or the one
-                that query tokens look at, which are all in this call, the first of it. Or images whose tokens see one
-                another, none of which is read in two calls. Or, as `PlacedImage`s, all of the prompt, which the cache
-                remembers.
 
         Returns:
             float[B, L, C].
         """
-        caches: list[Any] = [None] * len(self.layers) if cache is None else list(cache)
-        spans: tuple[Span, ...] = ()
-        shown = [image for image in images if isinstance(image, ShownImage)]
-        blocks = [image for image in images if isinstance(image, ImageBlock)]
-        for number, kind in enumerate(self.config.layer_types):
-            if kind == "cross_attention":
-                caches[number] = self.show(number, shown, caches[number])
-                spans = caches[number].spans
-        first = next(each for each in caches if not isinstance(each, ImageCache))  # all are as long
-        offset = 0 if first is None else first.offset
-        features = shown[0].features[None] if shown and self.config.queries is not None else None
-        masks = self.masks(embeddings.shape[1], offset, prefix, spans, attentions is not None, features, blocks)
-        if hasattr(first, "max_size"):
-            rotating = rotating_mask(embeddings.shape[1], offset, first.max_size, first.keep)
-            masks |= {"full_attention": rotating, "sliding_attention": rotating}
-        if prefix is None:
-            prefix = getattr(first, "prompt_length", 0) if offset else embeddings.shape[1]
-        if first is not None:  # the cache remembers it, as the keys that it holds were turned by it
-            first.prompt_length = prefix
-        placed = remember([image for image in images if isinstance(image, PlacedImage)], first)
-        ropes = self.ropes(placed, offset, embeddings.shape[1], prefix)
-        x = embeddings
-        for number, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
-            x = layer(x, mask=masks[kind], rope=ropes[kind], cache=caches[number], attentions=attentions)
-            x = add_taps(x, number, placed, offset)
-        return self.norm(x)
-
-    def ropes(self, images: Sequence[PlacedImage], offset: int, length: int, prompt: int) -> dict[LayerType, Any]:
-        """By kind of layer what turns `length` tokens behind `offset` others of a sequence with these images, which
-        begins with a prompt of so many tokens."""
-        among = images and isinstance(self.rope, SectionedRoPE)
-        usual = self.rope.among(images, offset, length) if among else turn_once(self.rope_after(prompt), offset, length)
-        sliding = turn_once(self.sliding_rope, offset, length) if "sliding_rope" in self else usual
-        return {kind: sliding if kind == "sliding_attention" else usual for kind in self.config.layer_types}
+        run = self.begin(reading, state, attentions)
+        hidden = self.run(run, [None] * len(self.layers) if state is None else state.layers)
+        if state is not None:
+            state.start += reading.length
+        return hidden
 
     def logits(self, hidden: mx.array) -> mx.array:
         """float[B, L, C] -> float[B, L, vocab_size]."""
         logits = self.lm_head(hidden) if "lm_head" in self else self.embed_tokens.as_linear(hidden)
         cap = self.config.scales.final_logit_softcapping
         return logits if cap is None else cap * mx.tanh(logits / cap)
+
+
+def logn_factors(offset: int | mx.array, length: int, base: int) -> mx.array | None:
+    """Of `length` tokens after `offset` others log n to this base, n counted from 1, at least 1: float[L, 1].
+
+    None where that is 1 for all.
+
+    So that attention to more keys than in pretraining stays as sharp (Qwen; Su Jianlin, spaces.ac.cn/archives/8823).
+    """
+    if isinstance(offset, mx.array):
+        raise ValueError("queries whose length depends on their place cannot be those of a batch")
+    if offset + length <= base:
+        return None
+    n = np.arange(offset + 1, offset + length + 1, dtype=np.float64)
+    return mx.array(np.maximum(np.log(n) / np.log(base), 1).astype(np.float32))[:, None]

@@ -1,10 +1,11 @@
-"""Images whose slots see one another, in a decoder that is causal otherwise: their blocks, masks of them, and where a
-prompt may be cut.
+"""Attention masks: causal ones, with windows, with parts that see one another, and where a prompt may be cut for them.
 
-Source: Gemma 3 (arXiv:2503.19786); models/gemma3 of huggingface/transformers.
+Sources: prefix-LM, Raffel et al., 2020 (arXiv:1910.10683), figure 3; images inside a causal decoder, Gemma 3
+(arXiv:2503.19786) and models/gemma3 of huggingface/transformers.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -13,8 +14,23 @@ import numpy as np
 from mlx_vlm_mini.layers.types import Mask
 
 
+class Rows(NamedTuple):
+    """Tokens that are read at once.
+
+    Attributes:
+        start: keys stored before theirs.
+        length: how many.
+        padding: int[B], how many of the stored keys lie before each row's first token; None: one sequence, or rows of
+            equal length.
+    """
+
+    start: int
+    length: int
+    padding: mx.array | None = None
+
+
 class ImageBlock(NamedTuple):
-    """A run of slots: the position of its first token in the prompt, and of the first one behind it."""
+    """A run of image tokens: the position of its first one in the prompt, and of the first token after it."""
 
     start: int
     end: int
@@ -26,9 +42,36 @@ def find_blocks(slots: np.ndarray, start: int = 0) -> list[ImageBlock]:
     return [ImageBlock(first, end) for first, end in edges.reshape(-1, 2).tolist() if end > start]
 
 
-def block_mask(num_queries: int, offset: int, window: int | None, blocks: Sequence[ImageBlock]) -> mx.array:
-    """What `num_queries` tokens after `offset` cached ones may look at: themselves, what stands before them, and the
-    whole of their block; with a window of 3 nothing that stands 3 tokens before them or further.
+def causal_mask(rows: Rows, window: int | None = None, prefix: int = 0) -> Mask:
+    """Tokens see themselves and what stands before them.
+
+    With a window of 3, queries 2 and 3 of 4 tokens see
+
+        key    0 1 2 3
+        2      x x x .
+        3      . x x x
+
+    The first `prefix` tokens of all see one another besides, in whatever window.
+
+    Returns:
+        None or "causal" where the fused attention needs no array, else bool[L, S], or of padded rows bool[B, 1, L, S];
+        S = start + L.
+    """
+    total = rows.start + rows.length
+    if rows.padding is None:
+        if prefix >= total:
+            return None
+        if prefix <= rows.start and (window is None or total <= window):
+            return None if rows.length == 1 else "causal"
+    queries, keys = mx.arange(rows.start, total)[:, None], mx.arange(total)
+    seen = (keys <= queries) & (keys > queries - (total if window is None else window))
+    seen = seen | ((queries < prefix) & (keys < prefix))
+    return seen if rows.padding is None else seen & (keys >= rows.padding[:, None, None, None])
+
+
+def block_mask(rows: Rows, window: int | None, blocks: Sequence[ImageBlock]) -> mx.array:
+    """Tokens see themselves, what stands before them, and the whole of their block; with a window of 3 nothing that
+    stands 3 tokens before them or further.
 
     A block of tokens 1 to 3, with that window:
 
@@ -40,67 +83,88 @@ def block_mask(num_queries: int, offset: int, window: int | None, blocks: Sequen
         4      . . x x x
 
     Returns:
-        bool[num_queries, offset + num_queries].
+        bool[L, start + L].
     """
-    total = offset + num_queries
+    total = rows.start + rows.length
     number = np.full(total, -1)
     for i, block in enumerate(blocks):
         number[block.start : block.end] = i
-    own = number[offset:, None]
-    queries, keys = np.arange(offset, total)[:, None], np.arange(total)
+    own = number[rows.start :, None]
+    queries, keys = np.arange(rows.start, total)[:, None], np.arange(total)
     seen = (keys <= queries) | ((own == number) & (own >= 0))
     return mx.array(seen if window is None else seen & (keys > queries - window))
 
 
-def cut_between(start: int, step: int, end: int, blocks: Sequence[ImageBlock]) -> int:
-    """Where a piece of about `step` tokens that begins at `start` ends, so that no block is in two pieces.
+@dataclass(frozen=True)
+class Causal:
+    """Tokens see what stands before them."""
 
-    It is shorter where a block would be cut, and longer where that block is its first.
-    """
-    cut = start + step
-    for block in blocks:
-        if block.start < cut < block.end:
-            cut = block.start if block.start > start else block.end
-            break
-    return min(cut, end)
+    def mask(self, window: int | None, rows: Rows) -> Mask:
+        """See `causal_mask`."""
+        return causal_mask(rows, window)
 
-
-def causal_mask(num_queries: int, offset: int, window: int | None, prefix: int = 0) -> Mask:
-    """What `num_queries` tokens after `offset` cached ones may look at: themselves and what stands before them.
-
-    With a window of 3, queries 2 and 3 of 4 tokens see
-
-        key    0 1 2 3
-        2      x x x .
-        3      . x x x
-
-    The first `prefix` tokens of all see one another besides, in whatever window (arXiv:1910.10683, fig. 3).
-
-    Returns:
-        None or "causal" where the fused attention needs no array, else bool[num_queries, offset + num_queries].
-    """
-    total = offset + num_queries
-    if prefix >= total:
-        return None
-    if prefix <= offset and (window is None or total <= window):
-        return None if num_queries == 1 else "causal"
-    queries, keys = mx.arange(offset, total)[:, None], mx.arange(total)
-    seen = (keys <= queries) & (keys > queries - (total if window is None else window))
-    return seen | ((queries < prefix) & (keys < prefix))
+    def cut(self, start: int, step: int, end: int) -> int:
+        """Anywhere."""
+        return min(start + step, end)
 
 
-def rotating_mask(num_queries: int, offset: int, size: int, keep: int) -> Mask:
-    """What `num_queries` tokens after `offset` others may look at where mlx-lm's rotating cache holds `size` tokens.
+@dataclass(frozen=True)
+class Prefix:
+    """The first `length` tokens of a sequence see one another: a prompt (PaliGemma), or query tokens (QLLaMA)."""
+
+    length: int
+
+    def mask(self, window: int | None, rows: Rows) -> Mask:
+        """See `causal_mask`."""
+        return causal_mask(rows, window, self.length)
+
+    def cut(self, start: int, step: int, end: int) -> int:
+        """Not among the first tokens."""
+        return min(max(start + step, self.length), end)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Images whose tokens see one another, all else being causal (Gemma 3)."""
+
+    blocks: tuple[ImageBlock, ...]
+
+    def mask(self, window: int | None, rows: Rows) -> Mask:
+        """None of the blocks may begin in these tokens and end after them."""
+        if any(block.end > rows.start and block.start < rows.start + rows.length for block in self.blocks):
+            return block_mask(rows, window, self.blocks)
+        return causal_mask(rows, window)
+
+    def cut(self, start: int, step: int, end: int) -> int:
+        """Between images: a piece is shorter where one would be cut, and longer where that one is its first."""
+        cut = start + step
+        for block in self.blocks:
+            if block.start < cut < block.end:
+                cut = block.start if block.start > start else block.end
+                break
+        return min(cut, end)
+
+
+@dataclass(frozen=True)
+class Rotating:
+    """mlx-lm's rotating cache, which holds `size` tokens: the first `keep` of a sequence and its last ones.
 
     Token t sees the first `keep` tokens and the last `size - keep` up to itself, in pieces of whatever length it is
-    read. Several tokens find at most `size - 1` keys before theirs, in order; one finds those that it sees, in any
-    order. (mlx-lm's own mask hides the first tokens from all of several queries but the first.)
-
-    Returns:
-        None where each query sees every key, else bool[num_queries, min(offset, size - 1) + num_queries].
+    read. (mlx-lm's own mask hides the first tokens from all of several queries but the first.)
     """
-    if num_queries == 1:
-        return None
-    held = min(offset, size - 1)
-    queries, keys = mx.arange(held, held + num_queries)[:, None], mx.arange(held + num_queries)
-    return (keys <= queries) & ((keys > queries - (size - keep)) | (keys < keep))
+
+    size: int
+    keep: int
+
+    def mask(self, window: int | None, rows: Rows) -> Mask:
+        """Several tokens find at most `size - 1` keys before theirs, in order; one finds those that it sees, in any
+        order."""
+        if rows.length == 1:
+            return None
+        held = min(rows.start, self.size - 1)
+        queries, keys = mx.arange(held, held + rows.length)[:, None], mx.arange(held + rows.length)
+        return (keys <= queries) & ((keys > queries - (self.size - self.keep)) | (keys < self.keep))
+
+    def cut(self, start: int, step: int, end: int) -> int:
+        """Anywhere."""
+        return min(start + step, end)

@@ -5,29 +5,12 @@ and the image and no text, so that what they become depends on the image alone. 
 cache as those of any token, and later tokens need the image no more.
 """
 
-from dataclasses import dataclass
-
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vlm_mini.config import DecoderConfig
-from mlx_vlm_mini.layers.attention import attend
-from mlx_vlm_mini.layers.types import Mask, Recorder
-
-
-@dataclass(frozen=True)
-class QuerySight:
-    """What tokens see in a layer of this kind.
-
-    Attributes:
-        mask: of self-attention.
-        features: float[B, P, C], what the queries look at, which are the first of the tokens; None where none are.
-        looks: where given, takes the queries' weights float[B, H, Q, P], see `Recorder`.
-    """
-
-    mask: Mask
-    features: mx.array | None
-    looks: Recorder | None = None
+from mlx_vlm_mini.layers.attention import Attention
+from mlx_vlm_mini.layers.types import Recorder
 
 
 class Looks:
@@ -51,35 +34,19 @@ class Looks:
         return self._sum / mx.array(self._layers)
 
 
-class QueryAttention(nn.Module):
+class QueryAttention(Attention):
     """Cross-attention of the queries: both sides normed, no positions, no mask, no gate."""
 
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
         assert config.queries is not None
-        size, seen, dim, eps = (
-            config.hidden_size, config.queries.vision_hidden_size, config.head_dim, config.norms.rms_norm_eps
-        )  # fmt: skip
-        self.num_queries, self.num_heads, self.scale = (
-            config.queries.num_query_tokens,
-            config.num_attention_heads,
-            dim**-0.5,
-        )
-        self.norm1, self.norm2 = nn.RMSNorm(size, eps=eps), nn.RMSNorm(seen, eps=eps)
-        self.q_proj = nn.Linear(size, self.num_heads * dim, bias=False)
-        self.k_proj = nn.Linear(seen, self.num_heads * dim, bias=False)
-        self.v_proj = nn.Linear(seen, self.num_heads * dim, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * dim, size, bias=False)
+        width, eps = config.queries.vision_hidden_size, config.norms.rms_norm_eps
+        heads, dim = config.num_attention_heads, config.head_dim
+        super().__init__(config.hidden_size, num_heads=heads, head_dim=dim, memory_size=width)
+        self.num_queries = config.queries.num_query_tokens
+        self.norm1, self.norm2 = nn.RMSNorm(config.hidden_size, eps=eps), nn.RMSNorm(width, eps=eps)
 
-    def __call__(self, x: mx.array, features: mx.array, looks: Recorder | None = None) -> mx.array:
+    def look(self, x: mx.array, features: mx.array, looks: Recorder | None = None) -> mx.array:
         """float[B, L, C] -> float[B, L, C]: what the first tokens see is added to them, the others stay as they are."""
         queries, rest = mx.split(x, [self.num_queries], axis=1)
-        B, Q, _ = queries.shape
-        seen = self.norm2(features)
-        q, k, v = (
-            each.reshape(B, each.shape[1], self.num_heads, -1).transpose(0, 2, 1, 3)  # (B, H, L, D)
-            for each in (self.q_proj(self.norm1(queries)), self.k_proj(seen), self.v_proj(seen))
-        )
-        out = attend(q, k, v, scale=self.scale, attentions=looks)
-        queries = queries + self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, Q, -1))
+        queries = queries + self(self.norm1(queries), memory=self.norm2(features), attentions=looks)
         return mx.concatenate([queries, rest], axis=1)

@@ -1,16 +1,19 @@
-"""Rotary positions (arXiv:2104.09864) with the scalings of mlx-lm, equal to transformers' modeling_rope_utils.py."""
+"""Rotary positions of decoders with their scalings, equal to transformers' modeling_rope_utils.py.
+
+Each scaling is a function: a length in tokens -> periods and attention scale (`rotary.Scaling`).
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_vlm_mini.borrow import borrow
-from mlx_vlm_mini.config import DecoderConfig
+from mlx_vlm_mini.config import DecoderConfig, LayerType
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.layers.rotary import DependsOn, Rotary, Scaling
 
 _NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -27,89 +30,82 @@ _NUMBERS = (
 )  # fmt: skip
 
 
+_DEPENDS_ON: dict[str, DependsOn] = {"dynamic": "length", "longrope": "length", "prompt_ntk": "prompt"}
+
+
 def _periods(base: float, dims: int) -> mx.array:
     """Positions a radian, float32[dims / 2], rounded as transformers rounds them."""
     exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
     return mx.array((base ** exponents.astype(np.float64)).astype(np.float32))
 
 
-class RoPE(nn.Module):
-    """Plain positions, `linear` ones, and `dynamic` ones (NTK: a larger base for what is longer than pretraining was).
+def _plain(dims: int, base: float, stretch: float = 1.0) -> Scaling:
+    """Frequencies that stay; positions `stretch` times as long a radian.
 
     MLX's own frequencies differ from transformers' in the last bit, which a thousand positions make 1e-4 of an angle.
     """
+    periods = _periods(base, dims) * stretch
+    return lambda total: (periods, 1.0)
 
-    def __init__(
-        self, dims: int, base: float, *, stretch: float = 1.0, growth: tuple[float, int] | None = None
-    ) -> None:
-        super().__init__()
-        self.dims, self.base, self.growth = dims, base, growth
-        self._freqs = _periods(base, dims) * stretch
-        mx.eval(self._freqs)  # what is left to be computed belongs to the thread that asked for it
 
-    def periods(self, total: int) -> mx.array:
-        """Positions a radian where so many tokens are read at last, float32[dims / 2]."""
-        if self.growth is None or total <= self.growth[1]:
-            return self._freqs
-        factor, length = self.growth
+def _dynamic(dims: int, base: float, factor: float, length: int) -> Scaling:
+    """NTK: a larger base for what is longer than pretraining was."""
+    plain = _periods(base, dims)
+
+    def scaling(total: int) -> tuple[mx.array, float]:
+        if total <= length:
+            return plain, 1.0
         larger = factor * total / length - (factor - 1)
-        return _periods(self.base * larger ** (self.dims / (self.dims - 2)), self.dims)
+        return _periods(base * larger ** (dims / (dims - 2)), dims), 1.0
 
-    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        freqs = self.periods(x.shape[-2] + offset)
-        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
+    return scaling
 
 
-class LongRoPE(nn.Module):
+def _longrope(dims: int, base: float, scaling: Mapping[str, Any], longest: int) -> Scaling:
     """LongRoPE (arXiv:2402.13753): short factors up to the length of pretraining, long ones beyond it.
 
     mlx-lm's version always takes the long ones.
     """
-
-    def __init__(self, dims: int, base: float, scaling: Mapping[str, Any], max_position_embeddings: int) -> None:
-        super().__init__()
-        self.dims = dims
-        self.original_length = scaling["original_max_position_embeddings"]
-        factor = scaling.get("factor") or max_position_embeddings / self.original_length
-        default = math.sqrt(1 + math.log(factor) / math.log(self.original_length)) if factor > 1 else 1.0
-        self.scale = scaling.get("attention_factor") or default
-        frequencies = _periods(base, dims)
-        self._short = mx.array(scaling["short_factor"], dtype=mx.float32) * frequencies
-        self._long = mx.array(scaling["long_factor"], dtype=mx.float32) * frequencies
-
-    def periods(self, total: int) -> mx.array:
-        """As of `RoPE`."""
-        return self._long if total > self.original_length else self._short
-
-    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        freqs = self.periods(x.shape[-2] + offset)
-        return mx.fast.rope(
-            self.scale * x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs
-        )
+    original = scaling["original_max_position_embeddings"]
+    factor = scaling.get("factor") or longest / original
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    scale = scaling.get("attention_factor") or default
+    plain = _periods(base, dims)
+    short, long = (mx.array(scaling[name], dtype=mx.float32) * plain for name in ("short_factor", "long_factor"))
+    mx.eval(short, long)
+    return lambda total: (long if total > original else short, scale)
 
 
-class PromptRoPE(nn.Module):
-    """Positions whose base grows in steps with the prompt's length, and stays for the whole answer (Qwen).
+def prompt_step(prompt: int, length: int) -> int:
+    """The factor by which the base grows for a prompt of so many tokens.
 
-    A prompt of 1 to 2 times the length of pretraining has step 3, one of 2 to 4 times 7, and so on; a shorter one 1.
+    It is 3 for 1 to 2 times the `length` of pretraining, 7 for 2 to 4 times, and so on; 1 for a shorter prompt.
+
     Source: modeling_qwen.py of Qwen/Qwen-VL-Chat on the Hub.
     """
+    return int(max(2 ** math.ceil(math.log(max(prompt, 1) / length, 2) + 1) - 1, 1))
 
-    def __init__(self, dims: int, base: float, length: int) -> None:
-        super().__init__()
-        self.dims, self.base, self.length = dims, base, length
-        self._begun: dict[int, RoPE] = {}
 
-    def step(self, prompt: int) -> int:
-        """The factor of a prompt of so many tokens."""
-        return int(max(2 ** math.ceil(math.log(max(prompt, 1) / self.length, 2) + 1) - 1, 1))
+def _prompt_ntk(dims: int, base: float, length: int) -> Scaling:
+    """A base that grows in steps with the prompt's length, and stays for the whole answer (Qwen)."""
+    known: dict[int, mx.array] = {}
 
-    def begun(self, prompt: int) -> RoPE:
-        """The positions of a sequence that begins with a prompt of so many tokens."""
-        step = self.step(prompt)
-        if step not in self._begun:
-            self._begun[step] = RoPE(self.dims, self.base * step ** (self.dims / (self.dims - 2)))
-        return self._begun[step]
+    def scaling(prompt: int) -> tuple[mx.array, float]:
+        step = prompt_step(prompt, length)
+        if step not in known:
+            known[step] = _periods(base * step ** (dims / (dims - 2)), dims)
+        return known[step], 1.0
+
+    return scaling
+
+
+def _borrowed(dims: int, base: float, scaling: dict[str, Any], longest: int) -> Scaling:
+    """Llama 3's and YaRN's (arXiv:2309.00071), whose frequencies are mlx-lm's."""
+    rope = borrow("models.rope_utils").initialize_rope(
+        dims, base, False, scaling_config=scaling, max_position_embeddings=longest
+    )
+    scale = _yarn_scale(scaling) if scaling["rope_type"] == "yarn" else 1.0
+    return lambda total: (rope._freqs, scale)
 
 
 def rope_type(scaling: Mapping[str, Any] | None) -> str:
@@ -143,46 +139,78 @@ def longest_context(config: DecoderConfig) -> int:
     return int(config.max_position_embeddings * stretch)
 
 
-def make_rope(config: DecoderConfig, own: float | None = None) -> Any:
-    """What turns float[B, H, L, D] by its positions: called with `(x, offset=tokens before x)`; or a `PromptRoPE`,
-    which gives that for a prompt.
-
-    Args:
-        own: a base in place of the config's, without its scaling.
+def make_rope(config: DecoderConfig, kind: LayerType = "full_attention") -> Rotary:
+    """The rotary positions of a kind of layer; those of sliding layers may have a base of their own, without scaling.
 
     Raises:
         CheckpointError: the scaling is unknown or incomplete.
     """
-    if own is not None:
-        return RoPE(config.head_dim, own)
-    scaling, dims, base = dict(config.rope_scaling or {}), config.head_dim, config.rope_theta
-    name = rope_type(scaling)
+    own = _own_base(config, kind)
+    scaling, longest = dict(config.rope_scaling or {}) if own is None else {}, config.max_position_embeddings
+    name, dims, base = rope_type(scaling), config.shape(kind).rotary_dims, config.rope_theta if own is None else own
     if name not in _NEEDS:
         raise CheckpointError(f"config.json: unknown rope type '{name}' (known: {', '.join(sorted(_NEEDS))})")
     missing = [key for key in _NEEDS[name] if scaling.get(key) is None]
     if missing:
         raise CheckpointError(f"config.json: rope scaling '{name}' lacks {', '.join(missing)}")
     _check_numbers(name, scaling, dims)
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0 or not scaling.get("truncate", True):
-        raise CheckpointError("config.json: partial_rotary_factor and truncate=false are not supported in rope scaling")
+    if not scaling.get("truncate", True):
+        raise CheckpointError("config.json: truncate=false is not supported in rope scaling")
     scaling.pop("type", None)
     scaling["rope_type"] = name
-    if not scaling.get("original_max_position_embeddings"):
-        scaling["original_max_position_embeddings"] = config.max_position_embeddings
-    if name == "longrope":
-        return LongRoPE(dims, base, scaling, config.max_position_embeddings)
-    if name == "prompt_ntk":
-        return PromptRoPE(dims, base, scaling["original_max_position_embeddings"])
-    if name in ("default", "linear"):
-        return RoPE(dims, base, stretch=scaling["factor"] if name == "linear" else 1.0)
-    if name == "dynamic":
-        return RoPE(dims, base, growth=(scaling["factor"], config.max_position_embeddings))
-    rope = borrow("models.rope_utils").initialize_rope(
-        dims, base, False, scaling_config=scaling, max_position_embeddings=config.max_position_embeddings
-    )
-    if name == "yarn":
-        rope.mscale = _yarn_scale(scaling)
-    return rope
+    original = scaling.get("original_max_position_embeddings") or longest
+    scaling["original_max_position_embeddings"] = original
+    kinds: dict[str, Callable[[], Scaling]] = {
+        "default": lambda: _plain(dims, base),
+        "linear": lambda: _plain(dims, base, scaling["factor"]),
+        "dynamic": lambda: _dynamic(dims, base, scaling["factor"], longest),
+        "longrope": lambda: _longrope(dims, base, scaling, longest),
+        "prompt_ntk": lambda: _prompt_ntk(dims, base, original),
+    }
+    found = kinds.get(name, lambda: _borrowed(dims, base, scaling, longest))()
+    depends_on = _DEPENDS_ON.get(name, "nothing")
+    axes = None if own is not None or not config.has_sections else _axes(config, dims // 2, depends_on)
+    return Rotary(dims, found, depends_on=depends_on, axes=axes)
+
+
+def make_ropes(config: DecoderConfig, kinds: Iterable[LayerType]) -> dict[LayerType, Rotary]:
+    """Of several kinds of layers; those whose positions rotate alike have the same one."""
+    made: dict[tuple[float | None, int], Rotary] = {}
+    found = {}
+    for kind in kinds:
+        key = _own_base(config, kind), config.shape(kind).rotary_dims
+        if key not in made:
+            made[key] = make_rope(config, kind)
+        found[kind] = made[key]
+    return found
+
+
+def _own_base(config: DecoderConfig, kind: LayerType) -> float | None:
+    return config.window.sliding_rope_theta if kind == "sliding_attention" and config.window is not None else None
+
+
+def _axes(config: DecoderConfig, half: int, depends_on: DependsOn) -> np.ndarray:
+    """By which axis each frequency goes: int[half].
+
+    In chunks, the first s0 frequencies go by time, the next s1 by the row, the last s2 by the column (Qwen2-VL);
+    interleaved, every third by the row up to 3 s1, every third by the column up to 3 s2, the others by time (Qwen3-VL).
+
+    Raises:
+        CheckpointError: the sections do not fit the heads, or the kind of scaling.
+    """
+    scaling = config.rope_scaling or {}
+    sections, interleaved = scaling["mrope_section"], scaling.get("mrope_interleaved", False)
+    whole = isinstance(sections, list | tuple) and all(type(size) is int and size >= 0 for size in sections)
+    if not whole or len(sections) != 3 or not (interleaved or sum(sections) == half):
+        raise CheckpointError(f"config.json: mrope_section must be three numbers with the sum {half}, not {sections!r}")
+    if depends_on != "nothing":
+        raise CheckpointError("config.json: a rope scaling that depends on the length takes no mrope_section")
+    if not interleaved:
+        return np.repeat(np.arange(3), sections)
+    axes = np.zeros(half, dtype=np.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = axis
+    return axes
 
 
 def _check_numbers(name: str, scaling: Mapping[str, Any], dims: int) -> None:

@@ -1,19 +1,18 @@
 """A conversation's KV cache, and what it holds: mlx-lm's caches chosen, trimmed, shared, written and read."""
 
-import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
 
 from mlx_vlm_mini.borrow import borrow
 from mlx_vlm_mini.checkpoints.folder import DTYPES, TensorInfo, read_header
 from mlx_vlm_mini.decoder.cross_attention import ImageCache, Span
-from mlx_vlm_mini.decoder.sections import forget
+from mlx_vlm_mini.decoder.masks import Rotating
+from mlx_vlm_mini.decoder.state import State
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.inputs import Inputs
 from mlx_vlm_mini.model import VLM
@@ -35,8 +34,8 @@ def identify(inputs: Inputs) -> np.ndarray:
     return identity
 
 
-def make_cache(model: VLM, *, kv_bits: int | None = None, rotate: int | None = None) -> list[Any]:
-    """An empty cache. What cross-attention layers keep of images is neither quantized nor given up.
+def make_state(model: VLM, *, kv_bits: int | None = None, rotate: int | None = None) -> State:
+    """An empty state. What cross-attention layers keep of images is neither quantized nor given up.
 
     Args:
         kv_bits: 2, 4 or 8 quantizes keys and values, in groups of 64 or 32 along a head (mlx-lm's QuantizedKVCache).
@@ -47,7 +46,7 @@ def make_cache(model: VLM, *, kv_bits: int | None = None, rotate: int | None = N
         PromptError: the model cannot be run so.
     """
     if kv_bits is None and rotate is None:
-        return model.make_cache()
+        return model.make_state()
     caches, config = borrow("models.cache"), model.config.decoder
     if kv_bits is not None and rotate is not None:
         raise PromptError("a rotating cache cannot be quantized: choose kv_bits or rotate")
@@ -58,49 +57,43 @@ def make_cache(model: VLM, *, kv_bits: int | None = None, rotate: int | None = N
         if both or config.two_way != "nothing" or "sliding_attention" in config.layer_types:
             own = "reads a prompt both ways" if both else "has layers with a window of their own"
             raise PromptError(f"family '{model.config.family}' {own}, which no rotating cache fits: leave rotate out")
-        return model.cache_of(lambda: caches.RotatingKVCache(max_size=rotate, keep=KEEP))
+        state = model.make_state(lambda: caches.RotatingKVCache(max_size=rotate, keep=KEEP))
+        state.visible = Rotating(rotate, KEEP)
+        return state
     group_size = next((size for size in (64, 32) if config.head_dim % size == 0), None)
     if kv_bits not in (2, 4, 8) or group_size is None:
         why = f"kv_bits must be 2, 4 or 8, not {kv_bits}"
         if kv_bits in (2, 4, 8):
             why = f"heads of {config.head_dim} numbers cannot be quantized in groups of 32: leave kv_bits out"
         raise PromptError(why)
-    return model.cache_of(lambda: caches.QuantizedKVCache(group_size=group_size, bits=kv_bits))
+    return model.make_state(lambda: caches.QuantizedKVCache(group_size=group_size, bits=kv_bits))
 
 
 class TurnCache:
-    """A cache that knows what it holds, position by position.
+    """A state that knows what it holds, position by position.
 
     Attributes:
-        entries: one of mlx-lm's caches a decoder layer, an `ImageCache` a cross-attention layer.
-        held: what they hold, see `identify`.
+        state: of the tokens.
+        held: what they are, see `identify`.
     """
 
     def __init__(self, model: VLM, *, kv_bits: int | None = None, rotate: int | None = None) -> None:
-        """Arguments and errors as of `make_cache`."""
+        """Arguments and errors as of `make_state`."""
         self.model, self.kv_bits, self.rotate = model, kv_bits, rotate
         self.clear()
 
     def clear(self) -> None:
-        self.entries = make_cache(self.model, kv_bits=self.kv_bits, rotate=self.rotate)
+        """Forget everything."""
+        self.state = make_state(self.model, kv_bits=self.kv_bits, rotate=self.rotate)
         self.held = np.zeros((0, 5), dtype=np.uint64)
 
     @property
-    def _texts(self) -> list[Any]:
-        return [entry for entry in self.entries if not isinstance(entry, ImageCache)]
-
-    @property
     def _images(self) -> dict[int, ImageCache]:
-        return {number: entry for number, entry in enumerate(self.entries) if isinstance(entry, ImageCache)}
-
-    @property
-    def prompt_length(self) -> int | None:
-        """Tokens of the prompt that the sequence began with, as the decoder noted it; None where it was not there."""
-        found: int | None = getattr(self._texts[0], "prompt_length", None)
-        return found
+        return {number: entry for number, entry in enumerate(self.state.layers) if isinstance(entry, ImageCache)}
 
     def share(self, wanted: np.ndarray) -> int:
-        """Trim to what is shared with a prompt, all but its last token; return its length.
+        """Go back to what is shared with a prompt, all but its last token, or as near before that as the state can;
+        return its length.
 
         Args:
             wanted: the prompt's identity, see `identify`.
@@ -108,7 +101,7 @@ class TurnCache:
         length = min(len(self.held), len(wanted) - 1)
         different = np.flatnonzero((self.held[:length] != wanted[:length]).any(axis=-1))
         length = int(different[0]) if len(different) else length
-        kept = self.model.decoder.keeps_keys(self.prompt_length, len(self.held), len(wanted))
+        kept = self.model.decoder.keeps_keys(self.state.prompt_length, len(self.held), len(wanted))
         ahead = self.model.decoder.looks_ahead and (self.held[:, 4].any() or wanted[:, 4].any())
         if self.kv_bits is not None or ahead or not kept:
             length = 0
@@ -126,33 +119,17 @@ class TurnCache:
         said[:, 0] = tokens
         if tokens:
             self.held = np.concatenate([prompt, said])
-        self._trim(min(len(self.held), *(entry.offset for entry in self._texts)))
-        mx.eval([entry.state for entry in self.entries if not entry.empty()])
+        self._trim(len(self.held))
+        self.state.evaluate()
 
     def _trim(self, length: int) -> None:
-        """Cut to the first tokens and the images among them; to none where a rotating cache gave one of them up."""
-        longer = [entry for entry in self._texts if entry.offset > length]
-        if not all(entry.is_trimmable() for entry in longer):
-            self.clear()
-            return
-        for entry in longer:
-            entry.trim(entry.offset - length)
-        for images in self._images.values():
-            images.cut(length)
-        forget(self._texts[0], length)
-        self.held = self.held[:length]
+        """Go back to the first tokens and the images among them, or as near before them as the state can."""
+        self.held = self.held[: self.state.rewind(length)]
 
     def fork(self) -> "TurnCache":
-        """A cache with the same tokens that goes on by itself.
-
-        Nothing is copied yet: the arrays have other handles to the same memory, and MLX writes into an array in place
-        only where nobody else holds its memory. So what is written to first copies each array once.
-        """
+        """A cache with the same tokens that goes on by itself, see `State.fork`."""
         twin = TurnCache(self.model, kv_bits=self.kv_bits, rotate=self.rotate)
-        twin.entries, twin.held = [copy.copy(entry) for entry in self.entries], self.held
-        for entry in twin.entries:
-            if not entry.empty():
-                entry.keys, entry.values = tree_map(lambda array: array[...], (entry.keys, entry.values))
+        twin.state, twin.held = self.state.fork(), self.held
         return twin
 
     @property
@@ -171,14 +148,13 @@ class TurnCache:
         images = self._images
         arrays = {
             f"layers.{i}.{part}": mx.contiguous(getattr(entry, part)[..., : None if i in images else len(self.held), :])
-            for i, entry in enumerate(self.entries)
+            for i, entry in enumerate(self.state.layers)
             if not entry.empty()
             for part in _PARTS
         }
-        for entry in images.values():
-            if entry.spans:
-                arrays["images"] = mx.array(np.array(entry.spans, dtype=np.uint64))
-        metadata = {"model": model_fingerprint, "prompt_length": str(self.prompt_length)}
+        if self.state.spans:
+            arrays["images"] = mx.array(np.array(self.state.spans, dtype=np.uint64))
+        metadata = {"model": model_fingerprint, "prompt_length": str(self.state.prompt_length)}
         mx.save_safetensors(str(file), {**arrays, "held": mx.array(self.held)}, metadata)
 
     def read(self, file: Path, model_fingerprint: str, digest: str) -> None:
@@ -193,7 +169,7 @@ class TurnCache:
         info, config = tensors.get("held"), self.model.config.decoder
         begun = str(metadata.get("prompt_length"))
         shown, images = tensors.get("images"), self._images
-        layers = [i for i in range(len(self.entries)) if shown is not None or i not in images]
+        layers = [i for i in range(len(self.state.layers)) if shown is not None or i not in images]
         names = [f"layers.{i}.{part}" for i in layers for part in _PARTS]
         if info is None or set(tensors) != {"held", *names, *(["images"] if images and shown else [])}:
             raise CheckpointError(f"{file} has not the layers of this model")
@@ -213,16 +189,14 @@ class TurnCache:
         if images and [span.position for span in spans] != np.flatnonzero(held[:, 4]).tolist():
             raise CheckpointError(f"{file} does not hold the images of its tokens")
         mx.eval(arrays)
+        self.state.clear()
         for i in layers:
-            entry = self.entries[i]
+            entry = self.state.layers[i]
             entry.keys, entry.values = (arrays[f"layers.{i}.{part}"] for part in _PARTS)
-            if i in images:
-                entry.spans = spans
-            else:
+            if i not in images:
                 entry.offset = len(held)
-                if begun.isdecimal():
-                    entry.prompt_length = int(begun)
-        self.held = held
+        self.state.start, self.state.spans, self.held = len(held), spans, held
+        self.state.prompt_length = int(begun) if begun.isdecimal() else None
 
     @staticmethod
     def _read_spans(file: Path, info: TensorInfo | None) -> tuple[Span, ...]:

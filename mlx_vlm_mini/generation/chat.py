@@ -342,7 +342,7 @@ class Chat:
                 self.model,
                 self.processor,
                 inputs,
-                self._cache.entries,
+                self._cache.state,
                 options=chosen,
                 cached=cached,
                 started=started,

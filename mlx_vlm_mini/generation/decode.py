@@ -1,18 +1,19 @@
-"""Prefill and decode. Knows token ids only, and hands on what cross-attention layers look at."""
+"""Prefill and decoding. Knows token ids and readings only."""
 
+import math
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import mlx.core as mx
 
-from mlx_vlm_mini.decoder.cross_attention import ImageCache, ShownImage
 from mlx_vlm_mini.decoder.decoder import Decoder
-from mlx_vlm_mini.decoder.masks import ImageBlock, cut_between
-from mlx_vlm_mini.decoder.sections import PlacedImage
-from mlx_vlm_mini.layers.cpu.exponential import log_softmax
+from mlx_vlm_mini.decoder.reading import Reading
+from mlx_vlm_mini.decoder.state import State
+from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.layers.kernels import claim_process, is_forked, kernels
 
 from .step import make_step
 
@@ -23,6 +24,8 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 """(int[L] tokens so far, float[1, vocab_size] logits) -> logits, as mlx-lm's `make_logits_processors` makes them."""
 
 PREFILL_STEP = 512  # prompt tokens a chunk: bounds the activations' memory
+
+_REMEDIES = {"float16": "its numbers are too large for that type, load it as bfloat16 or float32"}
 
 Step = TypeVar("Step")
 _turn = threading.RLock()
@@ -44,6 +47,7 @@ def take_turns(steps: Generator[Step, None, None]) -> Iterator[Step]:
     """
     try:
         while True:
+            claim_process()
             with _turn:
                 try:
                     step = next(steps)
@@ -51,8 +55,9 @@ def take_turns(steps: Generator[Step, None, None]) -> Iterator[Step]:
                     return
             yield step
     finally:
-        with _turn:
-            steps.close()
+        if not is_forked():
+            with _turn:
+                steps.close()
 
 
 @contextmanager
@@ -78,45 +83,41 @@ def wired_memory() -> Iterator[None]:
 
 def prefill(
     decoder: Decoder,
-    embeddings: mx.array,
-    cache: Sequence[Any],
+    reading: Reading,
+    state: State,
     *,
-    images: Sequence[ShownImage | ImageBlock | PlacedImage] = (),
     step: int = PREFILL_STEP,
     progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
-    """Read a prompt into the cache, chunk by chunk, and score its last token only.
+    """Read a prompt into the state, chunk by chunk, and score its last token only.
 
     Args:
-        embeddings: float[1, L, C], the prompt's or the part of it that the cache lacks.
-        images: for cross-attention layers, those that the cache lacks; or those whose tokens see one another; as
-            `model.show` gives them.
-        step: tokens a chunk. Not applied where the prompt's keys depend on all of it, nor inside such an image.
+        reading: the prompt, or the part of it that the state lacks.
+        step: tokens a chunk. Not applied where the prompt's keys depend on all of it, nor among tokens that see one
+            another.
         progress: called with tokens done and tokens in all.
 
     Returns:
         float[1, vocab_size], the logits of the last token; not evaluated.
     """
-    total = embeddings.shape[1]
-    held = next(entry.offset for entry in cache if not isinstance(entry, ImageCache))
-    step = total if decoder.reads_whole(held + total) else max(step, decoder.least_chunk)
+    total, before = reading.length, state.start
+    step = total if decoder.reads_whole(before + total) else step
     done = 0
-    blocks = [image for image in images if isinstance(image, ImageBlock)]
-    while (end := cut_between(held + done, step, held + total, blocks) - held) < total:
-        decoder(embeddings[:, done:end], cache, images=blocks if done else images)
-        mx.eval([entry.state for entry in cache])
+    while (end := reading.visible.cut(before + done, step, before + total) - before) < total:
+        decoder(reading.part(done, end), state)
+        state.evaluate()
         done = end
         if progress is not None:
             progress(done, total)
         mx.clear_cache()
-    hidden = decoder(embeddings[:, done:], cache, images=blocks if done else images)
+    hidden = decoder(reading.part(done, total), state)
     return decoder.logits(hidden[:, -1:])[:, 0]
 
 
 def decode(
     decoder: Decoder,
     logits: mx.array,
-    cache: Sequence[Any],
+    state: State,
     *,
     prompt: mx.array,
     max_tokens: int,
@@ -127,19 +128,22 @@ def decode(
 
     Args:
         logits: float[1, vocab_size], of the prompt's last token.
-        cache: holds the prompt. When a token is yielded it holds, or is about to hold, that token too.
+        state: holds the prompt. When a token is yielded it holds, or is about to hold, that token too.
         prompt: int[L], for the logits processors.
         max_tokens: tokens to yield at most.
+
+    Raises:
+        CheckpointError: the model computes numbers that are not finite.
     """
 
     def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
         for processor in logits_processors:
             logits = processor(tokens, logits)
-        logprobs = log_softmax(logits)
+        logprobs = kernels().log_softmax(logits)
         token = sampler(logprobs)
         return token, mx.take_along_axis(logprobs, token[:, None], axis=-1)
 
-    tokens, step = prompt, make_step(decoder, cache)
+    tokens, step = prompt, make_step(decoder, state)
     token, logprob = choose(logits)
     mx.async_eval(token, logprob)
     for count in range(1, max_tokens + 1):
@@ -149,6 +153,13 @@ def decode(
                 tokens = mx.concatenate([tokens, current.astype(tokens.dtype)])
             token, logprob = choose(step(current))
             mx.async_eval(token, logprob)
-        yield Token(cast(int, current.item()), cast(float, current_logprob.item()))
+        found = Token(cast(int, current.item()), cast(float, current_logprob.item()))
+        if not math.isfinite(found.logprob):
+            kind = str(decoder.norm.weight.dtype).split(".")[-1]
+            raise CheckpointError(
+                f"the model computed a log-probability of {found.logprob} in {kind}: "
+                + _REMEDIES.get(kind, "its weights are broken, or a logits processor leaves no token")
+            )
+        yield found
         if count % 256 == 0:
             mx.clear_cache()

@@ -249,27 +249,28 @@ def _measure_decoding(
 ) -> dict[str, Any]:
     """Tokens a second behind `context` tokens, bytes read for each, and how long Python builds its graph."""
     say(f"decoding behind {context} tokens")
-    inputs, cache = processor(prompt), model.make_cache()
-    embeddings, images = model.read(inputs)
-    logits = prefill(model.decoder, embeddings, cache, images=images)
-    mx.eval(logits, [entry.state for entry in cache])
+    inputs, state = processor(prompt), model.make_state()
+    logits = prefill(model.decoder, model.read(inputs), state)
+    mx.eval(logits)
+    state.evaluate()
     longest = longest_context(model.config.decoder) - tokens - BUILT - 2
     missing = min(context, longest) - len(inputs.slots)
     if missing > 0:
-        for entry in cache:
+        for entry in state.layers:
             if not isinstance(entry, ImageCache):
                 entry.update_and_fetch(*(_random_like(each, missing) for each in (entry.keys, entry.values)))
-    mx.eval([entry.state for entry in cache])
-    held = len(inputs.slots) + max(missing, 0)
-    cached = sum(_held_bytes(entry, held) for entry in cache)
+        state.start += missing
+    state.evaluate()
+    held = state.start
+    cached = sum(_held_bytes(entry, held) for entry in state.layers)
 
     def sampler(logprobs: mx.array) -> mx.array:
         return mx.argmax(logprobs, axis=-1)
 
-    steps = decode(model.decoder, logits, cache, prompt=inputs.input_ids[0], max_tokens=tokens + 2, sampler=sampler)
+    steps = decode(model.decoder, logits, state, prompt=inputs.input_ids[0], max_tokens=tokens + 2, sampler=sampler)
     seconds = _time_of(steps, tokens) / tokens
     begin = time.thread_time()  # what follows is built only, and thrown away
-    chosen, step = mx.array([0]), make_step(model.decoder, cache)
+    chosen, step = mx.array([0]), make_step(model.decoder, state)
     for _ in range(BUILT):
         chosen = sampler(step(chosen))
     building = (time.thread_time() - begin) / BUILT

@@ -7,8 +7,10 @@ from itertools import count
 from typing import Any, Literal
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_vlm_mini.borrow import borrow
+from mlx_vlm_mini.borrow import borrow_uncompiled
+from mlx_vlm_mini.decoder.state import State
 from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.images.source import ImageSource
 from mlx_vlm_mini.inputs import InputImage, Inputs
@@ -22,6 +24,11 @@ from .features import Features
 
 FinishReason = Literal["stop", "length"]
 
+_MANY = 2**62
+_LIMITS: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, _MANY), "temperature": (1e-4, 1e4), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "top_k": (0, _MANY),
+    "repetition_penalty": (0.01, 100.0), "seed": (0, 2**64 - 1), "prefill_step": (1, _MANY),
+}  # fmt: skip
 _FAR = 0x9E3779B97F4A7C15  # an odd number near 2^64 divided by the golden ratio: no two seeds' tokens come near
 
 
@@ -104,14 +111,20 @@ class Options:
     progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("max_tokens", 1, float("inf")), ("temperature", 0, float("inf")), ("top_p", 0, 1), ("min_p", 0, 1),
-            ("top_k", 0, float("inf")), ("prefill_step", 1, float("inf")), ("seed", 0, 2**64 - 1),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                limit = f"{low} or more" if high == float("inf") else f"between {low} and {high}"
-                raise PromptError(f"{name} must be {limit}, not {value}")
+        """Raises PromptError where an option has another type, or is out of range."""
+        for name, (low, high) in _LIMITS.items():
+            value, whole = getattr(self, name), type(high) is int
+            if value is None and name in ("seed", "repetition_penalty"):
+                continue
+            number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not number or not (low <= value <= high or (name == "temperature" and value == 0)):
+                what, zero = "a whole number" if whole else "a number", "0, or " if name == "temperature" else ""
+                limit = f"of {low} or more" if high >= _MANY else f"between {low} and {high}"
+                raise PromptError(f"{name} must be {zero}{what} {limit}, not {value!r}")
+        if not isinstance(self.stop, str) and not (
+            isinstance(self.stop, Sequence) and all(isinstance(stop, str) for stop in self.stop)
+        ):
+            raise PromptError(f"stop must be a text or a list of texts, not {self.stop!r}")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -132,7 +145,7 @@ class Options:
 
     def _choose_sampler(self, vocab_size: int) -> Sampler:
         top_k = self.top_k if self.top_k < vocab_size else 0  # mlx-lm refuses what would leave nothing out
-        sampler: Sampler = borrow("sample_utils").make_sampler(
+        sampler: Sampler = borrow_uncompiled("sample_utils").make_sampler(
             temp=self.temperature, top_p=self.top_p, min_p=self.min_p, top_k=top_k
         )
         return sampler
@@ -140,7 +153,7 @@ class Options:
     def make_logits_processors(self) -> Sequence[LogitsProcessor]:
         if self.logits_processors is not None:
             return self.logits_processors
-        processors: Sequence[LogitsProcessor] = borrow("sample_utils").make_logits_processors(
+        processors: Sequence[LogitsProcessor] = borrow_uncompiled("sample_utils").make_logits_processors(
             repetition_penalty=self.repetition_penalty
         )
         return processors
@@ -170,7 +183,7 @@ def stream_inputs(
     model: VLM,
     processor: Processor,
     inputs: Inputs,
-    cache: Sequence[Any],
+    state: State,
     *,
     options: Options,
     cached: int = 0,
@@ -178,7 +191,7 @@ def stream_inputs(
     features: Features | None = None,
     context: int | None = None,
 ) -> Iterator[Chunk]:
-    """Answer inputs whose first `cached` tokens the cache already holds. Several threads' answers take turns.
+    """Answer inputs whose first `cached` tokens the state already holds. Several threads' answers take turns.
 
     Args:
         started: `time.perf_counter()` at which the caller began, for the statistics.
@@ -186,14 +199,14 @@ def stream_inputs(
         context: for the statistics.
     """
     begin = time.perf_counter() if started is None else started
-    return take_turns(_answer(model, processor, inputs, cache, options, cached, begin, features or Features(), context))
+    return take_turns(_answer(model, processor, inputs, state, options, cached, begin, features or Features(), context))
 
 
 def _answer(
     model: VLM,
     processor: Processor,
     inputs: Inputs,
-    cache: Sequence[Any],
+    state: State,
     options: Options,
     cached: int,
     begin: float,
@@ -215,21 +228,21 @@ def _answer(
     def find(image: InputImage) -> mx.array:
         return kept.encode(image, encode)
 
+    vocab_size = model.config.decoder.vocab_size
+    ends = processor.eos_token_ids | special_stops(processor, options.stops)
     stop_filter, text_stream = _StopFilter((*options.stops, *processor.stops)), TextStream(processor.tokenizer)
     with wired_memory():
-        embeddings, images = model.read(inputs, cached, find)
-        mx.eval(embeddings)
+        reading = model.read(inputs, cached, find)
+        mx.eval(reading.embeddings, reading.beside)
         stats.image_s = time.perf_counter() - begin
-        logits = prefill(
-            model.decoder, embeddings, cache, images=images, step=options.prefill_step, progress=options.progress
-        )
+        logits = prefill(model.decoder, reading, state, step=options.prefill_step, progress=options.progress)
         tokens = decode(
             model.decoder,
             logits,
-            cache,
-            prompt=inputs.input_ids[0],
+            state,
+            prompt=known_tokens(inputs, vocab_size),
             max_tokens=options.max_tokens,
-            sampler=options.make_sampler(model.config.decoder.vocab_size),
+            sampler=options.make_sampler(vocab_size),
             logits_processors=options.make_logits_processors(),
         )
         for token in tokens:
@@ -240,7 +253,7 @@ def _answer(
                 stats.prefill_s = stats.first_token_s - stats.image_s
             stats.decode_s = now - begin - stats.first_token_s
             stats.peak_memory_bytes = mx.get_peak_memory()
-            ended = token.id in processor.eos_token_ids
+            ended = token.id in ends
             text, stopped = stop_filter.add("" if ended else text_stream.add(token.id))
             last = ended or stopped or stats.generated_tokens == options.max_tokens
             if last and not stopped:
@@ -250,6 +263,18 @@ def _answer(
             yield Chunk(text, token.id, token.logprob, reason, stats)
             if last:
                 return
+
+
+def special_stops(processor: Processor, stops: Sequence[str]) -> set[int]:
+    """Ids of the stop strings that are special tokens: these never appear in an answer's text."""
+    found = {processor.tokenizer.token_to_id(stop) for stop in stops} - {None}
+    return {token for token in found if token is not None and not processor.tokenizer.decode([token])}
+
+
+def known_tokens(inputs: Inputs, vocab_size: int) -> mx.array:
+    """int[n]: a prompt's token ids that have a logit, which an image token's need not have."""
+    ids = np.array(inputs.input_ids[0])
+    return mx.array(ids[ids < vocab_size])
 
 
 def stream_generate(
@@ -276,7 +301,7 @@ def stream_generate(
     started = time.perf_counter()
     chosen = Options(**options)
     inputs = processor(prompt, images)
-    yield from stream_inputs(model, processor, inputs, model.make_cache(), options=chosen, started=started)
+    yield from stream_inputs(model, processor, inputs, model.make_state(), options=chosen, started=started)
 
 
 def generate(

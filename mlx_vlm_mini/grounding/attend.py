@@ -14,17 +14,16 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_mini.config import DecoderConfig
-from mlx_vlm_mini.decoder.cross_attention import ImageCache, ShownImage
-from mlx_vlm_mini.decoder.masks import ImageBlock
 from mlx_vlm_mini.decoder.rope import turns_while_answering
-from mlx_vlm_mini.decoder.sections import PlacedImage
+from mlx_vlm_mini.decoder.state import State
 from mlx_vlm_mini.errors import CheckpointError, PromptError
+from mlx_vlm_mini.fusion import Encode
 from mlx_vlm_mini.generation.decode import prefill, wired_memory
 from mlx_vlm_mini.generation.features import Features
 from mlx_vlm_mini.generation.stream import Chunk, Options, stream_inputs
 from mlx_vlm_mini.images.source import ImageSource
 from mlx_vlm_mini.inputs import InputImage, Inputs
-from mlx_vlm_mini.layers.cpu.exponential import log_softmax
+from mlx_vlm_mini.layers.kernels import kernels
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.preprocessing.pixels import frames
 from mlx_vlm_mini.processor import PreparedImage, Processor
@@ -83,14 +82,14 @@ def attend(
     prepared: list[PreparedImage] = [part["image"] for part in images_of(messages)]
     if not prepared:
         raise PromptError("the prompt has no image, so there are no patches to look at: give one")
-    inputs, cache = processor(messages), model.make_cache()
+    inputs, state = processor(messages), model.make_state()
     boxes = [find_boxes(model, processor, image) for image in inputs.images]
     encode = partial(kept.encode, encode=model.encode)
     with wired_memory():
         mixings = [model.mixing(image, encode) for image in inputs.images]
         if answer is None:
             tokens = []
-            for chunk in stream_inputs(model, processor, inputs, cache, options=chosen, features=kept):
+            for chunk in stream_inputs(model, processor, inputs, state, options=chosen, features=kept):
                 tokens.append(chunk.token)
                 if listen is not None:
                     listen(chunk)
@@ -100,22 +99,16 @@ def attend(
                 raise PromptError("the answer is empty: there is no token to explain")
         _check_tokens(tokens, config.vocab_size)
         if reduce == "rollout":
-            logits, weights = _roll_out(model, inputs, tokens, kept)
+            logits, weights = _roll_out(model, inputs, tokens, encode)
         else:
             if answer is not None:
-                embeddings, shown = model.read(inputs, encode=encode)
-                logits = prefill(
-                    model.decoder,
-                    embeddings,
-                    cache,
-                    images=shown,
-                    step=chosen.prefill_step,
-                    progress=chosen.progress,
-                )
-                mx.eval(logits)
-            rows = _Rows(_columns(inputs, cache), layers, heads, reduce)
-            logits, weights = _record(model, inputs, tokens, cache, kept, rows)
-    found = mx.take_along_axis(log_softmax(logits), mx.array(tokens)[:, None], axis=-1)[:, 0]
+                reading = model.read(inputs, encode=encode)
+                step, progress = chosen.prefill_step, chosen.progress
+                mx.eval(prefill(model.decoder, reading, state, step=step, progress=progress))
+            rows = _Rows(_columns(inputs, state), layers, heads, reduce)
+            logits, weights = _record(model, inputs, tokens, state, encode, rows)
+    logprobs = kernels().log_softmax(logits)
+    found = mx.take_along_axis(logprobs, mx.array(tokens)[:, None], axis=-1)[:, 0]
     counts = [len(places if mixing is None else mixing) for places, mixing in zip(boxes, mixings, strict=True)]
     shares = [
         own if mixing is None else own @ mixing
@@ -175,13 +168,12 @@ def _choose_layers(config: DecoderConfig, layers: Sequence[int] | None) -> list[
     return chosen
 
 
-def _columns(inputs: Inputs, cache: Sequence[Any]) -> np.ndarray:
+def _columns(inputs: Inputs, state: State) -> np.ndarray:
     """Which keys show the images, image after image: the slots, or of cross-attention those of all used tiles."""
-    spans = next((entry.spans for entry in cache if isinstance(entry, ImageCache)), None)
-    if spans is None:
+    if not state.spans:
         return np.flatnonzero(inputs.slots)
-    begins = np.cumsum([0, *(span.held for span in spans)])
-    return np.concatenate([begin + np.arange(span.seen) for begin, span in zip(begins, spans, strict=False)])
+    begins = np.cumsum([0, *(span.held for span in state.spans)])
+    return np.concatenate([begin + np.arange(span.seen) for begin, span in zip(begins, state.spans, strict=False)])
 
 
 def encode_answer(processor: Processor, messages: Sequence[Message], inputs: Inputs, answer: str) -> list[int]:
@@ -278,30 +270,27 @@ class _Rollout:
 
 
 def _record(
-    model: VLM, inputs: Inputs, tokens: Sequence[int], cache: Sequence[Any], features: Features, rows: _Rows
+    model: VLM, inputs: Inputs, tokens: Sequence[int], state: State, encode: Encode, rows: _Rows
 ) -> tuple[mx.array, np.ndarray]:
-    """Logits before each token, float[T, vocab_size], and what `rows` keeps; `cache` holds the prompt or more."""
+    """Logits before each token, float[T, vocab_size], and what `rows` keeps; `state` holds the prompt or more."""
     first = len(inputs.slots) - 1
-    for entry in cache:
-        if isinstance(entry, ImageCache):
-            entry.cut(first)
-        else:
-            entry.trim(entry.offset - first)
-    embeddings, again = _read(model, inputs, tokens, features, first)
+    reached = state.rewind(first)
+    reading = model.read(inputs.followed_by(tokens[:-1]), reached, encode)
+    if reached < first:
+        model.decoder(reading.part(0, first - reached), state)
     # Where angles depend on the length, each token's are those of the length that it was read at.
     step = 1 if turns_while_answering(model.config.decoder, first + len(tokens)) else len(tokens)
     logits, weights = [], []
-    for start in range(0, len(tokens), step):
-        part = embeddings[:, start : start + step]
-        rows.begin(part.shape[1])
-        hidden = model.decoder(part, cache, rows, first + 1, () if start else again)
-        logits.append(model.decoder.logits(hidden)[0])
+    for start in range(first - reached, reading.length, step):
+        part = reading.part(start, min(start + step, reading.length))
+        rows.begin(part.length)
+        logits.append(model.decoder.logits(model.decoder(part, state, rows))[0])
         mx.eval(logits[-1])
         weights.append(rows.take())
     return mx.concatenate(logits), np.concatenate(weights, axis=-2)
 
 
-def _roll_out(model: VLM, inputs: Inputs, tokens: Sequence[int], features: Features) -> tuple[mx.array, np.ndarray]:
+def _roll_out(model: VLM, inputs: Inputs, tokens: Sequence[int], encode: Encode) -> tuple[mx.array, np.ndarray]:
     """The same, computed of the whole sequence: float32[T, N]."""
     length, decoder = len(inputs.slots), model.decoder
     if turns_while_answering(model.config.decoder, length + len(tokens)):
@@ -310,16 +299,7 @@ def _roll_out(model: VLM, inputs: Inputs, tokens: Sequence[int], features: Featu
             "prompt, or choose another reduction"
         )
     flow = _Rollout(np.flatnonzero(inputs.slots), length + len(tokens) - 1)
-    embeddings, shown = _read(model, inputs, tokens, features, 0)
-    hidden = decoder(embeddings, None, flow, length, shown)
+    hidden = decoder(model.read(inputs.followed_by(tokens[:-1]), encode=encode), None, flow)
     logits = decoder.logits(hidden[:, length - 1 :])[0]
     mx.eval(logits)
     return logits, np.array(flow.flow[length - 1 :])
-
-
-def _read(
-    model: VLM, inputs: Inputs, tokens: Sequence[int], features: Features, start: int
-) -> tuple[mx.array, list[ShownImage | ImageBlock | PlacedImage]]:
-    """`model.read` from `start` on, with embeddings of all tokens but the last, which nothing reads."""
-    prompt, shown = model.read(inputs, start, partial(features.encode, encode=model.encode))
-    return mx.concatenate([prompt, model.decoder.embed(mx.array(list(tokens))[None])[:, :-1]], axis=1), shown

@@ -1,17 +1,14 @@
-"""The one attention of both towers: fused, and an explicit path that keeps its weights."""
+"""The one attention of towers, projectors and decoders: fused, or explicit with its weights."""
 
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from .cpu import exponential
-from .cpu.tiles import attend_in_tiles
-from .types import Mask, Recorder
+from .kernels import kernels
+from .types import Mask, Recorder, Rope
 
 BLOCK = 2**23  # scores held at a time where the attention is not fused
-ONE_FROM = 1024  # keys from which on tiles are faster on a CPU for a single query, too
 
 
 def attend(
@@ -31,20 +28,15 @@ def attend(
         keys, values: float[B, H', S, D]; each of the H' heads serves H / H' query heads.
         softcap: where given, each score s becomes softcap tanh(s / softcap) before the mask (arXiv:2408.00118). The
             fused attention cannot do that.
-        mask: bool[L, S] or bool[B, 1, L, S], true where a query may look; "causal" when the queries are the last L of
-            the S positions; None when every query sees every key.
+        mask: see `Mask`.
         attentions: where given, the weights are computed explicitly and appended, see `Recorder`.
 
     Returns:
         float[B, H, L, D].
     """
+    if attentions is None and softcap is None:
+        return kernels().attend(queries, keys, values, scale, mask)
     (B, H, L, D), S, groups = queries.shape, keys.shape[2], queries.shape[1] // keys.shape[1]
-    fused = attentions is None and softcap is None
-    by_hand = fused and exponential.is_slow() and queries.dtype == mx.float32 and (L > 1 or S >= ONE_FROM)
-    if fused and not by_hand:
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-    if by_hand:
-        return attend_in_tiles(queries * (scale * exponential.LOG2E), keys, values, mask)
     rows = max(1, BLOCK // (B * H * S))
     if rows < L:
         options = {"scale": scale, "softcap": softcap, "attentions": attentions}
@@ -82,79 +74,109 @@ def _attend_in_blocks(
     return mx.concatenate(blocks, axis=2)
 
 
-def logn_factors(offset: int, length: int, base: int) -> mx.array:
-    """Of `length` tokens after `offset` others log n to this base, n counted from 1, at least 1: float[L, 1].
+def split_heads(x: mx.array, heads: int) -> mx.array:
+    """float[B, L, H D] -> float[B, H, L, D]."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
 
-    So that attention to more keys than in pretraining stays as sharp (Qwen; Su Jianlin, spaces.ac.cn/archives/8823).
-    """
-    n = np.arange(offset + 1, offset + length + 1, dtype=np.float64)
-    return mx.array(np.maximum(np.log(n) / np.log(base), 1).astype(np.float32))[:, None]
+
+def join_heads(x: mx.array) -> mx.array:
+    """float[B, H, L, D] -> float[B, L, H D]."""
+    return x.transpose(0, 2, 1, 3).flatten(2)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `num_kv_heads` below `num_heads` groups the queries (arXiv:2305.13245)."""
+    """Multi-head attention: of tokens on those before them (self-attention), or on what `memory` holds.
+
+    `num_kv_heads` below `num_heads` groups the queries (arXiv:2305.13245).
+    """
 
     def __init__(
         self,
         hidden_size: int,
         *,
         num_heads: int,
-        num_kv_heads: int,
         head_dim: int,
-        qkv_bias: bool,
-        o_bias: bool,
-        scale: float,
+        num_kv_heads: int | None = None,
+        memory_size: int | None = None,
+        output_size: int | None = None,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        scale: float | None = None,
         softcap: float | None = None,
-        qk_norm: tuple[int, float] | None = None,
-        logn_length: int | None = None,
+        gated: bool = False,
     ) -> None:
         """
         Args:
-            logn_length: token n's query is multiplied by log n to this base where that is above 1.
-            qk_norm: width and eps of an RMS norm over queries and one over keys: of each head, or of all at once.
+            num_kv_heads: None: as many as heads.
+            memory_size: width of what keys and values are made of; None: the hidden size.
+            output_size: None: the hidden size.
+            scale: of the scores; None: 1 / sqrt(head_dim).
+            softcap: see `attend`.
+            gated: q_proj gives each head a gate besides, by whose sigmoid its output is multiplied (Qwen3-Next).
+
+        Norms of queries and keys are given by whoever builds it, as `q_norm` and `k_norm`: of each head, or of all
+        heads at once where that is their width.
         """
         super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.scale = scale
-        self.softcap = softcap
-        self.logn_length = logn_length
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=o_bias)
-        if qk_norm is not None:
-            width, eps = qk_norm
-            self.q_norm = nn.RMSNorm(width, eps=eps)
-            self.k_norm = nn.RMSNorm(width, eps=eps)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.softcap, self.gated = softcap, gated
+        width = memory_size or hidden_size
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim * (2 if gated else 1), bias=qkv_bias)
+        self.k_proj = nn.Linear(width, self.num_kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(width, self.num_kv_heads * head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, output_size or hidden_size, bias=o_bias)
+
+    def queries(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
+        """float[B, L, C] -> float[B, H, L, D], and where it is gated the gates float[B, L, H D]."""
+        q, gate = self.q_proj(x), None
+        if self.gated:
+            q, gate = mx.split(mx.unflatten(q, -1, (self.num_heads, -1)), 2, axis=-1)
+            q, gate = q.flatten(-2), gate.flatten(-2)
+        return split_heads(self._normed("q_norm", q), self.num_heads), gate
+
+    def keys_values(self, memory: mx.array) -> tuple[mx.array, mx.array]:
+        """float[B, S, C'] -> float[B, H', S, D], twice."""
+        k = split_heads(self._normed("k_norm", self.k_proj(memory)), self.num_kv_heads)
+        return k, split_heads(self.v_proj(memory), self.num_kv_heads)
+
+    def _normed(self, name: str, x: mx.array) -> mx.array:
+        if name not in self:
+            return x
+        norm = self[name]
+        return norm(x.reshape(*x.shape[:2], -1, norm.weight.size)).flatten(2)
 
     def __call__(
         self,
         x: mx.array,
         *,
+        memory: mx.array | tuple[mx.array, mx.array] | None = None,
         mask: Mask = None,
-        rope: Any = None,
+        rope: Rope | None = None,
+        sharpness: mx.array | None = None,
         cache: Any = None,
         attentions: Recorder | None = None,
     ) -> mx.array:
-        """float[B, L, C] -> float[B, L, C]. `rope` turns queries and keys, mlx-lm's `cache` keeps keys and values."""
-        B, L, _ = x.shape
-        q, k = self.q_proj(x), self.k_proj(x)
-        if "q_norm" in self:
-            q = self.q_norm(q.reshape(B, L, -1, self.q_norm.weight.size))
-            k = self.k_norm(k.reshape(B, L, -1, self.k_norm.weight.size))
-        q = q.reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)  # (B, H, L, D)
-        k = k.reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
-        v = self.v_proj(x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
+        """float[B, L, C] -> float[B, L, output_size].
+
+        Args:
+            memory: what is attended to in place of `x`, float[B, S, C'], or its keys and values as `keys_values` gives
+                them.
+            rope: rotates queries and keys.
+            sharpness: float[L, 1] that queries are multiplied by.
+            cache: keeps keys and values, in mlx-lm's form.
+            attentions: see `attend`.
+        """
+        q, gate = self.queries(x)
+        k, v = memory if isinstance(memory, tuple) else self.keys_values(x if memory is None else memory)
         if rope is not None:
-            offset = 0 if cache is None else cache.offset
-            q, k = rope(q, offset=offset), rope(k, offset=offset)
-            if self.logn_length is not None and offset + L > self.logn_length:
-                q = q * logn_factors(offset, L, self.logn_length).astype(q.dtype)
+            q, k = rope(q), rope(k)
+        if sharpness is not None:
+            q = q * sharpness.astype(q.dtype)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         if isinstance(k, tuple | list):  # quantized; one layer's at a time come back to floating point
             settings = {"group_size": cache.group_size, "bits": cache.bits}
             k, v = mx.dequantize(*k, **settings), mx.dequantize(*v, **settings)
-        out = attend(q, k, v, scale=self.scale, softcap=self.softcap, mask=mask, attentions=attentions)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))  # (B, L, C)
+        out = join_heads(attend(q, k, v, scale=self.scale, softcap=self.softcap, mask=mask, attentions=attentions))
+        return self.o_proj(out if gate is None else out * mx.sigmoid(gate))

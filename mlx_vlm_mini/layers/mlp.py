@@ -1,49 +1,37 @@
-"""Feed-forwards."""
-
-from typing import Protocol
+"""Feed-forwards: with two layers, or with a gate."""
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vlm_mini.config import Activation, VisionConfig
+from mlx_vlm_mini.config import Activation
 
-from .activation import ACTIVATIONS
-
-
-class MLPConfig(Protocol):
-    """What configs of parts with such an MLP have."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def hidden_act(self) -> Activation: ...
+from .kernels import activation
 
 
 class MLP(nn.Module):
-    """Without a gate, its layers with biases: of towers, Q-Former and OPT."""
+    """Two layers with biases: of towers, the Q-Former and OPT."""
 
-    def __init__(self, config: MLPConfig) -> None:
+    def __init__(self, size: int, inner: int, act: Activation) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = activation(act)
+        self.fc1 = nn.Linear(size, inner)
+        self.fc2 = nn.Linear(inner, size)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """float[..., C] -> float[..., C]."""
         return self.fc2(self.act(self.fc1(x)))
 
 
 class GatedMLP(nn.Module):
-    """The same with a gate (arXiv:2002.05202), modules named as decoders name them."""
+    """The gated MLP of "GLU Variants Improve Transformer" (arXiv:2002.05202)."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, size: int, inner: int, act: Activation, *, bias: bool = False) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[config.hidden_act]
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.blocks.mlp_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.act = activation(act)
+        self.gate_proj = nn.Linear(size, inner, bias=bias)
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """float[..., C] -> float[..., C]."""
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))

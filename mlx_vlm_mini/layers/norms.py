@@ -3,7 +3,9 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vlm_mini.config import VisionNorm
+from mlx_vlm_mini.config import NormType
+
+NORMS: dict[NormType, type[nn.LayerNorm | nn.RMSNorm]] = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
 
 
 class OffsetRMSNorm(nn.Module):
@@ -16,8 +18,6 @@ class OffsetRMSNorm(nn.Module):
         self.offset = offset
 
     def __call__(self, x: mx.array) -> mx.array:
+        """float[..., dims] -> the same."""
         weight = self.weight.astype(mx.float32) + self.offset
         return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
-
-
-NORMS: dict[VisionNorm, type[nn.LayerNorm | nn.RMSNorm]] = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}

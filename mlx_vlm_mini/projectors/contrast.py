@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vlm_mini.config import ContrastConfig
-from mlx_vlm_mini.layers.attention import attend
+from mlx_vlm_mini.layers.attention import attend, join_heads, split_heads
 
 EPS = 1e-5  # of the pools' norms, whatever the decoder's is
 
@@ -25,12 +25,9 @@ class AttentionPool(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         q = self.q_proj(self.norm_q(x.mean(axis=1, keepdims=True)))
         k, v = self.k_proj(self.norm_k(x)), self.v_proj(self.norm_v(x))
-        q, k, v = (
-            each.reshape(*each.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3)  # (B, H, N, D)
-            for each in (q, k, v)
-        )
+        q, k, v = (split_heads(each, self.num_heads) for each in (q, k, v))  # (B, H, N, D)
         out = attend(q, k, v, scale=q.shape[-1] ** -0.5)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(x.shape[0], -1))
+        return self.o_proj(join_heads(out)[:, 0])
 
 
 class Contrast(nn.Module):

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vlm_mini.config import ProjectorConfig
-from mlx_vlm_mini.layers.activation import ACTIVATIONS
+from mlx_vlm_mini.layers.kernels import activation
 from mlx_vlm_mini.layers.norms import NORMS
 
 from .mlp import join_squares
@@ -19,7 +19,7 @@ class Merger(nn.Module):
         """`norm_joined`: the norm is of a joined square, not of each feature in it."""
         super().__init__()
         assert config.merger is not None and config.shuffle is not None and config.norm_eps is not None
-        self.factor, self.norm_joined, self.act = config.shuffle.factor, norm_joined, ACTIVATIONS[config.hidden_act]
+        self.factor, self.norm_joined, self.act = config.shuffle.factor, norm_joined, activation(config.hidden_act)
         joined = config.input_size // (1 + config.merger.taps)
         norm = NORMS[config.merger.norm_type]
         self.norm = norm(joined if norm_joined else joined // self.factor**2, eps=config.norm_eps)
@@ -56,7 +56,7 @@ class ChannelMerger(nn.Module):
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
         assert config.merger is not None and config.shuffle is not None and config.norm_eps is not None
-        self.factor, self.act = config.shuffle.factor, ACTIVATIONS[config.hidden_act]
+        self.factor, self.act = config.shuffle.factor, activation(config.hidden_act)
         width = config.input_size // self.factor**2
         self.norm = NORMS[config.merger.norm_type](width, eps=config.norm_eps)
         self.merging_layer = nn.Linear(config.input_size, width, bias=False)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vlm_mini.config import ProjectorConfig, ShuffleConfig
-from mlx_vlm_mini.layers.activation import ACTIVATIONS
+from mlx_vlm_mini.layers.kernels import activation
 
 
 def join_squares(features: mx.array, n: int) -> mx.array:
@@ -48,7 +48,7 @@ class Projector(nn.Module):
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
         self.config = config
-        self.act = ACTIVATIONS[config.hidden_act]
+        self.act = activation(config.hidden_act)
         if config.norm_eps is not None:
             self.norm = nn.LayerNorm(config.input_size, eps=config.norm_eps)
         sizes = [config.input_size, *[config.hidden_size] * config.num_layers]

@@ -5,39 +5,16 @@ BERT (arXiv:1810.04805), whose norms stand behind what is added. InstructBLIP's 
 all see one another, the queries alone look at the image, and have an MLP of their own.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vlm_mini.config import ProjectorConfig, QFormerConfig
 from mlx_vlm_mini.errors import PromptError
-from mlx_vlm_mini.layers.attention import Attention, attend
+from mlx_vlm_mini.layers.attention import Attention
 from mlx_vlm_mini.layers.mlp import MLP
 from mlx_vlm_mini.layers.types import Recorder
-
-
-class ImageAttention(Attention):
-    """Queries of query tokens on keys and values of an image's features."""
-
-    def __init__(self, config: QFormerConfig, seen: int) -> None:
-        """
-        Args:
-            seen: width of the features.
-        """
-        heads, size = config.num_attention_heads, config.hidden_size
-        super().__init__(
-            size, num_heads=heads, num_kv_heads=heads, head_dim=size // heads, qkv_bias=True, o_bias=True,
-            scale=(size // heads) ** -0.5,
-        )  # fmt: skip
-        self.k_proj, self.v_proj = nn.Linear(seen, size), nn.Linear(seen, size)
-
-    def look(self, x: mx.array, features: mx.array, looks: Recorder | None) -> mx.array:
-        """float[B, Q, C], float[B, P, C'] -> float[B, Q, C]; `looks` takes the weights float[B, H, Q, P]."""
-        q, k, v = (
-            each.reshape(*each.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3)  # (B, H, L, D)
-            for each in (self.q_proj(x), self.k_proj(features), self.v_proj(features))
-        )
-        out = attend(q, k, v, scale=self.scale, attentions=looks)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(x.shape))
 
 
 class QFormerBlock(nn.Module):
@@ -45,23 +22,23 @@ class QFormerBlock(nn.Module):
         super().__init__()
         heads, size, eps = config.num_attention_heads, config.hidden_size, config.layer_norm_eps
         self.num_queries = config.num_query_tokens
-        self.attn = Attention(
-            size, num_heads=heads, num_kv_heads=heads, head_dim=size // heads, qkv_bias=True, o_bias=True,
-            scale=(size // heads) ** -0.5,
-        )  # fmt: skip
+        shape: dict[str, Any] = {"num_heads": heads, "head_dim": size // heads, "qkv_bias": True, "o_bias": True}
+        self.attn = Attention(size, **shape)
         self.attn_norm = nn.LayerNorm(size, eps=eps)
         if number % config.cross_attention_frequency == 0:
-            self.cross_attn, self.cross_norm = ImageAttention(config, seen), nn.LayerNorm(size, eps=eps)
-        self.query_mlp, self.query_norm = MLP(config), nn.LayerNorm(size, eps=eps)
+            self.cross_attn = Attention(size, memory_size=seen, **shape)
+            self.cross_norm = nn.LayerNorm(size, eps=eps)
+        sizes = size, config.intermediate_size, config.hidden_act
+        self.query_mlp, self.query_norm = MLP(*sizes), nn.LayerNorm(size, eps=eps)
         if config.instruction is not None:
-            self.text_mlp, self.text_norm = MLP(config), nn.LayerNorm(size, eps=eps)
+            self.text_mlp, self.text_norm = MLP(*sizes), nn.LayerNorm(size, eps=eps)
 
     def __call__(self, x: mx.array, features: mx.array, looks: Recorder | None) -> mx.array:
         """float[B, L, C] -> float[B, L, C], the query tokens being the first."""
         x = self.attn_norm(x + self.attn(x))
         queries, text = x[:, : self.num_queries], x[:, self.num_queries :]
         if "cross_attn" in self:
-            queries = self.cross_norm(queries + self.cross_attn.look(queries, features, looks))
+            queries = self.cross_norm(queries + self.cross_attn(queries, memory=features, attentions=looks))
         queries = self.query_norm(queries + self.query_mlp(queries))
         if not text.shape[1]:
             return queries

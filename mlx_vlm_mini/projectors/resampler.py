@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vlm_mini.config import ProjectorConfig
-from mlx_vlm_mini.layers.attention import attend
+from mlx_vlm_mini.layers.attention import attend, join_heads, split_heads
 from mlx_vlm_mini.layers.types import Recorder
 from mlx_vlm_mini.vision.transformer import resample
 
@@ -38,11 +38,11 @@ class FusedAttention(nn.Module):
         """float[B, L, C] of queries, float[B, S, C] of keys and values -> float[B, L, C]."""
         weights, biases = mx.split(self.in_proj_weight, 3), mx.split(self.in_proj_bias, 3)
         q, k, v = (
-            (x @ weight.T + bias).reshape(*x.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3)  # (B, H, L, D)
+            split_heads(x @ weight.T + bias, self.num_heads)  # (B, H, L, D)
             for x, weight, bias in zip(inputs, weights, biases, strict=True)
         )
         out = attend(q, k, v, scale=q.shape[-1] ** -0.5, attentions=attentions)
-        return self.out_proj(out.transpose(0, 2, 1, 3).flatten(2))
+        return self.out_proj(join_heads(out))
 
 
 class Resampler(nn.Module):

@@ -64,7 +64,7 @@ class QueryScorer:
 
     def _text_vector(self, ids: mx.array) -> mx.array:
         decoder = self.model.decoder
-        return _unit(decoder(decoder.embed(ids))[:, -1] @ self.model.contrast.text_projection)
+        return _unit(decoder(decoder.read(ids))[:, -1] @ self.model.contrast.text_projection)
 
     def _match(self, features: mx.array, ids: mx.array) -> mx.array:
         scores = self.model.contrast.match(self.model.query(features, self.model.decoder.embed(ids))).mean(axis=1)

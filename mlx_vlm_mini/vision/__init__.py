@@ -1,1 +1,16 @@
-"""pixel_values -> image features."""
+"""pixel_values -> image features: `make_tower` makes the transformer that a config asks for."""
+
+from typing import Any
+
+from mlx_vlm_mini.config import VisionConfig
+
+from .grid import GridVisionTransformer
+from .tiled import TiledVisionTransformer
+from .transformer import VisionTransformer
+
+
+def make_tower(config: VisionConfig) -> Any:
+    """The vision tower of a config: of a fixed size, of tiles that see one another, or of any size."""
+    if config.grid is not None:
+        return GridVisionTransformer(config)
+    return VisionTransformer(config) if config.tiled is None else TiledVisionTransformer(config)

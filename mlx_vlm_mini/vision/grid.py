@@ -7,15 +7,15 @@ they see the patches of their window alone.
 """
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_vlm_mini.config import VisionConfig
 from mlx_vlm_mini.errors import ImageError
+from mlx_vlm_mini.layers.angles import Turn, grid_angles
 from mlx_vlm_mini.layers.norms import NORMS
-from mlx_vlm_mini.layers.rotary import Turn, grid_angles
 from mlx_vlm_mini.layers.types import Recorder
 
+from .tower import Tower
 from .transformer import Block, PatchEmbed
 
 
@@ -56,7 +56,7 @@ class FramePatchEmbed(PatchEmbed):
         return weight.transpose(0, 2, 3, 1, 4)  # (C, p, p, frames, 3)
 
 
-class GridVisionTransformer(nn.Module):
+class GridVisionTransformer(Tower):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         assert config.grid is not None
@@ -77,7 +77,7 @@ class GridVisionTransformer(nn.Module):
         found = (down @ square).reshape(rows, side, -1)  # (rows, side, C)
         return (across @ found).reshape(rows * columns, -1)
 
-    def __call__(self, pixel_values: mx.array, attentions: Recorder | None = None) -> mx.array:
+    def encode(self, pixel_values: mx.array, attentions: Recorder | None = None) -> mx.array:
         """Encode one image.
 
         Args:

@@ -6,14 +6,13 @@ behind the last norm; and intermediate states beside what these give.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vlm_mini.config import VisionConfig
 from mlx_vlm_mini.errors import ImageError
-from mlx_vlm_mini.layers.types import Mask, Recorder
+from mlx_vlm_mini.layers.types import Mask, Recorder, Rope
 from mlx_vlm_mini.preprocessing.canvas import possible_grids
 
 from .transformer import Block, PatchEmbed
@@ -29,7 +28,7 @@ class GatedBlock(Block):
         self.gate_attn, self.gate_mlp = mx.zeros(1), mx.zeros(1)
 
     def __call__(
-        self, x: mx.array, attentions: Recorder | None = None, *, mask: Mask = None, rope: Any = None
+        self, x: mx.array, attentions: Recorder | None = None, *, mask: Mask = None, rope: Rope | None = None
     ) -> mx.array:
         x = x + mx.tanh(self.gate_attn) * self.attn(self.norm1(x), mask=mask, rope=rope, attentions=attentions)
         return x + mx.tanh(self.gate_mlp) * self.mlp(self.norm2(x))

@@ -6,7 +6,6 @@ norms of queries and keys, and positions for any size. Modules are named as timm
 """
 
 from math import inf, isqrt, nextafter
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +15,9 @@ from mlx_vlm_mini.errors import ImageError
 from mlx_vlm_mini.layers.attention import Attention
 from mlx_vlm_mini.layers.mlp import MLP, GatedMLP
 from mlx_vlm_mini.layers.norms import NORMS
-from mlx_vlm_mini.layers.types import Mask, Recorder
+from mlx_vlm_mini.layers.types import Mask, Recorder, Rope
+
+from .tower import Tower
 
 
 class PatchEmbed(nn.Module):
@@ -52,20 +53,21 @@ class Block(nn.Module):
         self.attn = Attention(
             config.hidden_size,
             num_heads=heads,
-            num_kv_heads=heads,
             head_dim=config.hidden_size // heads,
             qkv_bias=config.blocks.qkv_bias,
             o_bias=config.blocks.o_bias,
-            scale=(config.hidden_size // heads) ** -0.5,
-            qk_norm=None if qk_norm_eps is None else (config.hidden_size, qk_norm_eps),
         )
+        if qk_norm_eps is not None:
+            self.attn.q_norm = nn.RMSNorm(config.hidden_size, eps=qk_norm_eps)
+            self.attn.k_norm = nn.RMSNorm(config.hidden_size, eps=qk_norm_eps)
         self.norm2 = norm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = GatedMLP(config) if config.blocks.gated_mlp else MLP(config)
+        sizes = config.hidden_size, config.intermediate_size, config.hidden_act
+        self.mlp = GatedMLP(*sizes, bias=config.blocks.mlp_bias) if config.blocks.gated_mlp else MLP(*sizes)
         if config.blocks.layer_scale:
             self.ls1, self.ls2 = mx.ones(config.hidden_size), mx.ones(config.hidden_size)
 
     def __call__(
-        self, x: mx.array, attentions: Recorder | None = None, *, mask: Mask = None, rope: Any = None
+        self, x: mx.array, attentions: Recorder | None = None, *, mask: Mask = None, rope: Rope | None = None
     ) -> mx.array:
         added = self.attn(self.norm1(x), mask=mask, rope=rope, attentions=attentions)
         x = x + (added * self.ls1 if "ls1" in self else added)
@@ -84,7 +86,7 @@ def resample(positions: mx.array, side: int) -> mx.array:
     return grid.reshape(side**2, -1).astype(positions.dtype)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Tower):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
@@ -116,7 +118,7 @@ class VisionTransformer(nn.Module):
         first, rest = self.pos_embed[: -(stored**2)], self.pos_embed[-(stored**2) :]
         return mx.concatenate([first, resample(rest, wanted)])
 
-    def __call__(self, pixel_values: mx.array, attentions: Recorder | None = None) -> mx.array:
+    def encode(self, pixel_values: mx.array, attentions: Recorder | None = None) -> mx.array:
         """Encode images.
 
         Args:

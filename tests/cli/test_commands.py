@@ -4,8 +4,10 @@ import base64
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,24 @@ def run(*arguments: object, **options: object) -> Result:
 def expected(case: str) -> tuple[list[int], np.ndarray]:
     with np.load(PLAIN / "expected.npz") as arrays:
         return arrays[f"{case}/token_ids"].tolist(), arrays[f"{case}/logprobs"]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(mlx_vlm_mini, "stream_generate"), (mlx_vlm_mini.Chat, "send")])
+def test_ctrl_c_counts_where_its_error_is_lost(owner, name, monkeypatch, tmp_path):
+    """As in `mx.array` of an array of numpy's, which drops what is raised meanwhile: for one answer, and for many."""
+    begin = getattr(owner, name)
+
+    def losing(*given, **options):
+        for number, chunk in enumerate(begin(*given, **options)):
+            if number == 2:
+                with suppress(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+            yield chunk
+
+    monkeypatch.setattr(owner, name, losing)
+    (tmp_path / "prompts.txt").write_text("Hello\n")
+    asked = ASK if name == "stream_generate" else [*ASK[:2], "--prompt-file", tmp_path / "prompts.txt"]
+    assert run(*asked, "--max-tokens", 10, "-t", 0).exit_code == 128 + signal.SIGINT
 
 
 def test_generate_as_json_gives_the_references_tokens():

@@ -42,7 +42,7 @@ def saying(copy_of):
         )
         tokens = [processor.tokenizer.token_to_id("\n"), *processor.tokenizer.backend.encode(text).ids, 1]
         assert len(set(tokens)) == len(tokens)
-        states = model.decoder(model.decoder.embed(mx.array([tokens[:-1]])), prefix=0)[0]
+        states = model.decoder(model.decoder.read(mx.array([tokens[:-1]])))[0]
         head = np.zeros(model.decoder.embed_tokens.weight.shape, dtype=np.float32)
         head[tokens[1:]] = np.array(states / mx.linalg.norm(states, axis=-1, keepdims=True))
         tensors = mx.load(str(folder / "model.safetensors"))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import PHOTO, PLAIN
+from checkpoints import PHOTO, PLAIN, edit_json
 
 PROGRAM = Path(sys.executable).with_name("mlx-vlm-mini")
 
@@ -155,8 +155,16 @@ def test_tab_completes_and_a_dragged_picture_is_seen(start, tmp_path):
     assert chat.process.wait(timeout=20) == 0
 
 
-def test_ctrl_c_ends_the_answer_and_the_next_turn_works(start):
-    chat = start("chat", PLAIN, "--max-tokens", 20000, "--context", 30000, "-t", 1, "--seed", 1, NO_COLOR="1")
+@pytest.fixture
+def endless(copy_of: Callable[..., Path]) -> Path:
+    """A model whose answers do not end by themselves: no token of its own is an end token."""
+    folder = copy_of()
+    edit_json(folder / "generation_config.json", eos_token_id=99_999)
+    return folder
+
+
+def test_ctrl_c_ends_the_answer_and_the_next_turn_works(start, endless):
+    chat = start("chat", endless, "--max-tokens", 20000, "--context", 30000, "-t", 1, "--seed", 1, NO_COLOR="1")
     chat.prompt()
     chat.type("Tell me a long story\r")
     chat.read_until(r"reading the prompt\r\x1b\[2K.*\w{2,}")
@@ -213,10 +221,11 @@ def test_piped_input(tmp_path):
     assert joined == piped(tmp_path, "", "generate", PLAIN, "-p", "What\nis it?", *options)
 
 
-def test_ctrl_c_ends_generate_and_keeps_what_was_said(start):
-    generate = start("generate", PLAIN, "-p", "Tell me a long story", "--max-tokens", 100000, "-t", 1, "--seed", 1)
+def test_ctrl_c_ends_generate_and_keeps_what_was_said(start, endless):
+    generate = start("generate", endless, "-p", "Tell me a long story", "--max-tokens", 100000, "-t", 1, "--seed", 1)
     generate.read_until(r"reading the prompt\r\x1b\[2K.*\w{2,}")
     generate.type("\x03")
+    generate.read_until(r"first after \d")
     assert generate.process.wait(timeout=20) == 128 + signal.SIGINT
     assert "Traceback" not in generate.seen
 

@@ -83,7 +83,7 @@ IDS = mx.array([[1, 5, 9, 300, 7, 42, 11]])
 
 
 def of_decoder(model: Any) -> np.ndarray:
-    return np.array(model.decoder.logits(model.decoder(model.decoder.embed(IDS), prefix=0)))
+    return np.array(model.decoder.logits(model.decoder(model.decoder.read(IDS))))
 
 
 @pytest.mark.reference

@@ -89,7 +89,7 @@ def test_only_the_images_that_are_missing_are_encoded(tiled, monkeypatch):
     inputs = processor(["See ", PHOTO, " and ", SHAPES, "!"])
     assert [image.tokens for image in inputs.images] == [46, 44]
     assert [(image.rows, image.size) for image in inputs.images] == [(3, (96, 70)), (3, (50, 81))]
-    whole = np.array(model.embed(inputs))
+    whole = np.array(model.read(inputs).embeddings)
     encoded = []
     embed_images = type(model).embed_images
     monkeypatch.setattr(
@@ -100,7 +100,7 @@ def test_only_the_images_that_are_missing_are_encoded(tiled, monkeypatch):
     slots = np.flatnonzero(inputs.slots)
     for start, rows in ((0, [3, 3]), (slots[45], [3, 3]), (slots[45] + 1, [3]), (slots[-1], [3]), (slots[-1] + 1, [])):
         encoded.clear()
-        np.testing.assert_allclose(np.array(model.embed(inputs, int(start))), whole[:, start:], atol=1e-6)
+        np.testing.assert_allclose(np.array(model.read(inputs, int(start)).embeddings), whole[:, start:], atol=1e-6)
         assert encoded == rows
 
 

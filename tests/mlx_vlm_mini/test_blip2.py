@@ -5,6 +5,7 @@ import json
 import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from blip_cases import SPECS
@@ -18,8 +19,12 @@ from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.checkpoints.hub import INSTRUCTIONS
 from mlx_vlm_mini.checkpoints.load import find_image_settings, plan
 from mlx_vlm_mini.cli.main import main
-from mlx_vlm_mini.config import OPTConfig
+from mlx_vlm_mini.convert import compensate as compensation
 from mlx_vlm_mini.convert import convert
+from mlx_vlm_mini.convert.calibrate import make_sample
+from mlx_vlm_mini.convert.quantize import Quantization
+from mlx_vlm_mini.data.questions import user
+from mlx_vlm_mini.decoder.reading import Reading
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.families import blip2
 from mlx_vlm_mini.generation.decode import prefill
@@ -59,7 +64,8 @@ def test_an_empty_config_has_the_class_defaults(model_type):
     assert (qformer.num_query_tokens, qformer.hidden_size, qformer.num_hidden_layers) == (32, 768, 12)
     assert (qformer.layer_norm_eps, qformer.cross_attention_frequency, qformer.intermediate_size) == (1e-12, 2, 3072)
     assert (qformer.instruction is not None) == (model_type == "instructblip")
-    assert isinstance(text, OPTConfig) and text.hidden_act == "relu" and text.norms.rms_norm_eps == 1e-5
+    assert (text.norms.norm_type, text.mlp_type, text.learned_positions) == ("layer_norm", "plain", 2)
+    assert text.hidden_act == "relu" and text.norms.rms_norm_eps == 1e-5
     assert text.tie_word_embeddings and config.image_token_id is None and config.takes_one_image
     settings = find_image_settings(GOLDEN / "nowhere", blip2, config)
     assert settings.size == {"height": 224, "width": 224} and settings.image_mean[0] == 0.48145466
@@ -311,14 +317,14 @@ def test_positions_end(opt):
 def test_positions_count_from_the_cache(opt):
     """A prompt in pieces of any length equals one read at once."""
     model, processor = opt
-    embeddings = model.embed(processor(QUESTION, [PHOTO]))
-    whole = np.array(prefill(model.decoder, embeddings, model.make_cache()))
+    reading = model.read(processor(QUESTION, [PHOTO]))
+    whole = np.array(prefill(model.decoder, reading, model.make_state()))
     for step in (1, 3, 7):
         np.testing.assert_allclose(
-            np.array(prefill(model.decoder, embeddings, model.make_cache(), step=step)), whole, atol=1e-4
+            np.array(prefill(model.decoder, reading, model.make_state(), step=step)), whole, atol=1e-4
         )
-    shifted = mx.concatenate([embeddings[:, 1:], embeddings[:, :1]], axis=1)
-    assert np.abs(np.array(prefill(model.decoder, shifted, model.make_cache())) - whole).max() > 0.01
+    shifted = Reading(mx.concatenate([reading.embeddings[:, 1:], reading.embeddings[:, :1]], axis=1))
+    assert np.abs(np.array(prefill(model.decoder, shifted, model.make_state())) - whole).max() > 0.01
 
 
 def test_a_head_of_its_own_counts(copy_of, opt):
@@ -392,8 +398,7 @@ def test_queries_are_followed_back_to_patches(name):
     tokens = [300, 301, 302]
     found = attend(model, processor, QUESTION, images=[PHOTO], answer=tokens)
     weights: list[mx.array] = []
-    text = model.decoder.embed(mx.array([tokens[:-1]]))
-    hidden = model.decoder(mx.concatenate([model.embed(inputs), text], axis=1), attentions=weights)
+    hidden = model.decoder(model.read(inputs.followed_by(tokens[:-1])), attentions=weights)
     first = len(inputs.slots) - 1
     onto = np.stack([np.array(each[0, :, first:, :queries]) for each in weights]).mean(axis=(0, 1))
     np.testing.assert_allclose(found.images[0].weights, onto @ expected, atol=1e-6)
@@ -450,6 +455,41 @@ def test_conversion(name, kind, tmp_path, few):
     if options:
         assert {"decoder.layers.0.self_attn.o_proj", "projector.blocks.2.cross_attn.q_proj"} <= quantized
         assert not any("pos_embed" in path for path in quantized) and apart < (0.5 if kind == "bits" else 20)
+
+
+def test_each_picture_is_calibrated_with_its_own_question(tmp_path, monkeypatch):
+    """GPTQ weighs the Q-Former's inputs as they come when each sample is read by itself."""
+    source = widen(VICUNA, tmp_path / "wide")
+    model, processor = load(source)
+    planned = plan(open_checkpoint(source))
+    samples = [
+        make_sample(processor, [user({"image": picture}, text)])
+        for picture, text in ((PHOTO, QUESTION), (SHAPES, "Why?"), (PHOTO, "Which colour has the larger one of them?"))
+    ]
+    linear = {
+        path
+        for path, layer in model.projector.named_modules()
+        if isinstance(layer, nn.Linear) and layer.weight.shape[1] % 32 == 0
+    }
+    names = {planned.ours[f"projector.{path}.weight"]: path for path in linear}
+    expected = dict.fromkeys(linear, 0.0)
+
+    def add(path, x):
+        rows = np.array(x).reshape(-1, x.shape[-1]).astype(np.float64)
+        expected[path] = expected[path] + rows.T @ rows
+
+    with compensation.watch(model.projector, linear, add):
+        for sample in samples:
+            model.encode(sample.inputs.images[0])
+    given, compensate = [], compensation.compensate
+    monkeypatch.setattr(
+        compensation, "compensate", lambda weight, seen, how: given.append(seen) or compensate(weight, seen, how)
+    )
+    chosen = dict.fromkeys(names, Quantization(8, 32))
+    order = list(compensation.compensate_model(planned, chosen, samples, None))
+    assert len(order) == len(given) == len(linear)
+    for name, seen in zip(order, given, strict=True):
+        np.testing.assert_allclose(seen.hessian, expected[names[name]], rtol=1e-3, atol=1e-3)
 
 
 WIDE = {

@@ -7,9 +7,9 @@ from checkpoints import PHOTO
 from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, load
-from mlx_vlm_mini.decoder.masks import rotating_mask
+from mlx_vlm_mini.decoder.masks import Rotating, Rows
 from mlx_vlm_mini.errors import PromptError
-from mlx_vlm_mini.generation.cache import KEEP, make_cache
+from mlx_vlm_mini.generation.cache import KEEP, make_state
 from mlx_vlm_mini.generation.decode import prefill
 from mlx_vlm_mini.generation.stream import Options, stream_inputs
 
@@ -19,7 +19,7 @@ def check(chat, chunks, **kind):
     model, processor = chat.model, chat.processor
     inputs = processor(chat.messages[:-1])
     options = Options(max_tokens=len(chunks))
-    fresh = list(stream_inputs(model, processor, inputs, make_cache(model, **kind), options=options))
+    fresh = list(stream_inputs(model, processor, inputs, make_state(model, **kind), options=options))
     assert [chunk.token for chunk in chunks] == [chunk.token for chunk in fresh]
     np.testing.assert_allclose([chunk.logprob for chunk in chunks], [chunk.logprob for chunk in fresh], atol=1e-4)
 
@@ -41,22 +41,22 @@ def test_a_rotating_cache_is_used_again_as_long_as_it_need_not_go_back(llava):
 def test_what_a_rotating_cache_shows(llava):
     """Prefill in whatever chunks, and token by token, equals reading everything with the mask that is meant."""
     model, processor = llava
-    embeddings, size = model.embed(processor([PHOTO, "What is to be seen in this picture, and where?"])), 20
-    length = embeddings.shape[1]
+    reading, size = model.read(processor([PHOTO, "What is to be seen in this picture, and where?"])), 20
+    length = reading.length
     at = np.arange(length)
     meant = (at <= at[:, None]) & ((at > at[:, None] - (size - KEEP)) | (at < KEEP))
     assert (~meant).sum() > length * (length - 1) // 2 + 400
-    whole = rotating_mask(length, 0, size, KEEP)
+    whole = Rotating(size, KEEP).mask(None, Rows(0, length))
     np.testing.assert_array_equal(np.array(whole), meant)
-    caches = [make_cache(model, rotate=size) for _ in range(4)]
+    states = [make_state(model, rotate=size) for _ in range(4)]
     logits = [
-        np.array(prefill(model.decoder, embeddings, each, step=step))
-        for each, step in zip(caches, (1, 7, 19, 1000), strict=True)
+        np.array(prefill(model.decoder, reading, each, step=step))
+        for each, step in zip(states, (1, 7, 19, 1000), strict=True)
     ]
-    assert np.abs(logits[0] - np.array(prefill(model.decoder, embeddings, model.make_cache()))).max() > 1e-3
+    assert np.abs(logits[0] - np.array(prefill(model.decoder, reading, model.make_state()))).max() > 1e-3
     for other in logits[1:]:
         np.testing.assert_allclose(other, logits[0], atol=1e-4)
-    tokens = [np.array(model.decoder(model.decoder.embed(mx.array([[7]])), each)) for each in caches]
+    tokens = [np.array(model.decoder(model.decoder.read(mx.array([[7]])), each)) for each in states]
     for other in tokens[1:]:
         np.testing.assert_allclose(other, tokens[0], atol=1e-4)
 
@@ -73,9 +73,7 @@ def test_a_quantized_cache_is_read_anew_each_turn(wide, bits):
         apart = [abs(one.logprob - other.logprob) for one, other in zip(chunks, plain.send(turn), strict=True)]
         assert 1e-5 < max(apart) < (0.1 if bits == 8 else 2)
     assert chunks[-1].stats.encoded_images == 0
-    assert sum(entry.nbytes for entry in chat._cache.entries) < sum(entry.nbytes for entry in plain._cache.entries) / (
-        32 / bits - 2 if bits == 8 else 3
-    )
+    assert chat._cache.state.nbytes < plain._cache.state.nbytes / (32 / bits - 2 if bits == 8 else 3)
     other = chat.fork()
     for each in (chat, other):
         check(each, list(each.send("More")), kv_bits=bits)
@@ -114,11 +112,11 @@ def test_a_quantized_or_rotating_cache_is_not_saved(llava, tmp_path):
 def test_a_fork_copies_nothing_until_it_goes_on(llava):
     chat = Chat(*llava, max_tokens=3)
     list(chat.send([PHOTO, "What?"]))
-    mx.eval([entry.state for entry in chat._cache.entries])
+    chat._cache.state.evaluate()
     before = mx.get_active_memory()
     forks = [chat.fork() for _ in range(50)]
-    mx.eval([entry.state for fork in forks for entry in fork._cache.entries])
-    kept = sum(entry.nbytes for entry in chat._cache.entries)
+    mx.eval([entry.state for fork in forks for entry in fork._cache.state.layers])
+    kept = chat._cache.state.nbytes
     assert mx.get_active_memory() - before < kept  # of 50 copies
     turn = list(forks[0].send("Hm")), list(chat.send("Hm")), list(forks[1].send("Hm"))
     assert len({tuple(chunk.token for chunk in chunks) for chunks in turn}) == 1

@@ -14,6 +14,7 @@ import mlx_vlm_mini
 from mlx_vlm_mini import load
 from mlx_vlm_mini.config import (
     Activation,
+    AttentionShape,
     BiasConfig,
     BlindRows,
     BlockConfig,
@@ -23,7 +24,9 @@ from mlx_vlm_mini.config import (
     GridConfig,
     LayerType,
     MergerConfig,
+    MLPType,
     NormConfig,
+    NormType,
     PoolConfig,
     Prescribed,
     ProjectorConfig,
@@ -33,14 +36,14 @@ from mlx_vlm_mini.config import (
     TiledConfig,
     TwoWay,
     VisionConfig,
-    VisionNorm,
     VLMConfig,
     WindowConfig,
 )
+from mlx_vlm_mini.decoder.blocks import LAYERS, MLPS
 from mlx_vlm_mini.decoder.rope import depends_on_length, make_rope
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families import FAMILIES, llava
-from mlx_vlm_mini.layers.activation import ACTIVATIONS
+from mlx_vlm_mini.layers import kernels
 from mlx_vlm_mini.layers.norms import NORMS
 
 PACKAGE = Path(mlx_vlm_mini.__file__).parent
@@ -199,16 +202,17 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
     [
         BlockConfig, TiledConfig, VisionConfig, ShuffleConfig, PoolConfig, ProjectorConfig, NormConfig, ScaleConfig, BiasConfig,
         ContrastConfig, CrossAttentionConfig, WindowConfig, DecoderConfig, GridConfig, MergerConfig, Prescribed, QueryConfig,
-        VLMConfig,
+        AttentionShape, VLMConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_a_reader_and_towers_stay_small(config):
     configs = "".join(file.read_text() for file in (PACKAGE / "config").glob("*.py"))
     code = "".join(file.read_text() for file in CODE)
-    code += "".join(re.findall(r"@property.*?(?=\n    @|\n\n\n|\Z)", configs, re.DOTALL))
+    methods = r"    def (?!_).*?(?=\n    @|\n    def |\n\n\n|\Z)"  # properties among them
+    code += "".join(re.findall(methods, configs, re.DOTALL))
     names = [field.name for field in fields(config)]
     assert [name for name in names if not re.search(rf"\.{name}\b", code)] == []
-    assert len(names) <= 20
+    assert len(names) <= (24 if config is DecoderConfig else 20)
 
 
 def test_every_literal_has_a_user():
@@ -218,11 +222,14 @@ def test_every_literal_has_a_user():
         *get_args(BlindRows),
         *get_args(LayerType),
         *get_args(TwoWay),
-        *get_args(VisionNorm),
+        *get_args(NormType),
     }
     values = known - {"relu"}  # of models composed and trained here
     assert [value for value in sorted(values) if f'"{value}"' not in families] == []
-    assert set(ACTIVATIONS) == set(get_args(Activation)) and set(NORMS) == set(get_args(VisionNorm))
+    for table in (kernels.CPU, kernels.MLX):
+        assert set(table.activations) == set(get_args(Activation))
+    assert set(NORMS) == set(get_args(NormType)) and set(LAYERS) == set(get_args(LayerType))
+    assert set(MLPS) == set(get_args(MLPType)) and '"plain"' in families
 
 
 def test_towers_do_not_know_families():
@@ -249,7 +256,7 @@ def test_code_named_in_a_config_never_runs(copy_of, tmp_path):
 @pytest.mark.parametrize(("dims", "base", "scaling"), [
     (12, 1e4, None), (20, 1e6, None), (80, 5e5, {"rope_type": "linear", "factor": 4.0}), (128, 1e6, {"type": "dynamic", "factor": 2.0}),
 ])  # fmt: skip
-def test_far_positions_turn_as_transformers_turns_them(dims, base, scaling):
+def test_far_positions_turn_as_transformers_turns_them(dims, base, scaling, either_kernels):
     """Its frequencies are rounded to float32, and a last bit of one moves the 3000th position's values by 1e-4 and more."""
     text = {"head_dim": dims, "rope_theta": base, "rope_scaling": scaling, "max_position_embeddings": 4096}
     rope = make_rope(llava.config({"text_config": text}).decoder)
@@ -258,4 +265,4 @@ def test_far_positions_turn_as_transformers_turns_them(dims, base, scaling):
     turns = np.arange(3000, dtype=np.float32)[:, None] * (1 / periods / np.float32(stretch))
     expected = np.concatenate([np.cos(turns), np.sin(turns)], axis=1)
     x = mx.broadcast_to(mx.array([1.0] * (dims // 2) + [0.0] * (dims // 2)), (1, 1, 3000, dims))
-    np.testing.assert_allclose(np.array(rope(x))[0, 0], expected, atol=2e-6)
+    np.testing.assert_allclose(np.array(rope.at(0, 3000, total=3000)(x))[0, 0], expected, atol=2e-6)

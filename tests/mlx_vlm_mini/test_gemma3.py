@@ -21,10 +21,10 @@ from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.config import PoolConfig, ScaleConfig
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.decoder.masks import ImageBlock, block_mask, causal_mask, cut_between, find_blocks
+from mlx_vlm_mini.decoder.masks import Blocks, ImageBlock, Rows, block_mask, causal_mask, find_blocks
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.families import gemma3
-from mlx_vlm_mini.generation.cache import make_cache
+from mlx_vlm_mini.generation.cache import make_state
 from mlx_vlm_mini.generation.decode import prefill
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.preprocessing.crops import Crops, crop_boxes, crop_frames, cut_crops
@@ -123,11 +123,11 @@ def picture(mask):
 def test_a_block_sees_itself_inside_the_window():
     """As the docstring draws it; without a window; and for tokens behind cached ones."""
     blocks = [ImageBlock(1, 4)]
-    assert picture(block_mask(5, 0, 3, blocks)) == ["x....", "xxxx.", "xxxx.", ".xxx.", "..xxx"]
-    assert picture(block_mask(5, 0, None, blocks)) == ["x....", "xxxx.", "xxxx.", "xxxx.", "xxxxx"]
-    assert picture(block_mask(4, 1, 2, blocks)) == ["xxxx.", ".xxx.", "..xx.", "...xx"]
+    assert picture(block_mask(Rows(0, 5), 3, blocks)) == ["x....", "xxxx.", "xxxx.", ".xxx.", "..xxx"]
+    assert picture(block_mask(Rows(0, 5), None, blocks)) == ["x....", "xxxx.", "xxxx.", "xxxx.", "xxxxx"]
+    assert picture(block_mask(Rows(1, 4), 2, blocks)) == ["xxxx.", ".xxx.", "..xx.", "...xx"]
     two = [ImageBlock(0, 2), ImageBlock(3, 5)]
-    assert picture(block_mask(5, 0, None, two)) == ["xx...", "xx...", "xxx..", "xxxxx", "xxxxx"]
+    assert picture(block_mask(Rows(0, 5), None, two)) == ["xx...", "xx...", "xxx..", "xxxxx", "xxxxx"]
 
 
 masks = st.lists(st.booleans(), min_size=1, max_size=30).map(np.array)
@@ -144,33 +144,34 @@ def test_a_prompt_is_cut_between_blocks(slots, step, held):
     if any(block.start < held < block.end for block in blocks):
         return
     while done < total:
-        end = cut_between(done, step, total, find_blocks(slots, held))
+        end = Blocks(tuple(find_blocks(slots, held))).cut(done, step, total)
         assert done < end <= total and not any(block.start < end < block.end for block in blocks)
         assert end - done <= step or any(block == (done, end) for block in blocks)
         done = end
 
 
 def test_a_piece_may_end_where_a_block_does():
-    assert [cut_between(0, step, 10, [ImageBlock(2, 4)]) for step in (1, 2, 3, 4, 5)] == [1, 2, 2, 4, 5]
-    assert cut_between(2, 1, 10, [ImageBlock(2, 4), ImageBlock(4, 9)]) == 4
+    assert [Blocks((ImageBlock(2, 4),)).cut(0, step, 10) for step in (1, 2, 3, 4, 5)] == [1, 2, 2, 4, 5]
+    assert Blocks((ImageBlock(2, 4), ImageBlock(4, 9))).cut(2, 1, 10) == 4
 
 
 @pytest.mark.parametrize("golden", [HUB, CROPS], ids=["hub", "crops"])
 def test_pieces_of_every_length_give_one_answer(golden):
     model, processor = load(golden)
     inputs = processor(["See ", PHOTO, " and ", SHAPES, "?"])
-    embeddings, images = model.embed(inputs), model.show(inputs)
-    whole = np.array(prefill(model.decoder, embeddings, model.make_cache(), images=images, step=10**6))
+    reading = model.read(inputs)
+    whole = np.array(prefill(model.decoder, reading, model.make_state(), step=10**6))
     for step in (1, 2, 7, 20, 50):
-        pieces = np.array(prefill(model.decoder, embeddings, model.make_cache(), images=images, step=step))
+        pieces = np.array(prefill(model.decoder, reading, model.make_state(), step=step))
         np.testing.assert_allclose(pieces, whole, atol=1e-5)
 
 
 def test_without_images_all_is_causal():
     model, processor = load(HUB)
     inputs = processor("Hi")
-    assert model.show(inputs) == []
-    assert str(model.decoder.masks(4)["full_attention"]) == str(causal_mask(4, 0, None)) == "causal"
+    reading = model.read(inputs)
+    assert reading.visible == Blocks(())
+    assert str(model.decoder.begin(reading).masks["full_attention"]) == str(causal_mask(Rows(0, 4))) == "causal"
 
 
 CHANGES = {
@@ -261,7 +262,7 @@ def test_typed_image_tokens_hold_no_place():
     model, processor = load(HUB)
     inputs = processor(["A <image_soft_token>", PHOTO])
     assert inputs.slots.sum() == 9 and (np.array(inputs.input_ids[0]) == processor.image_token_id).sum() == 10
-    assert len(model.show(inputs)) == 1
+    assert len(model.read(inputs).visible.blocks) == 1
     with pytest.raises(PromptError, match="1 places for an image .<start_of_image>., the messages hold 0 images"):
         processor("What is <start_of_image>?")
 
@@ -359,7 +360,7 @@ def test_settings_that_make_no_sense(changes, message, copy_of):
 def test_what_it_cannot_do_is_refused():
     model, _ = load(HUB)
     with pytest.raises(PromptError, match="has layers with a window of their own, which no rotating cache fits"):
-        make_cache(model, rotate=40)
+        make_state(model, rotate=40)
     with pytest.raises(CheckpointError, match="float16 cannot hold what this model's decoder computes"):
         load(HUB, dtype="float16")
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from reference import CASES, GOLDEN
 
 from mlx_vlm_mini import generate, load, stream_generate
-from mlx_vlm_mini.decoder.masks import causal_mask
+from mlx_vlm_mini.decoder.masks import Rows, causal_mask
+from mlx_vlm_mini.decoder.reading import Reading
 from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.families import llava as family
 from mlx_vlm_mini.generation.decode import prefill
@@ -22,14 +23,14 @@ ASK = "What is in this image?"
 def test_prefill_scores_the_last_token_only(llava):
     """Whatever the chunks: the logits of one row, and the cache holds the prompt."""
     model, processor = llava
-    embeddings = model.embed(processor(ASK, [PHOTO]))
+    reading = model.read(processor(ASK, [PHOTO]))
     reference = model(processor(ASK, [PHOTO]))[:, -1]
     for step in (1, 4, 36, 37, 38, 1000):
-        cache, seen = model.make_cache(), list[tuple[int, int]]()
-        logits = prefill(model.decoder, embeddings, cache, step=step, progress=lambda *at, seen=seen: seen.append(at))
+        state, seen = model.make_state(), list[tuple[int, int]]()
+        logits = prefill(model.decoder, reading, state, step=step, progress=lambda *at, seen=seen: seen.append(at))
         assert logits.shape == (1, model.config.decoder.vocab_size)
         np.testing.assert_allclose(np.array(logits), np.array(reference), atol=1e-4)
-        assert [entry.offset for entry in cache] == [37] * len(cache)
+        assert [entry.offset for entry in state.layers] == [37] * len(model.decoder.layers) and state.length == 37
         assert seen == [(done, 37) for done in range(step, 37, step)]
 
 
@@ -170,7 +171,7 @@ def test_text_streams_as_it_decodes(text, name):
 @settings(max_examples=50)
 @given(st.integers(1, 9), st.integers(0, 9), st.one_of(st.none(), st.integers(1, 9)))
 def test_causal_mask(num_queries, offset, window):
-    mask = causal_mask(num_queries, offset, window)
+    mask = causal_mask(Rows(offset, num_queries), window)
     expected = [
         [key <= query and (window is None or query - key < window) for key in range(offset + num_queries)]
         for query in range(offset, offset + num_queries)
@@ -196,9 +197,7 @@ def test_a_length_dependent_rope_is_never_cut(scaling):
     hf = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 8,
           "max_position_embeddings": 16, "rope_scaling": scaling}  # fmt: skip
     decoder = Decoder(family.config({"text_config": hf}).decoder)
-    embeddings = mx.random.normal((1, 40, 16))
-    whole = decoder.logits(decoder(embeddings))[:, -1]
-    from mlx_vlm_mini.borrow import borrow
-
-    cache = [borrow("models.cache").KVCache() for _ in decoder.layers]
-    np.testing.assert_allclose(np.array(prefill(decoder, embeddings, cache, step=8)), np.array(whole), atol=1e-4)
+    reading = Reading(mx.random.normal((1, 40, 16)))
+    whole = decoder.logits(decoder(reading))[:, -1]
+    pieces = prefill(decoder, reading, decoder.make_state(), step=8)
+    np.testing.assert_allclose(np.array(pieces), np.array(whole), atol=1e-4)

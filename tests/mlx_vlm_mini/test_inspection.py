@@ -17,7 +17,6 @@ from mlx_vlm_mini.generation.features import Features
 from mlx_vlm_mini.grounding.attend import _record, _Rows, encode_answer
 from mlx_vlm_mini.grounding.heat import open_pictures
 from mlx_vlm_mini.layers import attention
-from mlx_vlm_mini.layers.cpu import exponential
 from mlx_vlm_mini.text.messages import to_messages
 
 FAMILIES = (
@@ -44,16 +43,12 @@ def loaded(request):
 def explicit(model, processor, tokens):
     """Weights float[layers, H, S, S] and logits of prompt and answer in one explicit pass, and the prompt's length."""
     inputs = processor(PROMPT)
-    length = len(inputs.slots)
-    embeddings = mx.concatenate([model.embed(inputs), model.decoder.embed(mx.array([tokens]))[:, :-1]], axis=1)
     weights: list[mx.array] = []
-    hidden = model.decoder(embeddings, None, weights, length, model.show(inputs))
+    hidden = model.decoder(model.read(inputs.followed_by(tokens[:-1])), attentions=weights)
     return np.stack([np.array(each[0]) for each in weights]), np.array(model.decoder.logits(hidden)[0]), inputs
 
 
-@pytest.mark.parametrize("slow", [False, True])
-def test_the_explicit_path_gives_the_fused_ones_log_probabilities(loaded, slow, monkeypatch):
-    monkeypatch.setattr(exponential, "is_slow", lambda: slow)
+def test_the_explicit_path_gives_the_fused_ones_log_probabilities(loaded, either_kernels):
     model, processor = loaded
     chunks = list(stream_generate(model, processor, PROMPT, max_tokens=6))
     heard = []
@@ -67,17 +62,16 @@ def test_the_explicit_path_gives_the_fused_ones_log_probabilities(loaded, slow, 
         np.testing.assert_allclose(one.weights, other.weights, atol=1e-6)
 
 
-def test_each_token_is_explained_by_the_query_that_predicts_it(loaded, monkeypatch):
-    """Row t is the query before token t: the prompt's last one for the first token."""
-    monkeypatch.setattr(exponential, "is_slow", lambda: False)  # fused is MLX's own
+def test_each_token_is_explained_by_the_query_that_predicts_it(loaded, mac_kernels):
+    """Row t is the query before token t: the prompt's last one for the first token. What is fused is MLX's own."""
     model, processor = loaded
     tokens = [7, 9, 8, 7]
     found = attend(model, processor, PROMPT, answer=tokens, reduce="none")
     weights, logits, inputs = explicit(model, processor, tokens)
     first, slots = len(inputs.slots) - 1, np.flatnonzero(inputs.slots)
     rows = _Rows(slots, [0], [0], "mean")
-    cache = model.make_cache()
-    prefill(model.decoder, model.embed(inputs), cache, images=model.show(inputs))
+    cache = model.make_state()
+    prefill(model.decoder, model.read(inputs), cache)
     recorded, _ = _record(model, inputs, tokens, cache, Features(), rows)
     np.testing.assert_allclose(recorded, fused(model, inputs, tokens)[first:], rtol=1e-5, atol=1e-5)
     own = np.concatenate([image.weights for image in found.images], axis=-1)
@@ -94,9 +88,7 @@ def test_each_token_is_explained_by_the_query_that_predicts_it(loaded, monkeypat
 
 def fused(model, inputs, tokens):
     """Logits float[S, vocab_size] of prompt and answer by the fused attention, all at once."""
-    embeddings = mx.concatenate([model.embed(inputs), model.decoder.embed(mx.array([tokens]))[:, :-1]], axis=1)
-    hidden = model.decoder(embeddings, prefix=len(inputs.slots), images=model.show(inputs))
-    return np.array(model.decoder.logits(hidden)[0])
+    return np.array(model(inputs.followed_by(tokens[:-1]))[0])
 
 
 def _log_softmax(logits):
@@ -296,5 +288,5 @@ def test_a_picture_that_was_exchanged_is_refused(llava, tmp_path):
 def test_a_plain_list_still_takes_whole_layers():
     model, _ = load(PLAIN)
     weights: list[mx.array] = []
-    model.decoder(model.decoder.embed(mx.array([[5, 6, 7]])), None, weights)
+    model.decoder(model.decoder.read(mx.array([[5, 6, 7]])), attentions=weights)
     assert [each.shape for each in weights] == [(1, 3, 3, 3)] * 2

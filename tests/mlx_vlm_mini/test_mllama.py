@@ -21,13 +21,13 @@ from mlx_vlm_mini.checkpoints.weights import hub_name, rename
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.data.questions import write_scenes
-from mlx_vlm_mini.decoder.cross_attention import ImageCache, Span, look
+from mlx_vlm_mini.decoder.cross_attention import CrossAttention, ImageCache, Span, look
+from mlx_vlm_mini.decoder.state import State
 from mlx_vlm_mini.errors import CheckpointError, ImageError, PromptError
 from mlx_vlm_mini.families import mllama
-from mlx_vlm_mini.generation.cache import make_cache
+from mlx_vlm_mini.generation.cache import make_state
 from mlx_vlm_mini.generation.decode import prefill
 from mlx_vlm_mini.layers import attention
-from mlx_vlm_mini.layers.attention import attend
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.preprocessing.canvas import Canvas, choose_canvas, cut_canvas, fit_size, place, possible_grids
 from mlx_vlm_mini.preprocessing.pixels import frames
@@ -183,12 +183,11 @@ def test_the_inspector_shows_what_cross_attention_layers_look_at(folder):
     looking = [number for number, kind in enumerate(kinds) if kind == "cross_attention"]
     assert found.layers == tuple(looking)
     inputs = processor(TWO)
-    embeddings = mx.concatenate([model.embed(inputs), model.decoder.embed(mx.array([found.token_ids]))[:, :-1]], axis=1)
-    shown, weights = model.show(inputs), []
-    hidden = model.decoder(embeddings, attentions=weights, images=shown)
+    reading, weights = model.read(inputs.followed_by(found.token_ids[:-1])), []
+    hidden = model.decoder(reading, attentions=weights)
     whole = np.stack([np.array(weights[number][0]) for number in looking])[:, :, len(inputs.slots) - 1 :]
     begin = 0
-    for image, span in zip(found.images, [each.span for each in shown], strict=True):
+    for image, span in zip(found.images, reading.memory.spans, strict=True):
         np.testing.assert_allclose(image.weights, whole[..., begin : begin + span.seen], atol=1e-5)
         assert image.weights.shape[-1] == len(image.boxes) == span.seen
         begin += span.held
@@ -234,13 +233,13 @@ def test_recorded_blocks_are_whole_weights(meta, monkeypatch):
     """Where weights come block by block, tokens that see no image have none in any of them."""
     model, processor = meta
     inputs = processor(["What is in this ", PHOTO, "?"])
-    run = [model.embed(inputs), model.show(inputs)]
+    reading = model.read(inputs)
     whole: list[mx.array] = []
-    model.decoder(run[0], attentions=whole, images=run[1])
+    model.decoder(reading, attentions=whole)
     monkeypatch.setattr(attention, "BLOCK", 1000)
     blocks: list[mx.array] = []
-    model.decoder(run[0], attentions=blocks, images=run[1])
-    length, keys = run[0].shape[1], run[1][0].span.held
+    model.decoder(reading, attentions=blocks)
+    length, keys = reading.length, reading.memory.spans[0].held
     cross = [each for each in blocks if each.shape[3] == keys]
     assert len(cross) > 2 and sum(each.shape[2] for each in cross) == 2 * length
     joined = np.concatenate([np.array(each) for each in cross], axis=2)
@@ -345,23 +344,25 @@ def test_a_token_that_is_decoded_needs_no_mask():
 
 
 def test_a_cache_of_images_is_cut_by_tokens():
-    cache, keys = ImageCache(), mx.arange(6, dtype=mx.float32).reshape(1, 1, 6, 1)
-    cache.add([Span(3, 2, 2), Span(5, 4, 4)], keys, keys + 1)
-    cache.add([Span(9, 1, 1)], mx.array([[[[9.0]]]]), mx.array([[[[10.0]]]]))
-    cache.cut(10)
-    assert cache.keys.flatten().tolist() == [0, 1, 2, 3, 4, 5, 9] and len(cache.spans) == 3
-    cache.cut(9)
-    cache.cut(5)
-    assert cache.values.flatten().tolist() == [1, 2] and cache.spans == (Span(3, 2, 2),)
-    cache.cut(3)
-    assert cache.empty() and cache.spans == () and cache.nbytes == 0
+    state, keys = State(lambda: [ImageCache()]), mx.arange(6, dtype=mx.float32).reshape(1, 1, 6, 1)
+    (cache,) = state.layers
+    cache.add(keys, keys + 1)
+    cache.add(mx.array([[[[9.0]]]]), mx.array([[[[10.0]]]]))
+    state.start, state.spans = 12, (Span(3, 2, 2), Span(5, 4, 4), Span(9, 1, 1))
+    assert state.rewind(10) == state.length == 10
+    assert cache.keys.flatten().tolist() == [0, 1, 2, 3, 4, 5, 9] and len(state.spans) == 3
+    assert state.rewind(9) == 9 and cache.keys.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert state.rewind(5) == 5
+    assert cache.values.flatten().tolist() == [1, 2] and state.spans == (Span(3, 2, 2),)
+    assert state.rewind(3) == 3
+    assert cache.empty() and state.spans == () and cache.nbytes == 0 and state.layers == [cache]
 
 
 def distributions(model, inputs, tokens=(7, 9)):
-    cache = model.make_cache()
-    rows = [prefill(model.decoder, model.embed(inputs), cache, images=model.show(inputs), step=6)]
+    cache = model.make_state()
+    rows = [prefill(model.decoder, model.read(inputs), cache, step=6)]
     for token in tokens:
-        rows.append(model.decoder.logits(model.decoder(model.decoder.embed(mx.array([[token]])), cache))[:, -1])
+        rows.append(model.decoder.logits(model.decoder(model.decoder.read(mx.array([[token]])), cache))[:, -1])
     return np.array(mx.concatenate(rows))
 
 
@@ -411,8 +412,6 @@ def test_text_alone_skips_the_layers_that_look(meta):
 
 
 def test_keys_and_values_are_computed_once(meta, monkeypatch):
-    from mlx_vlm_mini.decoder.cross_attention import CrossAttention
-
     calls = []
     plain = CrossAttention.keys_values
     monkeypatch.setattr(CrossAttention, "keys_values", lambda self, x: calls.append(x.shape[1]) or plain(self, x))
@@ -420,7 +419,7 @@ def test_keys_and_values_are_computed_once(meta, monkeypatch):
     layers = list(meta[0].config.decoder.layer_types).count("cross_attention")
     list(chat.send([PHOTO, "What?"], prefill_step=7))
     assert calls == [4 * 17] * layers  # four tiles' rows
-    entries = [entry for entry in chat._cache.entries if isinstance(entry, ImageCache)]
+    entries = [entry for entry in chat._cache.state.layers if isinstance(entry, ImageCache)]
     # Head by head in memory: laid out otherwise they would be copied at each step, twelve times the cost on a CPU.
     assert all(np.asarray(each).flags.c_contiguous for entry in entries for each in entry.state)
     list(chat.send("Why?"))
@@ -431,18 +430,16 @@ def test_keys_and_values_are_computed_once(meta, monkeypatch):
 
 def test_a_step_attends_to_no_more_than_it_sees(meta, monkeypatch):
     """Of three images the last one's used tiles, without a mask."""
-    from mlx_vlm_mini.decoder import cross_attention
+    seen, plain = [], CrossAttention.__call__
 
-    seen = []
-
-    def watch(queries, keys, values, **options):
-        seen.append((keys.shape[2], options["mask"]))
-        return attend(queries, keys, values, **options)
+    def watch(self, x, **options):
+        seen.append((options["memory"][0].shape[2], options["mask"]))
+        return plain(self, x, **options)
 
     chat = Chat(*meta, max_tokens=1)
     list(chat.send([PHOTO, "a", SHAPES, "b", STRIP, "c"]))
-    monkeypatch.setattr(cross_attention, "attend", watch)
-    meta[0].decoder(meta[0].decoder.embed(mx.array([[5]])), chat._cache.entries)
+    monkeypatch.setattr(CrossAttention, "__call__", watch)
+    meta[0].decoder(meta[0].decoder.read(mx.array([[5]])), chat._cache.state)
     assert seen == [(3 * 17, None)] * 2
 
 
@@ -453,8 +450,8 @@ def test_kinds_of_cache(meta, kind):
     for turn in ([PHOTO, "What?"], ["And ", SHAPES, "this?"], "Why?"):
         chunks = list(chat.send(turn))
         inputs = processor(chat.messages[:-1])
-        cache = make_cache(model, **kind)
-        logits = prefill(model.decoder, model.embed(inputs), cache, images=model.show(inputs))
+        cache = make_state(model, **kind)
+        logits = prefill(model.decoder, model.read(inputs), cache)
         logprobs = np.array(logits - mx.logsumexp(logits))[0]
         assert chunks[0].token == logprobs.argmax()
         assert chunks[0].logprob == pytest.approx(float(logprobs.max()), abs=1e-4)
@@ -503,7 +500,8 @@ def test_a_fork_shares_images_until_it_goes_on(meta):
     fork.undo()
     list(fork.send("Hm"))
     assert [chunk.token for chunk in chat.send("Why?")] == [chunk.token for chunk in Chat.send(_again(chat), "Why?")]
-    assert all(not entry.spans for entry in fork._cache.entries if isinstance(entry, ImageCache))
+    assert fork._cache.state.spans == ()
+    assert all(entry.empty() for entry in fork._cache.state.layers if isinstance(entry, ImageCache))
 
 
 def _again(chat):

@@ -14,7 +14,7 @@ from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.checkpoints.load import compute_dtype, plan
 from mlx_vlm_mini.config import ScaleConfig, WindowConfig
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.decoder.masks import causal_mask
+from mlx_vlm_mini.decoder.masks import Rows, causal_mask
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.families import paligemma
 from mlx_vlm_mini.generation.decode import prefill
@@ -99,11 +99,11 @@ def test_a_prefix_sees_itself_and_what_follows_is_causal():
     def picture(mask):
         return ["".join("x" if seen else "." for seen in row) for row in np.array(mask)]
 
-    assert picture(causal_mask(5, 0, None, 3)) == ["xxx..", "xxx..", "xxx..", "xxxx.", "xxxxx"]
-    assert picture(causal_mask(5, 0, 2, 3)) == ["xxx..", "xxx..", "xxx..", "..xx.", "...xx"]
-    assert picture(causal_mask(2, 3, 2, 3)) == ["..xx.", "...xx"]
-    assert causal_mask(5, 0, 2, 5) is None
-    assert causal_mask(1, 5, None, 5) is None and causal_mask(2, 5, None, 5) == "causal"
+    assert picture(causal_mask(Rows(0, 5), None, 3)) == ["xxx..", "xxx..", "xxx..", "xxxx.", "xxxxx"]
+    assert picture(causal_mask(Rows(0, 5), 2, 3)) == ["xxx..", "xxx..", "xxx..", "..xx.", "...xx"]
+    assert picture(causal_mask(Rows(3, 2), 2, 3)) == ["..xx.", "...xx"]
+    assert causal_mask(Rows(0, 5), 2, 5) is None
+    assert causal_mask(Rows(5, 1), None, 5) is None and causal_mask(Rows(5, 2), None, 5) == "causal"
 
 
 def test_the_last_token_of_the_prompt_changes_the_first_ones_logits():
@@ -134,10 +134,10 @@ def test_the_golden_would_notice(field):
     inputs, config = processor("What is in this image?", [PHOTO]), model.config.decoder
 
     def logprobs(vlm):
-        cache, decoder = vlm.make_cache(), vlm.decoder
-        rows = [prefill(decoder, vlm.embed(inputs), cache)]
+        cache, decoder = vlm.make_state(), vlm.decoder
+        rows = [prefill(decoder, vlm.read(inputs), cache)]
         for token in tokens[:3]:
-            rows.append(decoder.logits(decoder(decoder.embed(mx.array([[token]])), cache))[:, -1])
+            rows.append(decoder.logits(decoder(decoder.read(mx.array([[token]])), cache))[:, -1])
         logits = mx.concatenate(rows)
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
@@ -149,7 +149,7 @@ def test_the_golden_would_notice(field):
 def test_an_unscaled_image_and_a_scaled_text():
     model, processor = load(ONE)
     inputs = processor("What?", [PHOTO])
-    embeddings = model.embed(inputs)[0]
+    embeddings = model.read(inputs).embeddings[0]
     ids, slots = np.array(inputs.input_ids[0]), inputs.slots
     text = model.decoder.embed_tokens(mx.array(ids[~slots])) * 48**0.5
     np.testing.assert_allclose(np.array(embeddings)[~slots], np.array(text), rtol=1e-6)

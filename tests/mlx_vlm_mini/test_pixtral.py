@@ -20,10 +20,11 @@ from mlx_vlm_mini.checkpoints.describe import describe
 from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.cli.main import main
+from mlx_vlm_mini.decoder.masks import Causal
 from mlx_vlm_mini.errors import CheckpointError, ImageError
 from mlx_vlm_mini.families import find_family, mistral3, pixtral
 from mlx_vlm_mini.grounding.attend import find_boxes
-from mlx_vlm_mini.layers.rotary import grid_angles
+from mlx_vlm_mini.layers.angles import grid_angles
 from mlx_vlm_mini.preprocessing.grid import EdgeGrid
 from mlx_vlm_mini.preprocessing.settings import image_settings
 
@@ -156,7 +157,8 @@ def test_break_tokens_are_no_slots(name, rows, columns):
     start = tokens.index("[IMG]")
     assert tokens[start : start + len(laid)] == laid
     assert np.flatnonzero(inputs.slots).tolist() == [i for i, token in enumerate(tokens) if token == "[IMG]"]
-    assert (inputs.images[0].tokens, model.show(inputs)) == (rows * columns, [])
+    reading = model.read(inputs)
+    assert (inputs.images[0].tokens, reading.visible, reading.memory) == (rows * columns, Causal(), None)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -192,7 +194,7 @@ def test_images_do_not_see_one_another(loaded):
     model, processor = loaded
     both = processor([PHOTO, "and", SHAPES])
     alone = [model.encode(image) for image in both.images]
-    embedded = model.embed(both)[0][mx.array(np.flatnonzero(both.slots))]
+    embedded = model.read(both).embeddings[0][mx.array(np.flatnonzero(both.slots))]
     np.testing.assert_array_equal(np.array(embedded), np.array(mx.concatenate(alone)))
 
 

@@ -22,7 +22,7 @@ from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.families import find_family, internvl, qllama
-from mlx_vlm_mini.generation.cache import make_cache
+from mlx_vlm_mini.generation.cache import make_state
 from mlx_vlm_mini.generation.decode import prefill
 from mlx_vlm_mini.layers import attention
 from mlx_vlm_mini.train.trainer import Settings, Trainer
@@ -179,11 +179,11 @@ def test_a_caption_equals_the_reference(tiny, expected):
     np.testing.assert_array_equal(np.array(inputs.input_ids[0]), expected["caption/prompt_ids"])
     np.testing.assert_allclose(np.array(inputs.pixel_values), expected["caption/pixel_values"], atol=1e-5)
     for step in (1, 512):
-        cache = model.make_cache()
-        logits = prefill(model.decoder, model.embed(inputs), cache, images=model.show(inputs), step=step)
+        cache = model.make_state()
+        logits = prefill(model.decoder, model.read(inputs), cache, step=step)
         for token, logprobs in zip(expected["caption/token_ids"].tolist(), expected["caption/logprobs"], strict=True):
             np.testing.assert_allclose(log_softmax(logits)[0], logprobs, atol=TOLERANCE)
-            logits = model.decoder.logits(model.decoder(model.decoder.embed(mx.array([[token]])), cache))[:, -1]
+            logits = model.decoder.logits(model.decoder(model.decoder.read(mx.array([[token]])), cache))[:, -1]
     code, out, _ = run("generate", FOLDER, "-i", SHAPES, "-p", CAPTION, "--max-tokens", 10, "--json")
     assert code == 0 and json.loads(out)["token_ids"] == expected["caption/token_ids"].tolist()
 
@@ -193,7 +193,7 @@ def test_what_queries_become_does_not_depend_on_the_text_and_text_sees_them(tiny
     rows = []
     for text, picture in ((CAPTION, PHOTO), ("What is it?", PHOTO), (CAPTION, SHAPES)):
         inputs = processor(text, [picture])
-        hidden = model.decoder(model.embed(inputs), images=model.show(inputs))
+        hidden = model.decoder(model.read(inputs))
         rows.append(np.array(hidden[0]))
         alone = np.array(model.query(model.encode(inputs.images[0]))[0])
         np.testing.assert_allclose(rows[-1][:QUERIES], alone, atol=1e-5)
@@ -294,7 +294,7 @@ def test_a_conversation_is_saved_with_its_cache(tiny, tmp_path):
 def test_what_is_refused(tiny):
     model, processor = tiny
     with pytest.raises(PromptError, match="reads a prompt both ways, which no rotating cache fits"):
-        make_cache(model, rotate=40)
+        make_state(model, rotate=40)
     with pytest.raises(CheckpointError, match="cannot be trained yet"):
         Trainer(model, processor, [], FOLDER, Settings())
 
@@ -344,10 +344,7 @@ def test_queries_are_followed_back_to_patches(tiny, expected):
     tokens = [300, 301, 302]
     found = attend(model, processor, CAPTION, images=[PHOTO], answer=tokens)
     weights: list[mx.array] = []
-    text = model.decoder.embed(mx.array([tokens[:-1]]))
-    hidden = model.decoder(
-        mx.concatenate([model.embed(inputs), text], axis=1), attentions=weights, images=model.show(inputs)
-    )
+    hidden = model.decoder(model.read(inputs.followed_by(tokens[:-1])), attentions=weights)
     first = len(inputs.slots) - 1
     onto = np.stack([np.array(each[0, :, first:, :QUERIES]) for each in weights]).mean(axis=(0, 1))
     (image,) = found.images
@@ -436,7 +433,7 @@ def test_conversion(options, tmp_path, few, tiny):
 def test_text_alone_is_read_as_a_plain_llama_reads_it(tiny):
     """As scores read it: the layers that look at images have none."""
     model, _ = tiny
-    text = model.decoder.embed(mx.array([[1, 300, 301]]))
+    text = model.decoder.read(mx.array([[1, 300, 301]]))
     decoder = type(model.decoder)(replace(model.config.decoder, queries=None, layer_types=("full_attention",) * 3))
     decoder.update(model.decoder.parameters(), strict=False)
     np.testing.assert_allclose(np.array(model.decoder(text)), np.array(decoder(text)), atol=1e-6)

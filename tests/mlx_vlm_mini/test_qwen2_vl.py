@@ -20,11 +20,11 @@ from mlx_vlm_mini.checkpoints.describe import describe
 from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.cli.main import main
-from mlx_vlm_mini.decoder.sections import PlacedImage, add_taps, token_positions
+from mlx_vlm_mini.decoder.positions import Axes, PlacedImage, token_positions
 from mlx_vlm_mini.errors import CheckpointError, ImageError
 from mlx_vlm_mini.families import find_family, qwen2_5_vl, qwen2_vl, qwen3_vl
 from mlx_vlm_mini.grounding.attend import find_boxes
-from mlx_vlm_mini.layers.rotary import Turn, grid_angles
+from mlx_vlm_mini.layers.angles import Turn, grid_angles
 from mlx_vlm_mini.preprocessing.grid import Grid
 from mlx_vlm_mini.preprocessing.settings import image_settings
 from mlx_vlm_mini.vision.grid import window_order
@@ -219,13 +219,36 @@ def test_positions_of_a_picture_among_text():
             np.testing.assert_array_equal(part, np.array(expected)[:, start : start + length])
     two = [PlacedImage(0, 4, 1), PlacedImage(5, 1, 2)]
     assert token_positions(two, 0, 8)[0].tolist() == [0, 0, 0, 0, 4, 5, 5, 7]
+    placed = Axes(tuple(two))
+    np.testing.assert_array_equal(placed.at(3, 5), token_positions(two, 3, 5))
+    assert (placed.at(7, 3), placed.shift, placed.within(6), placed.within(7)) == (7, 0, Axes(tuple(two[:1])), placed)
+    assert Axes((image,)).at(8, 2) == 5
 
 
 def test_taps_go_to_their_tokens():
-    taps = mx.arange(12, dtype=mx.float32).reshape(2, 6, 1)
-    image = PlacedImage(2, 2, 3, taps)
-    found = [add_taps(mx.zeros((1, 4, 1)), layer, [image], 5)[0, :, 0].tolist() for layer in range(3)]
-    assert found == [[3, 4, 5, 0], [9, 10, 11, 0], [0, 0, 0, 0]]
+    """Whether a prompt is read from its beginning, from within a picture on, or in parts; zeros beside text."""
+    model, processor = load(GOLDEN / "qwen3-vl")
+    inputs = processor(["See ", PHOTO, " and ", SHAPES, "!"])
+    width, slots = model.config.decoder.hidden_size, np.flatnonzero(inputs.slots)
+    features = np.array(mx.concatenate([model.encode(image) for image in inputs.images]))
+    levels = features.shape[1] // width - 1
+    assert levels == len(model.config.vision.feature_layers) - 1 > 0
+    expected = np.zeros((levels, len(inputs.slots), width), dtype=np.float32)
+    expected[:, slots] = features[:, width:].reshape(-1, levels, width).swapaxes(0, 1)
+    whole = model.read(inputs)
+    np.testing.assert_array_equal(np.array(whole.embeddings)[0, slots], features[:, :width])
+    for start in (0, int(slots[0]) + 1, int(slots[-1]), int(slots[-1]) + 1):
+        beside = model.read(inputs, start).beside
+        assert len(beside) == (levels if start <= slots[-1] else 0)
+        for layer, rows in enumerate(beside):
+            np.testing.assert_array_equal(rows[0], expected[layer, start:])
+    part = whole.part(3, int(slots[0]) + 4)
+    for layer, rows in enumerate(part.beside):
+        np.testing.assert_array_equal(rows[0], expected[layer, 3 : slots[0] + 4])
+    run, x, layers = model.decoder.begin(whole), whole.embeddings, model.decoder.layers
+    for number, layer in enumerate(layers):
+        added = np.array(model.decoder.run_layer(number, x, run)) - np.array(layer(x, run, None))
+        np.testing.assert_allclose(added[0], expected[number] if number < levels else 0, atol=1e-5)
 
 
 def test_the_offset_is_kept_and_forgotten(loaded):
@@ -233,11 +256,11 @@ def test_the_offset_is_kept_and_forgotten(loaded):
     chat = Chat(*loaded, max_tokens=2)
     list(chat.send("Begin"))
     list(chat.send([PHOTO, "What?"]))
-    placed = chat._cache.entries[0].placed
-    assert len(placed) == 1 and placed[0].rows * placed[0].columns > 20 and placed[0].taps is None
+    placed = chat._cache.state.positions.images
+    assert len(placed) == 1 and placed[0].rows * placed[0].columns > 20
     chat.undo()
     chunks = list(chat.send("What?"))
-    assert chat._cache.entries[0].placed == () and chunks[-1].stats.cached_tokens > 10
+    assert chat._cache.state.positions.images == () and chunks[-1].stats.cached_tokens > 10
     fresh = list(stream_generate(*loaded, chat.messages[:-1], max_tokens=2))
     np.testing.assert_allclose([c.logprob for c in chunks], [c.logprob for c in fresh], atol=1e-4)
 

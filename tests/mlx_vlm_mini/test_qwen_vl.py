@@ -26,13 +26,13 @@ from mlx_vlm_mini.checkpoints.load import plan, read_config
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.config import ProjectorConfig, ResamplerConfig
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.decoder.rope import PromptRoPE
+from mlx_vlm_mini.decoder.decoder import logn_factors
+from mlx_vlm_mini.decoder.rope import make_rope, prompt_step
 from mlx_vlm_mini.errors import CheckpointError, PromptError, VLMError
-from mlx_vlm_mini.families import qwen_vl
+from mlx_vlm_mini.families import llava, qwen_vl
 from mlx_vlm_mini.generation.stream import Options
 from mlx_vlm_mini.grounding.attend import find_boxes
 from mlx_vlm_mini.grounding.draw import COLOURS
-from mlx_vlm_mini.layers.attention import logn_factors
 from mlx_vlm_mini.projectors.resampler import Resampler
 from mlx_vlm_mini.text.ranks import read_tiktoken
 from mlx_vlm_mini.text.tokenizer import TextStream, load_tokenizer
@@ -182,10 +182,17 @@ def test_biases_where_the_config_says_so(tmp_path):
 
 
 def test_the_step_of_a_prompt():
-    rope = PromptRoPE(32, 10000.0, STEP)
     steps = {1: 1, 83: 1, 84: 1, 85: 3, 168: 3, 169: 7, 336: 7, 337: 15}
-    assert {prompt: rope.step(prompt) for prompt in steps} == steps
-    assert rope.begun(85).base == 10000 * 3 ** (32 / 30) and rope.begun(100) is rope.begun(168)
+    assert {prompt: prompt_step(prompt, STEP) for prompt in steps} == steps
+    scaling = {"rope_type": "prompt_ntk", "original_max_position_embeddings": STEP}
+    rope = make_rope(llava.config({"text_config": {"head_dim": 32, "rope_scaling": scaling}}).decoder)
+    assert rope.depends_on == "prompt"
+    for prompt, step in steps.items():
+        base = 10000 * step ** (32 / 30)
+        periods, scale = rope.scaling(prompt)
+        np.testing.assert_allclose(periods, base ** (np.arange(0, 32, 2) / 32), rtol=1e-6)
+        assert scale == 1
+    assert rope.scaling(100)[0] is rope.scaling(168)[0]
 
 
 def test_what_is_off_is_off(copy_of):
@@ -301,7 +308,7 @@ def test_keys_are_used_again_within_a_step_and_never_beyond(qwen, tmp_path):
     found = []
     for turn in ("Hi", "Yes", ["What is ", PHOTO, "?"], "Why?", [SHAPES, "and ", PHOTO], "So?"):
         last = list(chat.send(turn))[-1].stats
-        found.append((model.decoder.rope.step(last.prompt_tokens), last.cached_tokens > 0))
+        found.append((prompt_step(last.prompt_tokens, STEP), last.cached_tokens > 0))
     assert found == [(1, False), (1, True), (3, False), (7, False), (7, True), (7, True)]
     chat.save(tmp_path / "talk.json", cache=True)
     again = Chat.load(tmp_path / "talk.json", model, processor)
@@ -324,12 +331,9 @@ def test_attention_goes_through_the_resampler_to_the_patches(qwen):
     prompt = ["What is ", PHOTO, " and ", SHAPES, "?"]
     found = attend(model, processor, prompt, max_tokens=4, reduce="none")
     inputs = processor(prompt)
-    embeddings = mx.concatenate(
-        [model.embed(inputs), model.decoder.embed(mx.array([list(found.token_ids)]))[:, :-1]], axis=1
-    )
     weights: list[mx.array] = []
     length = len(inputs.slots)
-    hidden = model.decoder(embeddings, None, weights, length)
+    hidden = model.decoder(model.read(inputs.followed_by(found.token_ids[:-1])), attentions=weights)
     logits = model.decoder.logits(hidden)[0, length - 1 :]
     logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
     np.testing.assert_allclose(found.logprobs, logprobs[np.arange(4), found.token_ids], atol=1e-5)

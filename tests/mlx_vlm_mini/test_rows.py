@@ -5,7 +5,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_vlm_mini.layers.cpu import exponential, rows
+from mlx_vlm_mini.layers import kernels
+from mlx_vlm_mini.layers.cpu import rows
 from mlx_vlm_mini.layers.cpu.rows import BlockedEmbedding, BlockedLinear, block_height, block_rows
 
 
@@ -34,8 +35,7 @@ class Part(nn.Module):
 
 
 @pytest.mark.parametrize("length", [1, 5])
-def test_blocked_products_are_those_of_the_whole(length, monkeypatch):
-    monkeypatch.setattr(exponential, "is_slow", lambda: True)
+def test_blocked_products_are_those_of_the_whole(length):
     mx.random.seed(0)
     part, x = Part(), mx.random.normal((1, length, 1024))
     part.wide.bias = mx.random.normal((2048,))
@@ -58,8 +58,9 @@ def test_blocked_products_are_those_of_the_whole(length, monkeypatch):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_nothing_is_blocked_where_mlx_is_fast(monkeypatch):
-    monkeypatch.setattr(exponential, "is_slow", lambda: False)
+def test_nothing_is_blocked_where_mlx_is_fast():
     part = Part()
-    block_rows(part)
+    kernels.MLX.prepare(part, part, mx.float32, False)
     assert type(part.wide) is nn.Linear
+    kernels.CPU.prepare(part, part, mx.float32, False)
+    assert type(part.wide) is BlockedLinear

@@ -13,11 +13,12 @@ from checkpoints import PHOTO
 from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, load, stream_generate
+from mlx_vlm_mini.decoder.reading import Reading
 from mlx_vlm_mini.decoder.rope import make_rope
-from mlx_vlm_mini.generation.cache import make_cache
+from mlx_vlm_mini.generation.cache import make_state
 from mlx_vlm_mini.generation.decode import prefill
 from mlx_vlm_mini.generation.step import COMPILE, compiles, make_step
-from mlx_vlm_mini.layers.rotary import turn_once
+from mlx_vlm_mini.layers import kernels
 
 ASK = "What is in this image?"
 
@@ -27,12 +28,13 @@ def answer(model, processor, tokens=12, **options):
     return [chunk.token for chunk in chunks], [chunk.logprob for chunk in chunks]
 
 
-def read(model, length, cache=None):
-    """A cache that holds so many random tokens, and the step behind them."""
-    cache = model.make_cache() if cache is None else cache
+def read(model, length):
+    """A state that holds so many random tokens, and the step behind them."""
+    state = model.make_state()
     mx.random.seed(length)
-    mx.eval(prefill(model.decoder, mx.random.normal((1, length, model.config.decoder.hidden_size)), cache))
-    return cache, make_step(model.decoder, cache)
+    reading = Reading(mx.random.normal((1, length, model.config.decoder.hidden_size)))
+    mx.eval(prefill(model.decoder, reading, state))
+    return state, make_step(model.decoder, state)
 
 
 def is_traced(step):
@@ -50,14 +52,14 @@ def is_traced(step):
 def test_steps_are_traced_where_keys_values_and_a_position_are_all(name, served, traced_steps):
     """Not with a scaling by length (that InternVL's), cross-attention, query tokens, log n or OPT's positions."""
     model, _ = load(GOLDEN / name)
-    assert is_traced(make_step(model.decoder, model.make_cache())) is served
+    assert is_traced(make_step(model.decoder, model.make_state())) is served
 
 
 def test_quantized_and_rotating_caches_are_not_traced(traced_steps):
     model, _ = load()
-    assert is_traced(make_step(model.decoder, make_cache(model)))
+    assert is_traced(make_step(model.decoder, make_state(model)))
     for cache in ({"kv_bits": 8}, {"rotate": 16}):
-        assert not is_traced(make_step(model.decoder, make_cache(model, **cache)))
+        assert not is_traced(make_step(model.decoder, make_state(model, **cache)))
 
 
 def test_the_environment_and_the_device_decide(monkeypatch):
@@ -78,10 +80,11 @@ def test_steps_with_mlxs_own_rope_are_the_same(name, traced_steps, monkeypatch):
     model, processor = load(GOLDEN / name)
     ours = answer(model, processor)
     del model.decoder.traced_step
-    monkeypatch.setattr(
-        "mlx_vlm_mini.generation.step.turn_once", lambda rope, position, length: getattr(rope, "plain", rope)
-    )
+    ropes = []
+    own = replace(kernels.CPU, rope=lambda *given: ropes.append(given) or kernels.MLX.rope(*given))
+    monkeypatch.setitem(kernels._chosen, mx.default_device().type, own)
     theirs = answer(model, processor)
+    assert any(isinstance(first, mx.array) for _, _, first, _, _ in ropes)
     assert ours[0] == theirs[0]
     np.testing.assert_allclose(ours[1], theirs[1], atol=1e-4)
 
@@ -94,27 +97,29 @@ def test_steps_with_mlxs_own_rope_are_the_same(name, traced_steps, monkeypatch):
     ],
     ids=lambda scaling: scaling["rope_type"],
 )  # fmt: skip
-def test_a_position_may_be_an_array(scaling, llava):
+def test_a_position_may_be_an_array(scaling, llava, monkeypatch):
     rope = make_rope(replace(llava[0].config.decoder, rope_scaling=scaling))
     x = mx.random.normal((1, 2, 1, llava[0].config.decoder.head_dim))
-    np.testing.assert_allclose(rope(x, offset=mx.array([700])), rope(x, offset=700), atol=1e-5)
-    turned = turn_once(rope, mx.array([700]), 1)
-    np.testing.assert_allclose(turned(x), rope(x, offset=700), atol=1e-4)
+    monkeypatch.setitem(kernels._chosen, mx.default_device().type, kernels.MLX)
+    whole = rope.at(700, 1)(x)
+    np.testing.assert_allclose(rope.at(mx.array([700]), 1)(x), whole, atol=1e-5)
+    monkeypatch.setitem(kernels._chosen, mx.default_device().type, kernels.CPU)
+    np.testing.assert_allclose(rope.at(mx.array([700]), 1)(x), whole, atol=1e-4)
 
 
 def test_steps_go_on_where_the_caches_grow(llava, traced_steps):
     """Behind 250 tokens, across 256: at each step what reading the whole afresh gives; the caches hold as much."""
     model, _ = llava
-    cache, step = read(model, 250)
+    state, step = read(model, 250)
     mx.random.seed(250)
     whole = mx.random.normal((1, 250, model.config.decoder.hidden_size))
     for token in range(5, 17):
         logits = step(mx.array([token]))
         whole = mx.concatenate([whole, model.decoder.embed(mx.array([[token]]))], axis=1)
-        fresh = model.decoder.logits(model.decoder(whole)[:, -1:])[:, 0]
+        fresh = model.decoder.logits(model.decoder(Reading(whole))[:, -1:])[:, 0]
         np.testing.assert_allclose(logits, fresh, atol=1e-4)
-        assert {entry.offset for entry in cache} == {whole.shape[1]}
-    assert cache[0].keys.shape[2] == 512
+        assert {entry.offset for entry in state.layers} == {whole.shape[1]} == {state.length}
+    assert state.layers[0].keys.shape[2] == 512
 
 
 def test_short_answers_are_not_traced(traced_steps, monkeypatch):
@@ -128,13 +133,12 @@ def test_short_answers_are_not_traced(traced_steps, monkeypatch):
 
 def test_what_was_cut_off_is_not_seen(llava, traced_steps):
     model, _ = llava
-    cache, step = read(model, 20)
+    state, step = read(model, 20)
     once = np.array(step(mx.array([7])))
     for token in (8, 9):
         mx.eval(step(mx.array([token])))
-    for entry in cache:
-        entry.trim(3)
-    np.testing.assert_allclose(make_step(model.decoder, cache)(mx.array([7])), once, atol=1e-6)
+    assert state.rewind(state.length - 3) == 20
+    np.testing.assert_allclose(make_step(model.decoder, state)(mx.array([7])), once, atol=1e-6)
 
 
 def test_a_turn_after_traced_steps_finds_its_cache(llava, traced_steps, monkeypatch):

@@ -17,7 +17,7 @@ from video_reference import CASES, LIMITS, NAMES, SIZE, TEMPLATE, frames, video
 
 from mlx_vlm_mini import Chat, attend, load, stream_generate
 from mlx_vlm_mini.cli.main import main
-from mlx_vlm_mini.decoder.sections import PlacedImage, token_positions
+from mlx_vlm_mini.decoder.positions import PlacedImage, token_positions
 from mlx_vlm_mini.errors import CheckpointError, ImageError, PromptError
 from mlx_vlm_mini.families import qwen2_5_vl
 from mlx_vlm_mini.images.video import Video

@@ -26,9 +26,9 @@ def check_answer(model: Any, processor: Any, messages: list[dict[str, Any]], exp
     """Our prompt, prefill in chunks of `step` and cached decoding against a reference's, distribution by distribution."""
     inputs = processor(with_paths(messages))
     np.testing.assert_array_equal(np.array(inputs.input_ids[0]), expected["prompt_ids"])
-    cache = model.make_cache()
-    logits = prefill(model.decoder, model.embed(inputs), cache, images=model.show(inputs), step=step)
+    cache = model.make_state()
+    logits = prefill(model.decoder, model.read(inputs), cache, step=step)
     for token, logprobs in zip(expected["token_ids"].tolist(), expected["logprobs"], strict=True):
         own = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
         np.testing.assert_allclose(own, logprobs, atol=TOLERANCE)
-        logits = model.decoder.logits(model.decoder(model.decoder.embed(mx.array([[token]])), cache))[:, -1]
+        logits = model.decoder.logits(model.decoder(model.decoder.read(mx.array([[token]])), cache))[:, -1]

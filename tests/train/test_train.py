@@ -21,6 +21,7 @@ from mlx_vlm_mini import load
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.data.examples import collate, encode, read_examples
 from mlx_vlm_mini.data.questions import write_scenes
+from mlx_vlm_mini.decoder.reading import Reading
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.train.evaluate import evaluate
 from mlx_vlm_mini.train.lora import fuse_adapters, load_adapters
@@ -404,7 +405,7 @@ def test_parts_of_a_checkpoint_are_taken_over(tmp_path):
     model, _ = load(tmp_path / "out")
     pixels = mx.random.normal((1, 42, 42, 3))
     np.testing.assert_allclose(np.array(model.vision(pixels)), np.array(source.vision(pixels)), atol=1e-5)
-    hidden = mx.random.normal((1, 5, 60))
+    hidden = Reading(mx.random.normal((1, 5, 60)))
     np.testing.assert_allclose(np.array(model.decoder(hidden)), np.array(source.decoder(hidden)), atol=1e-5)
 
 

@@ -6,7 +6,7 @@ Source: configuration_opt.py and modeling_opt.py of huggingface/transformers.
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_vlm_mini.config import BiasConfig, NormConfig, OPTConfig, ScaleConfig
+from mlx_vlm_mini.config import BiasConfig, DecoderConfig, NormConfig, ScaleConfig
 from mlx_vlm_mini.errors import CheckpointError
 
 from .configs import MOST_LAYERS, activation
@@ -17,7 +17,7 @@ _OPT = {
 }  # fmt: skip
 
 
-def opt_decoder(hf: Mapping[str, Any]) -> OPTConfig:
+def opt_decoder(hf: Mapping[str, Any]) -> DecoderConfig:
     """OPT from its part of config.json; sizes whose kind the larger ones are not (350m) are refused."""
     values = {**_OPT, **hf}
     width, layers = values["hidden_size"], values["num_hidden_layers"]
@@ -29,14 +29,14 @@ def opt_decoder(hf: Mapping[str, Any]) -> OPTConfig:
             raise CheckpointError(f"config.json: OPT with {key} {values[key]!r} is not supported (known: {usual!r})")
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise CheckpointError(f"config.json: a decoder of {layers} layers is not supported (at most {MOST_LAYERS})")
-    return OPTConfig(
+    return DecoderConfig(
         **{key: values[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
         **{key: values[key] for key in ("max_position_embeddings", "tie_word_embeddings")},
         num_key_value_heads=values["num_attention_heads"],
         head_dim=width // values["num_attention_heads"],
         intermediate_size=values["ffn_dim"],
         hidden_act=activation(values["activation_function"]),
-        norms=NormConfig(rms_norm_eps=1e-5),
+        norms=NormConfig(rms_norm_eps=1e-5, norm_type="layer_norm"),
         scales=ScaleConfig(),
         rope_theta=10000.0,
         rope_scaling=None,
@@ -44,6 +44,8 @@ def opt_decoder(hf: Mapping[str, Any]) -> OPTConfig:
         layer_types=("full_attention",) * layers,
         window=None,
         two_way="nothing",
+        mlp_type="plain",
+        learned_positions=2,  # which padding had
     )
 
 
@@ -52,7 +54,7 @@ def opt_weights(prefix: str) -> dict[str, str | None]:
     layer, ours = prefix + "layers.{}.", "decoder.layers.{}."
     return {
         prefix + "embed_tokens": "decoder.embed_tokens",
-        prefix + "embed_positions.weight": "decoder.layers.0.pos_embed",
+        prefix + "embed_positions.weight": "decoder.pos_embed",
         prefix + "final_layer_norm": "decoder.norm",
         **{f"{layer}self_attn.{each}_proj": f"{ours}self_attn.{each}_proj" for each in "qkv"},
         layer + "self_attn.out_proj": ours + "self_attn.o_proj",

@@ -15,10 +15,10 @@ from mlx_vlm_mini.config import (
     DecoderConfig,
     GridConfig,
     MergerConfig,
+    NormType,
     ProjectorConfig,
     ShuffleConfig,
     VisionConfig,
-    VisionNorm,
     VLMConfig,
 )
 from mlx_vlm_mini.errors import CheckpointError
@@ -105,7 +105,7 @@ def grid_model(
     family: str,
     values: Mapping[str, Any],
     *,
-    norm_type: VisionNorm = "layer_norm",
+    norm_type: NormType = "layer_norm",
     gated_mlp: bool = False,
     patch_bias: bool = False,
     taps: tuple[int, ...] = (),

@@ -11,11 +11,14 @@ import atexit
 import contextlib
 import ctypes
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 CHOICE = "MLX_VLM_MINI_OPENBLAS"
+TIMEOUT = "OPENBLAS_THREAD_TIMEOUT"
+LEAST_SPACE = 4 * 2**30  # bytes of address space (ulimit -v), below which OpenBLAS is left out
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -23,20 +26,26 @@ def use_openblas() -> bool:
     """Load the system's OpenBLAS where it is installed, so that MLX's float32 products on a CPU run in it.
 
     Its symbols come before those of MLX's bundled BLAS only if they are global before `mlx.core` is imported; so this
-    does nothing afterwards, and nothing on other systems than Linux or where the environment variable
-    MLX_VLM_MINI_OPENBLAS is 0.
+    does nothing afterwards, nothing on other systems than Linux, nothing where the environment variable
+    MLX_VLM_MINI_OPENBLAS is 0 and nothing where the address space is limited to less than 4 GB.
 
     Returns:
         Whether it was loaded.
     """
     if sys.platform != "linux" or "mlx.core" in sys.modules or os.environ.get(CHOICE) == "0":
         return False
+    if 0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < LEAST_SPACE:
+        return False  # it waits for ever for memory that it cannot have
     _keep_memory()
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # 2^18 cycles, 0.1 ms: as long as a token's gaps are
+    chosen = os.environ.get(TIMEOUT)
     try:
+        os.environ[TIMEOUT] = chosen or "18"  # 2^18 cycles, 0.1 ms: as long as a token's gaps are; read while it loads
         ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return False
+    finally:
+        if chosen is None:
+            del os.environ[TIMEOUT]
     atexit.register(_finish)
     return True
 

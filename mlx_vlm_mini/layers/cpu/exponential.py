@@ -6,10 +6,11 @@ which MLX does many at a time. Measured by benchmarks/exponential.py.
 """
 
 import math
-import sys
 from typing import cast
 
 import mlx.core as mx
+
+from mlx_vlm_mini.layers import softmax
 
 LOG2E = math.log2(math.e)
 # 2^(f/2) on [-1/2, 1/2], least relative error (8e-8), times the constant that makes its first coefficient 1 and so
@@ -18,13 +19,7 @@ _POLYNOMIAL = (11.57766075, 100.03134442, 577.25439307, 1665.60796661)
 ONE = 2774249.96335814 / 2**21
 _ROUND = 1.5 * 2.0**23 - 21  # adding it to a float32 leaves the nearest whole number, less 21, in the last bits
 FEW = 1 << 14  # numbers of which MLX's own way costs less than the dozen operations here
-_SUMMED = 512  # numbers that are added one after the other, at most
 CHUNK = 1 << 19  # numbers at a time that fit a core's cache, with what stands between
-
-
-def is_slow() -> bool:
-    """Whether MLX computes e^x one number at a time here: on a CPU that is not Apple's."""
-    return sys.platform != "darwin" and mx.default_device().type == mx.DeviceType.cpu
 
 
 def power(t: mx.array) -> mx.array:
@@ -65,14 +60,7 @@ def _sigmoid_vjp(t: mx.array, cotangent: mx.array, output: mx.array) -> mx.array
 
 
 def log_softmax(logits: mx.array) -> mx.array:
-    """float[..., n] -> float32[..., n], log-probabilities as exact as float32 holds them. Lazy.
-
-    On a CPU `mx.logsumexp` adds all n numbers one after the other, and is off by 1e-4 where they are 150,000.
-    """
-    logits = logits.astype(mx.float32)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    fast = is_slow() and logits.size > FEW
-    powers = power(shifted * LOG2E) if fast else mx.exp(shifted)
-    powers = mx.pad(powers, [(0, 0)] * (powers.ndim - 1) + [(0, -powers.shape[-1] % _SUMMED)])
-    total = powers.reshape(*powers.shape[:-1], -1, _SUMMED).sum(axis=-1).sum(axis=-1, keepdims=True)
-    return shifted - mx.log(total / ONE if fast else total)
+    """float[..., n] -> float32[..., n], log-probabilities as exact as float32 holds them; lazy."""
+    if logits.size <= FEW:
+        return softmax.log_softmax(logits)
+    return softmax.log_softmax(logits, lambda shifted: power(shifted * LOG2E), ONE)

@@ -6,11 +6,19 @@ from mlx_vlm_mini.layers.types import Mask
 
 from . import exponential
 
+ONE_FROM = 1024  # keys from which on tiles are faster for a single query, too
 CAUSAL_ROWS = 128  # queries of a tile on a CPU, about, where each sees what stands before it
 
 
+def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array:
+    """As `Kernels.attend`: in tiles for prompts and behind many keys, MLX's own for a token behind few of them."""
+    if queries.dtype == mx.float32 and (queries.shape[2] > 1 or keys.shape[2] >= ONE_FROM):
+        return attend_in_tiles(queries * (scale * exponential.LOG2E), keys, values, mask)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
 def attend_in_tiles(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
-    """`attend` for CPUs: so few heads and queries at a time that their scores stay in the cache, one after another;
+    """Attention for CPUs: so few heads and queries at a time that their scores stay in the cache, one after another;
     with 2^t in place of e^x, for which the queries come multiplied.
 
     The scores stand on their side, [keys, queries]: their largest and their sum are then found row by row.

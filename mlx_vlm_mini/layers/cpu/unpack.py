@@ -5,14 +5,13 @@ unpacking costs as much as four rows. So a model's layers are unpacked once, whe
 each product of several rows. On a GPU packed weights are the faster ones, and stay.
 """
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+
+from mlx_vlm_mini.layers import memory
 
 ROWS = 4  # from which on a product is faster with unpacked weights
 SHARE = 0.5  # of the free memory that unpacked weights may take
@@ -52,27 +51,11 @@ def _packed(module: nn.Module, embeddings: bool) -> list[tuple[str, Any]]:
 
 
 def unpack_for_cpu(model: nn.Module, dtype: mx.Dtype, *, tied: bool) -> None:
-    """Make a loaded model's quantized layers fast on a CPU; on a GPU they are. `tied`: its embeddings are its head."""
-    if mx.default_device().type == mx.DeviceType.gpu:
-        return
+    """Make a loaded model's quantized layers fast on a CPU. `tied`: its embeddings are its head."""
     layers = [layer for _, layer in _packed(model, tied)]
-    if sum(layer.weight.size * 32 // layer.bits for layer in layers) * dtype.size <= SHARE * free_memory():
+    if sum(layer.weight.size * 32 // layer.bits for layer in layers) * dtype.size <= SHARE * memory.free_memory():
         unpack(model, dtype, embeddings=tied)
         return
     for layer in layers:
         if isinstance(layer, nn.QuantizedLinear):
             layer.__class__ = UnpackingLinear
-
-
-def free_memory() -> int:
-    """Bytes that programs can have without swapping, as far as the system says it."""
-    for line in _memory_lines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _memory_lines() -> Iterator[str]:
-    file = Path("/proc/meminfo")
-    yield from file.read_text().splitlines() if file.is_file() else ()

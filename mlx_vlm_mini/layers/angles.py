@@ -1,0 +1,42 @@
+"""Rotations by given angles, and the angles of patches on a grid."""
+
+import mlx.core as mx
+import numpy as np
+
+
+class Turn:
+    """Rotates the first `dims` numbers of float[..., L, D] by given angles, one half of them against the other."""
+
+    def __init__(self, angles: np.ndarray | mx.array, scale: float = 1.0, dims: int | None = None) -> None:
+        """
+        Args:
+            angles: float32[..., L, dims / 2].
+            scale: the rotated numbers are multiplied by it.
+            dims: the others stay as they are; None: all are rotated.
+        """
+        parts = (mx.cos(angles), mx.sin(angles)) if isinstance(angles, mx.array) else (np.cos(angles), np.sin(angles))
+        self._cos, self._sin = (mx.array(part if scale == 1 else part * scale) for part in parts)
+        self._dims = dims
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._dims is not None and self._dims < x.shape[-1]:
+            rotated, rest = mx.split(x, [self._dims], axis=-1)
+            return mx.concatenate([self._rotate(rotated), rest], axis=-1)
+        return self._rotate(x)
+
+    def _rotate(self, x: mx.array) -> mx.array:
+        one, other = mx.split(x.astype(mx.float32), 2, axis=-1)
+        turned = [one * self._cos - other * self._sin, other * self._cos + one * self._sin]
+        return mx.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def grid_angles(
+    rows: np.ndarray, columns: np.ndarray, dims: int, base: float = 10000.0, *, alternating: bool = False
+) -> np.ndarray:
+    """Angles of patches in given rows and columns, int[P]: float32[P, dims / 2]; the first half of them by the row, the
+    second by the column, at the same frequencies, or where `alternating` at those that lie between."""
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+    frequencies = np.float32(1) / (base ** exponents.astype(np.float64)).astype(np.float32)
+    own = frequencies[::2], frequencies[1::2] if alternating else frequencies[::2]
+    places = (place.astype(np.float32)[:, None] for place in (rows, columns))
+    return np.concatenate([place * each for place, each in zip(places, own, strict=True)], axis=-1)
