@@ -102,7 +102,9 @@ def test_rope_alone_equals_transformers(kind, length):
     rope = make_rope(
         llava.config({"text_config": {**sizes, "rope_theta": 1000.0, "rope_scaling": ROPES[kind]}}).decoder
     )
-    np.testing.assert_allclose(np.array(rope.at(0, length, total=length)(mx.array(x.numpy()))), expected.numpy(), atol=TOLERANCE)
+    np.testing.assert_allclose(
+        np.array(rope.at(0, length, total=length)(mx.array(x.numpy()))), expected.numpy(), atol=TOLERANCE
+    )
 
 
 # Not here because the reference itself fails: feature layer 0 outside a list (taken for none), and decoding with a

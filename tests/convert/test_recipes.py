@@ -251,9 +251,9 @@ def test_calibration_from_a_folder_or_a_file(tmp_path, few):
     planned = plan(open_checkpoint(PLAIN))
     processor = load_processor(planned.checkpoint, planned.family, planned.config)
     pictures = read_samples(processor, few.parent / "images", 4)
-    assert len(pictures) == 4 and all(each.start == each.length for each in pictures)
+    assert len(pictures) == 4 and all(each.start == len(each.inputs.slots) for each in pictures)
     talks = read_samples(processor, few, 3)
-    assert len(talks) == 3 and all(each.start < each.length for each in talks)
+    assert len(talks) == 3 and all(each.start < len(each.inputs.slots) for each in talks)
     with pytest.raises(CheckpointError, match="no pictures"):
         read_samples(processor, tmp_path, 3)
     (tmp_path / "bad.jsonl").write_text('{"messages": 3}\n')

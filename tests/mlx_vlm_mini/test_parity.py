@@ -178,8 +178,6 @@ def test_rows_of_a_batch_equal_the_rows_alone(golden):
     np.testing.assert_allclose(step(one, 0, rows[:1])[0], step(states[rows[0]], 0, rows[:1])[0], atol=TOLERANCE)
 
 
-
-
 def test_the_image_matters(golden):
     model, processor, _ = golden
     one, other = (
