@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 from pathlib import Path
 
 SUFFIXES = frozenset([
-    ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
     ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
 ])  # fmt: skip
 

@@ -6,21 +6,24 @@ import re
 import time
 import warnings
 from functools import cache
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError, _imaging
 
 from mlx_vlm_mini.errors import ImageError
 
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM", "HEIF")
-"""What is opened; HEIF where a plugin of the caller's reads it. Others of Pillow's are hardly ever met, run programs
-(EPS), or decode without a bound (FITS)."""
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM")
+"""What Pillow opens for us; HEIF is opened by pi-heif. Others of Pillow's are hardly ever met, run programs (EPS), or
+decode without a bound (FITS)."""
 REDUCE_ABOVE = 50_000_000  # pixels, from which on an image is opened at a half, a quarter or an eighth of its sides
 MOST_SECONDS = 1.5  # of this thread's computing time, until the last byte is read
 MOST_BYTES = 256 * 2**20  # of a file
 MOST_PIXELS = 250_000_000  # of a JPEG of one scan, which is reduced while it is decoded
-MOST_ELSEWHERE = {"PROGRESSIVE": 64_000_000, "WEBP": 40_000_000, "AVIF": 24_000_000, "HEIF": 24_000_000}  # pixels
+MOST_ELSEWHERE = {"PROGRESSIVE": 64_000_000, "WEBP": 40_000_000, "AVIF": 24_000_000, "HEIF": 50_000_000}  # pixels
+MOST_HEIF_BYTES = (
+    32 * 2**20
+)  # three times a phone's largest picture: libheif cannot be stopped, and takes 0.1 s for 1 MB
 MOST_WHOLE = 110_000_000  # of such a JPEG that is not
 MOST_OTHERWISE = 64_000_000
 MOST_SIDE = 2**18  # pixels: Pillow fills up rows of some forms byte by byte
@@ -36,6 +39,7 @@ _COMPRESSIONS = (
 )  # fmt: skip
 _BAND = 1 << 22  # pixels that are converted at a time
 
+_HEIF = re.compile(rb"(?s)....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)")
 _SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _TURNS = {
@@ -48,7 +52,6 @@ _KINDS = (
     (rb"%PDF", "a PDF"),
     (rb"(?s)\s*<.{0,2000}?<svg|\s*<svg", "SVG"),
     (rb"(?i)\s*<(!doctype )?html", "a web page"),
-    (rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", "HEIC"),
     (rb"....ftyp", "a video"),
     (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive"),
     (rb"[\t\n\f\r -~]{1,64}\Z|[\t\n\f\r -~]{64}", "text"),
@@ -126,10 +129,22 @@ def decode(data: bytes, name: str, whole: bool) -> Image.Image:
         raise ImageError(f"{name} is broken: {error or type(error).__name__}; get it or save it anew") from None
 
 
-def known_formats() -> list[str]:
-    """What `FORMATS` names and this Pillow opens."""
+def open_header(file: BinaryIO) -> Image.Image:
+    """A file's picture, not yet decoded.
+
+    Raises:
+        UnidentifiedImageError: it is none of `FORMATS`, and no HEIF.
+        Exception: it is broken.
+    """
+    start = file.read(12)
+    file.seek(0)
+    if _HEIF.match(start):
+        from pi_heif import HeifImageFile  # not registered with Pillow, where a plugin of the caller's may be
+
+        heif: Image.Image = HeifImageFile(file)
+        return heif
     Image.init()
-    return [form for form in FORMATS if form in Image.OPEN]
+    return Image.open(file, formats=[form for form in FORMATS if form in Image.OPEN])
 
 
 def factor_of(width: int, height: int) -> int:
@@ -140,13 +155,18 @@ def factor_of(width: int, height: int) -> int:
 def _open(data: bytes, name: str, whole: bool) -> Image.Image:
     """A file opened, not decoded: a JPEG set to be reduced while it is."""
     limit = None
+    if _HEIF.match(data):
+        if len(data) > MOST_HEIF_BYTES:
+            size, most = len(data) / 2**20, MOST_HEIF_BYTES // 2**20
+            raise ImageError(f"{name} has {size:,.0f} MiB, and the limit for HEIC is {most}: save it as JPEG")
+        return open_header(_Watched(data, name))
     if data.startswith(b"\xff\xd8\xff"):
         limit = _check_jpeg(data, name, whole)
     else:
         _check_tiff(data, name)
     file = _Watched(data, name)
     try:
-        image: Image.Image = Image.open(file, formats=known_formats())
+        image = open_header(file)
     except Image.DecompressionBombError:
         if limit is None or whole:
             raise
@@ -269,6 +289,8 @@ def _orientation(image: Image.Image) -> int:
 
     Read by ourselves: entry by entry, so that no file makes it long, and what is broken elsewhere does not matter.
     """
+    if image.format == "HEIF":  # what turns it is no tag but a part of the picture, and its decoder does so
+        return 1
     if getattr(image, "_exif", None) or hasattr(image, "tag_v2"):  # read by Pillow, or set by the caller
         found = image.getexif().get(0x0112, 1)
         return found if isinstance(found, int) else 1

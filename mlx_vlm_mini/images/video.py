@@ -75,7 +75,7 @@ class _Pictures:
 
 def list_pictures(folder: Path) -> list[ImageSource]:
     """The pictures of a folder by name, hidden files left out."""
-    known = Image.registered_extensions()
+    known = {*Image.registered_extensions(), ".heic", ".heif", ".hif"}
     try:
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in known and file.name[0] != ".")
     except OSError as error:
