@@ -129,22 +129,26 @@ def decode(data: bytes, name: str, whole: bool) -> Image.Image:
         raise ImageError(f"{name} is broken: {error or type(error).__name__}; get it or save it anew") from None
 
 
-def open_header(file: BinaryIO) -> Image.Image:
-    """A file's picture, not yet decoded.
+def size_of(file: BinaryIO) -> tuple[int, int]:
+    """Width and height that a file's header says.
 
     Raises:
-        UnidentifiedImageError: it is none of `FORMATS`, and no HEIF.
-        Exception: it is broken.
+        Exception: it is no image, or broken.
     """
     start = file.read(12)
     file.seek(0)
     if _HEIF.match(start):
-        from pi_heif import HeifImageFile  # not registered with Pillow, where a plugin of the caller's may be
+        from .heif import Heif
 
-        heif: Image.Image = HeifImageFile(file)
-        return heif
+        return Heif(file.read(MOST_HEIF_BYTES)).size
+    with Image.open(file, formats=_known_formats()) as image:
+        return image.size
+
+
+def _known_formats() -> list[str]:
+    """What `FORMATS` names and this Pillow opens."""
     Image.init()
-    return Image.open(file, formats=[form for form in FORMATS if form in Image.OPEN])
+    return [form for form in FORMATS if form in Image.OPEN]
 
 
 def factor_of(width: int, height: int) -> int:
@@ -159,14 +163,20 @@ def _open(data: bytes, name: str, whole: bool) -> Image.Image:
         if len(data) > MOST_HEIF_BYTES:
             size, most = len(data) / 2**20, MOST_HEIF_BYTES // 2**20
             raise ImageError(f"{name} has {size:,.0f} MiB, and the limit for HEIC is {most}: save it as JPEG")
-        return open_header(_Watched(data, name))
+        from .heif import Heif  # libheif, for its files alone
+
+        heif = Heif(data)
+        _check_side(heif.size, name)
+        if heif.size[0] * heif.size[1] > MOST_ELSEWHERE["HEIF"]:
+            raise ImageError(_too_large(name, heif.size[0] * heif.size[1], MOST_ELSEWHERE["HEIF"]))
+        return heif.decode(name)
     if data.startswith(b"\xff\xd8\xff"):
         limit = _check_jpeg(data, name, whole)
     else:
         _check_tiff(data, name)
     file = _Watched(data, name)
     try:
-        image = open_header(file)
+        image: Image.Image = Image.open(file, formats=_known_formats())
     except Image.DecompressionBombError:
         if limit is None or whole:
             raise
@@ -231,10 +241,7 @@ def _check_tiff(data: bytes, name: str) -> None:
 def _check(image: Image.Image, name: str) -> None:
     """What can be known of an opened image before it is decoded."""
     pixels, form = image.width * image.height, str(image.format)
-    if max(image.size) > MOST_SIDE:
-        raise ImageError(
-            f"{name} has {image.width}x{image.height} pixels, and no side may have above {MOST_SIDE:,}: cut it"
-        )
+    _check_side(image.size, name)
     limit = MOST_ELSEWHERE.get(form, MOST_OTHERWISE)
     if image.mode in ("I", "F"):
         limit = min(limit, MOST_WIDE)
@@ -250,6 +257,11 @@ def _check(image: Image.Image, name: str) -> None:
     profile = image.info.get("icc_profile")
     if isinstance(profile, bytes) and profile[16:20] == b"Lab " and image.mode != "LAB":
         raise ImageError(f"{name} holds Lab colours in a format that has none: save it anew as sRGB")
+
+
+def _check_side(size: tuple[int, int], name: str) -> None:
+    if max(size) > MOST_SIDE:
+        raise ImageError(f"{name} has {size[0]}x{size[1]} pixels, and no side may have above {MOST_SIDE:,}: cut it")
 
 
 def _too_large(name: str, pixels: int, limit: int) -> str:
@@ -289,7 +301,7 @@ def _orientation(image: Image.Image) -> int:
 
     Read by ourselves: entry by entry, so that no file makes it long, and what is broken elsewhere does not matter.
     """
-    if image.format == "HEIF":  # what turns it is no tag but a part of the picture, and its decoder does so
+    if image.format == "HEIF":  # a plugin of the caller's has turned it
         return 1
     if getattr(image, "_exif", None) or hasattr(image, "tag_v2"):  # read by Pillow, or set by the caller
         found = image.getexif().get(0x0112, 1)

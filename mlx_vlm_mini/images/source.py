@@ -19,7 +19,7 @@ from PIL import Image
 
 from mlx_vlm_mini.errors import ImageError
 
-from .decode import MOST_BYTES, decode, factor_of, flatten, from_array, open_header
+from .decode import MOST_BYTES, decode, factor_of, flatten, from_array, size_of
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 """A path, a `data:` URL, an http(s) URL (all three may be `str`), an encoded file's bytes, a PIL image, an array."""
@@ -175,8 +175,8 @@ def image_size(path: Path) -> tuple[int, int]:
     if not path.is_file():  # a device might never end
         raise ImageError(f"{path} is no file, and no image" if path.exists() else f"image not found: {path}")
     try:
-        with path.open("rb") as file, open_header(file) as image:
-            return image.size
+        with path.open("rb") as file:
+            return size_of(file)
     except Exception as error:  # plugins raise anything on broken files
         raise ImageError(f"{path} is not an image: {error or type(error).__name__}") from None
 

@@ -103,7 +103,7 @@ def test_transparency_shows_white_and_grey_stays_grey():
     expected = PIXELS.copy()
     expected[24:] = 255
     near(open_image(heic(Image.fromarray(alpha))), expected)
-    near(open_image(heic(Image.new("L", (16, 16), 77))), np.full((16, 16, 3), 77))
+    near(open_image(heic(Image.new("L", (18, 16), 77))), np.full((16, 18, 3), 77))
 
 
 def test_limits_hold_before_pixels_are_decoded(monkeypatch):
@@ -117,17 +117,33 @@ def test_limits_hold_before_pixels_are_decoded(monkeypatch):
 
 def test_a_size_that_is_a_lie_is_no_way_around_the_limit():
     """The coded picture is large, the file says that it is small: libheif bounds the one by the other."""
-    data = bytearray(heic(Image.new("RGB", (2000, 1500), "red")))
+    data = bytearray(heic(Image.new("RGB", (500, 400), "red")))
     place = data.index(b"ispe")
     data[place + 8 : place + 16] = struct.pack(">II", 16, 16)
     with pytest.raises(ImageError, match=r"^the image bytes is broken: .*get it or save it anew$"):
         open_image(bytes(data))
 
 
+def test_grey_whose_bits_are_a_lie():
+    """Found by fuzzing: 10 bits said, 8 there. pi-heif's own plugin for Pillow writes past the end of the plane."""
+    data = heic(Image.new("L", (140, 90), 77))
+    place = data.index(b"pixi")
+    lie = data[: place + 9] + b"\x0a" + data[place + 10 :]
+    hvc = lie.index(b"hvcC") + 4 + 17
+    lie = lie[:hvc] + bytes([0xF8 | 2, 0xF8 | 2]) + lie[hvc + 2 :]
+    assert pillow_heif.open_heif(io.BytesIO(lie)).info["bit_depth"] == 10
+    with pytest.raises(ImageError, match=r"^the image bytes is broken: it says 10 bits of grey and has others"):
+        open_image(lie)
+    deep = pillow_heif.from_bytes(mode="L;16", size=(80, 48), data=(np.full((48, 80), 77, np.uint16) * 257).tobytes())
+    buffer = io.BytesIO()
+    deep.save(buffer, quality=95)
+    near(open_image(buffer.getvalue()), np.full((48, 80, 3), 77))
+
+
 def test_broken_files_are_one_line_each(capfd):
     drawn = random.Random(0)
-    inputs = [HEIC[:end] for end in range(12, len(HEIC), 7)]
-    for _ in range(400):
+    inputs = [HEIC[:end] for end in range(12, len(HEIC), 31)]
+    for _ in range(150):
         found = bytearray(HEIC)
         for _ in range(drawn.choice((1, 2, 5))):
             place = drawn.randrange(len(found))
@@ -142,5 +158,5 @@ def test_broken_files_are_one_line_each(capfd):
             refused += 1
             assert str(error).isprintable() and len(str(error)) < 500
         assert time.process_time() - begin < 2
-    assert refused > 100
+    assert refused > 40
     assert capfd.readouterr() == ("", "")
