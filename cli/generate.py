@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,18 @@ import click
 
 from .batch import Item, Output, answer_all, ask, ask_about, check_pictures, left_to_do, read_prompts, spread
 from .drawing import check_drawing, draw_answer, drawing_options, find_mask_decoder
+from .line import read_pictures
 from .look import Look
 from .main import INTERRUPTED
-from .options import check_videos, complete_files, loading_options, model_argument, sampling_options, video_options
+from .options import (
+    check_videos,
+    complete_files,
+    loading_options,
+    model_argument,
+    page_options,
+    sampling_options,
+    video_options,
+)
 from .status import Status, cost_of
 from .writing import Answer
 
@@ -34,9 +43,11 @@ if TYPE_CHECKING:
     "images",
     multiple=True,
     metavar="IMAGE",
-    help="Path, URL, or - for stdin; may be repeated. Of a folder or a quoted pattern each picture gets the prompt.",
+    help="Path, URL, PDF (report.pdf[2-5]), or - for stdin; may be repeated. Of a folder or a quoted pattern each "
+    "picture gets the prompt.",
     shell_complete=complete_files,
 )
+@page_options
 @video_options
 @click.option("--system", help="System message.")
 @sampling_options
@@ -57,6 +68,7 @@ def command(
     prompt: str | None,
     prompt_file: str | None,
     images: tuple[str, ...],
+    pages: dict[str, int],
     videos: list[dict[str, Any]],
     system: str | None,
     as_json: bool,
@@ -89,16 +101,23 @@ def command(
         prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
     if prompt is not None and not prompt.strip():
         raise PromptError("the prompt is empty: say what the model should answer")
-    pictures = spread(images)
+    many = prompt is None or output is not None
+    pictures = spread(images, by_page=many, most_pages=pages.get("most_pages"))
     if prompt is None or pictures is not None or output is not None:
         if draw is not None or videos or "-" in images:
             raise click.UsageError("--draw, --video, and an image on stdin, go with one answer on stdout")
-        items = [ask(prompt, [], system)] if prompt is not None else read_prompts(str(prompt_file), system)
+        most = pages.get("most_pages")
+        items = [ask(prompt, [], system)] if prompt is not None else read_prompts(str(prompt_file), system, most)
         items = ask_about(items, pictures or [images], system) if images else items
+        if "dpi" in pages:
+            items = [replace(item, dpi=pages["dpi"]) for item in items]
         _answer_many(ctx, model, items, output, loading, options)
         return
     # Opened first: a wrong path should not cost the time that loading takes.
-    opened = [open_image(read_stdin() if image == "-" else image) for image in images]
+    read = read_pictures([read_stdin() if image == "-" else image for image in images], pages)
+    opened = [open_image(picture) for picture in read]
+    if draw is not None:
+        check_drawing(draw, mask_decoder, [picture.name for picture in read])
     check_videos(videos)
 
     from mlx_vlm_mini import load, stream_generate
@@ -132,7 +151,8 @@ def command(
         drawn["detections"] = draw_answer(text, opened[0], draw, decode_masks, scale)
     if as_json:
         said = _as_object(chunks, {"load_s": load_s}, interrupted)
-        named = {"images": images} | ({"videos": [part["video"] for part in videos]} if videos else {})
+        names = images if len(read) == len(images) else [picture.name for picture in read]
+        named = {"images": names} | ({"videos": [part["video"] for part in videos]} if videos else {})
         click.echo(json.dumps(named | said | drawn, ensure_ascii=False))
     elif chunks and sys.stderr.isatty():
         Look.of_terminal().note(cost_of(chunks[-1].stats))
@@ -169,7 +189,7 @@ def _answer_many(
 
         def answer(item: Item) -> dict[str, Any]:
             chat.messages = []  # the cache stays: questions about the same picture share how they begin
-            chunks = list(chat.send(item.messages))
+            chunks = list(chat.send(item.opened()))
             check_pictures(item, [part["image"].origin.sha256 for part in images_of(chat.messages)])
             return _as_object(chunks, {}, False)
 

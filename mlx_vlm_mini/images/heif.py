@@ -7,8 +7,8 @@ file says that there are, and so writes past the end of the plane where the file
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pi_heif import HeifFile
+from PIL import Image
 
 from mlx_vlm_mini.errors import ImageError
 

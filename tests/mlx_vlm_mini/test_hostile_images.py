@@ -109,7 +109,7 @@ LAB_PROFILE[16:20] = b"Lab "
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "is broken: .*; get it or save it anew"),
         (b"\0\0\0\x18ftypisom\0\0\0\0" + bytes(40), "but a video"),
         (b'<?xml version="1.0"?>\n<!-- -->\n<svg xmlns="http://www.w3.org/2000/svg"/>', "but SVG"),
-        (b"%PDF-1.7\n%%EOF", "but a PDF"),
+        (b"%PDF-1.7\n%%EOF", "is broken, or no PDF that PDFium can read"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF", "but PostScript"),
         (b"\xc5\xd0\xd3\xc6" + struct.pack("<6I", 30, 40, 0, 0, 0, 0) + b"\0\0%!PS-Adobe-3.0\n", "but PostScript"),
         (b"no picture, but a text named photo.jpg", "but text"),
