@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 
 import click
 
-from mlx_vlm_mini.errors import PromptError, VLMError
+from mlx_vlm_mini.errors import ImageError, PromptError, VLMError
 
 from .line import is_picture, is_shown
+from .writing import neutralize
 
 Message = dict[str, Any]
 _BEGIN = b'{"key": "'  # of every line of output
@@ -87,6 +88,7 @@ def spread(images: Sequence[str], *, by_page: bool = False, most_pages: int | No
             continue
         pattern = os.path.expanduser(name)  # noqa: PTH111 - never raises
         inside = os.path.join(glob.escape(pattern), "*") if os.path.isdir(pattern) else pattern  # noqa: PTH112, PTH118
+        check_folder(pattern)
         is_wanted = is_picture if inside != pattern else is_shown  # a folder's pictures, but what a pattern names
         found_here = sorted(glob.glob(inside, recursive=True))  # noqa: PTH207
         pictures = [path for path in found_here if is_wanted(path) and os.path.isfile(path)]  # noqa: PTH113
@@ -94,6 +96,18 @@ def spread(images: Sequence[str], *, by_page: bool = False, most_pages: int | No
             raise PromptError(f"there are no pictures in {name}")
         found += [page for path in pictures for page in _pages_of(path, most_pages)]
     return found
+
+
+def check_folder(name: str) -> None:
+    """Raises ImageError where a folder may not be read: patterns take it for an empty one."""
+    if not os.path.isdir(name):  # noqa: PTH112 - never raises
+        return
+    try:
+        os.scandir(name).close()
+    except OSError as error:
+        from mlx_vlm_mini.images.names import unreadable
+
+        raise ImageError(f"cannot read folder {unreadable(Path(name), error)}") from None
 
 
 def _is_pdf(name: str) -> bool:
@@ -179,9 +193,11 @@ def _from_json(line: str, where: str, folder: Path, system: str | None, most_pag
 
 def beside(folder: Path, name: str) -> str:
     """A picture's name in a file of that folder, as a path; addresses stay."""
-    if re.match(r"(?i)(https?|file)://|data:", name):
+    if re.match(r"(?i)https?://|data:", name):
         return name
-    return str(folder / os.path.expanduser(name))  # noqa: PTH111 - never raises
+    from mlx_vlm_mini.images.names import local_path
+
+    return str(folder / local_path(name))
 
 
 def _by_page(content: Any, most: int | None) -> Any:
@@ -211,6 +227,8 @@ def _is_many(name: str) -> bool:
 @cache
 def _digest(name: str, dpi: int | None) -> str | None:
     """SHA-256 of a file, or what a page of one is known by; None of what is none."""
+    from mlx_vlm_mini.images.names import find_file
+
     if _is_pdf(name):
         from mlx_vlm_mini.images import pdf
         from mlx_vlm_mini.images.source import page_digest
@@ -220,7 +238,7 @@ def _digest(name: str, dpi: int | None) -> str | None:
         if page is not None and page.isdecimal() and whole is not None:
             return page_digest(whole, int(page), dpi or pdf.DPI)
     try:
-        path = Path(name).expanduser()
+        path = find_file(name)
         if not path.is_file():  # a device might never end
             return None
         with path.open("rb") as file:
@@ -338,4 +356,4 @@ def answer_all(todo: Sequence[tuple[str, Item]], output: Output, answer: Callabl
 
 
 def _show(todo: tuple[str, Item] | None) -> str:
-    return "" if todo is None else " ".join(Path(name).name for name in todo[1].images)
+    return "" if todo is None else neutralize(" ".join(Path(name).name for name in todo[1].images)).replace("\n", " ")

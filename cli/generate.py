@@ -90,12 +90,14 @@ def command(
       mlx-vlm-mini generate Qwen/Qwen2.5-VL-3B-Instruct -p "What happens?" --video clip.mp4 --fps 1
     """
     from mlx_vlm_mini.errors import PromptError
+    from mlx_vlm_mini.images.names import local_path
     from mlx_vlm_mini.images.source import open_image, read_stdin
 
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give --prompt, or --prompt-file for many" if prompt is None else "one prompt or many?")
     if [prompt, prompt_file, *images].count("-") > 1:
         raise click.UsageError("stdin can give the prompt or an image, not both")
+    images = tuple(str(local_path(image)) if image[:7].lower() == "file://" else image for image in images)
     check_drawing(draw, mask_decoder, images)
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")

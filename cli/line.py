@@ -5,7 +5,6 @@ import re
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -150,15 +149,8 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text)
 
 
-def read_picture(source: str) -> "Picture":
-    """Read a picture by its path or URL."""
-    from mlx_vlm_mini.images.source import read_image
-
-    return read_image(source if re.match(r"https?://|data:", source, re.IGNORECASE) else Path(source))
-
-
 def read_pictures(sources: Sequence[str | bytes], pages: "dict[str, int]") -> "list[Picture]":
-    """The same for several, a PDF being its pages; `pages` as `options.page_options` gives them."""
+    """Read pictures by their paths or addresses, a PDF being its pages; `pages` as `options.page_options` gives them."""
     from mlx_vlm_mini.images.source import LOCAL, read_images
 
     return [picture for source in sources for picture in read_images(source, LOCAL, **pages)]

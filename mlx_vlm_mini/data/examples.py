@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_mini.errors import PromptError, VLMError
+from mlx_vlm_mini.images.names import local_path
 from mlx_vlm_mini.images.source import image_size
 from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.text.messages import Message, images_of, to_messages
@@ -91,7 +92,7 @@ def _messages(entry: Any, folder: Path) -> list[Message]:
     for part in images_of(messages):
         if not isinstance(part["image"], str):
             raise PromptError("an image is not a path")
-        part["image"] = folder / part["image"]
+        part["image"] = folder / local_path(part["image"])
     if not any(message["role"] == "assistant" for message in messages):
         raise PromptError("the assistant says nothing in it, so there is nothing to learn")
     return messages

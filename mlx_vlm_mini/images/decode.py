@@ -37,6 +37,8 @@ _COMPRESSIONS = (
     "raw", "tiff_raw_16", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "zstd", "jpeg", "tiff_ccitt",
     "group3", "group4",
 )  # fmt: skip
+_ONE = 1 + 1 / 510  # what rounding makes of floats up to 1
+_RANGES = "give uint8, uint16, or floats from 0 to 1 or from 0 to 255"
 _BAND = 1 << 22  # pixels that are converted at a time
 
 _HEIF = re.compile(rb"(?s)....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)")
@@ -276,6 +278,7 @@ def flatten(image: Image.Image, name: str, whole: bool) -> Image.Image:
     if 0 in image.size:
         raise ImageError(f"{name} is {image.width}x{image.height} pixels large: there is nothing in it")
     try:
+        image.load()  # a caller's may be closed, or broken
         turn = _TURNS.get(_orientation(image))
         factor = 1 if whole else factor_of(*image.size)
         rows = max(_BAND // image.width // factor, 1) * factor
@@ -372,11 +375,15 @@ def from_array(array: np.ndarray) -> Image.Image:
         array = array >> 8
     elif array.dtype != np.uint8:
         low, high = float(array.min()), float(array.max())
-        if np.issubdtype(array.dtype, np.floating) and low >= 0 and high <= 1:
-            array = np.rint(array * 255.0)
-        elif low >= 0 and 255 < high <= 65535:
-            array = array / 257.0
-        elif not (low >= 0 and high <= 255):  # true for NaN too
-            raise ImageError(f"pixel values run from {low:g} to {high:g}: give uint8, or floats from 0 to 1")
+        if not (low >= 0 and high <= 65535):  # true for NaN too
+            raise ImageError(f"pixel values run from {low:g} to {high:g}: {_RANGES}")
+        if array.dtype.kind in "iu":
+            array = array / 257.0 if high > 255 else array
+        elif high <= _ONE:
+            array = np.rint(np.minimum(array, 1) * 255.0)
+        elif 2 <= high < 255.5:  # what resizing makes of 255
+            array = np.minimum(array, 255)
+        else:
+            raise ImageError(f"pixel values run from {low:g} to {high:g}, which may mean several things: {_RANGES}")
     image = Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
     return _to_rgb(image)

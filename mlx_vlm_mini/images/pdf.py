@@ -15,6 +15,8 @@ from PIL import Image
 
 from mlx_vlm_mini.errors import ImageError
 
+from .names import find_file
+
 DPI = 144  # twice PDF's own 72: small print is legible, and a page has 2 million pixels, as a screenshot
 MOST_PAGES = 20  # of one prompt
 MOST_PIXELS = 24_000_000  # of a page; one that would have more is rendered smaller
@@ -181,4 +183,4 @@ def _stopped(name: str) -> str:
 
 
 def _is_file(name: str) -> bool:
-    return os.path.isfile(os.path.expanduser(name))  # noqa: PTH111, PTH113 - never raise
+    return os.path.isfile(find_file(name))  # noqa: PTH113 - never raises

@@ -21,6 +21,7 @@ from mlx_vlm_mini.errors import ImageError
 
 from . import pdf
 from .decode import MOST_BYTES, decode, factor_of, flatten, from_array, size_of
+from .names import find_file, not_found, unreadable
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 """A path, a `data:` URL, an http(s) URL (all three may be `str`), an encoded file's bytes, a PIL image, an array."""
@@ -178,7 +179,7 @@ def _read_bytes(source: str | Path | bytes | bytearray | memoryview, access: Acc
         return web.download(source, private=private), source, None
     if not access.files:
         raise ImageError(f"{str(source)[:200]} names a file, and files are not opened here: send the image itself")
-    file = Path(os.path.expanduser(source))  # noqa: PTH111 - never raises
+    file = find_file(source)
     data, again = _read_file(file)
     return data, str(source), file.absolute() if again else None
 
@@ -192,7 +193,7 @@ def open_image(source: ImageSource | Picture, *, whole: bool = False, access: Ac
 
     Args:
         source: see `ImageSource`. Arrays are [height, width] or [height, width, 1, 3 or 4] (or channels first): uint8,
-            uint16, bool, or floats between 0 and 1.
+            uint16, bool, or floats from 0 to 1 or from 0 to 255.
         whole: never reduced.
         access: what a name may reach.
 
@@ -207,7 +208,11 @@ def open_image(source: ImageSource | Picture, *, whole: bool = False, access: Ac
         data = picture.data
         image = data if isinstance(data, Image.Image) else decode(data or b"", picture.name, whole)
     elif hasattr(source, "__array__") or hasattr(source, "__buffer__") or hasattr(source, "__array_interface__"):
-        image = from_array(np.asarray(source))
+        try:
+            array = np.asarray(source)
+        except Exception as error:  # of a tensor that keeps its gradient, or numbers that numpy does not have
+            raise ImageError(f"the numbers of {type(source).__name__} cannot be read: {error}; give float32") from None
+        image = from_array(array)
     else:
         raise ImageError(
             f"cannot open an image from {type(source).__name__}: give a path, a URL, bytes, a PIL image or an array"
@@ -240,9 +245,9 @@ def _read_file(path: Path) -> tuple[bytes, bool]:
         finally:
             os.close(number)
     except FileNotFoundError:
-        raise ImageError(f"image not found: {path}") from None
+        raise ImageError(not_found(path)) from None
     except (OSError, ValueError) as error:
-        raise ImageError(f"cannot read image {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise ImageError(f"cannot read image {unreadable(path, error)}") from None
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -251,8 +256,9 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         ImageError: nothing is there, or it is not an image.
     """
+    path = find_file(path)
     if not path.is_file():  # a device might never end
-        raise ImageError(f"{path} is no file, and no image" if path.exists() else f"image not found: {path}")
+        raise ImageError(f"{path} is no file, and no image" if path.exists() else not_found(path))
     try:
         with path.open("rb") as file:
             return size_of(file)
