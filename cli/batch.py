@@ -136,7 +136,8 @@ def read_prompts(file: str, system: str | None, most_pages: int | None = None) -
     """
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
-        lines = [(number, line) for number, line in enumerate(data.decode().split("\n"), 1) if line.strip()]
+        text = data.decode().removeprefix("\ufeff")  # of Notepad, Excel and PowerShell
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     except (OSError, ValueError, RuntimeError) as error:
         raise PromptError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
     if not lines:
@@ -166,10 +167,11 @@ def ask_about(items: Sequence[Item], pictures: Sequence[str | Sequence[str]], sy
 
 
 def _from_json(line: str, where: str, folder: Path, system: str | None, most_pages: int | None) -> Item:
-    from mlx_vlm_mini.text.messages import images_of, to_messages
+    from mlx_vlm_mini.text.messages import check_beside, images_of, to_messages
 
     try:
         entry = json.loads(line)
+        check_beside(entry)
         messages = to_messages(entry["messages"])
         pictures = images_of(messages)
         if not all(isinstance(part["image"], str) for part in pictures):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .batch import Item, Output, answer_all, ask, ask_about, check_pictures, left_to_do, read_prompts, spread
-from .drawing import check_drawing, draw_answer, drawing_options, find_mask_decoder
+from .drawing import check_drawing, check_not_given, draw_answer, drawing_options, find_mask_decoder
 from .line import read_pictures
 from .look import Look
 from .main import INTERRUPTED
@@ -28,6 +28,8 @@ from .status import Status, cost_of
 from .writing import Answer
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mlx_vlm_mini.generation.stream import Chunk
 
 
@@ -91,7 +93,6 @@ def command(
     """
     from mlx_vlm_mini.errors import PromptError
     from mlx_vlm_mini.images.names import local_path
-    from mlx_vlm_mini.images.source import open_image, read_stdin
 
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give --prompt, or --prompt-file for many" if prompt is None else "one prompt or many?")
@@ -100,7 +101,8 @@ def command(
     images = tuple(str(local_path(image)) if image[:7].lower() == "file://" else image for image in images)
     check_drawing(draw, mask_decoder, images)
     if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
+        piped = sys.stdin.buffer.read().decode(errors="surrogateescape")
+        prompt = piped.removeprefix("\ufeff").rstrip("\r\n")  # as `$(...)` of a shell does
     if prompt is not None and not prompt.strip():
         raise PromptError("the prompt is empty: say what the model should answer")
     many = prompt is None or output is not None
@@ -116,10 +118,7 @@ def command(
         _answer_many(ctx, model, items, output, loading, options)
         return
     # Opened first: a wrong path should not cost the time that loading takes.
-    read = read_pictures([read_stdin() if image == "-" else image for image in images], pages)
-    opened = [open_image(picture) for picture in read]
-    if draw is not None:
-        check_drawing(draw, mask_decoder, [picture.name for picture in read])
+    names, opened = _open(images, pages, draw, mask_decoder)
     check_videos(videos)
 
     from mlx_vlm_mini import load, stream_generate
@@ -153,13 +152,29 @@ def command(
         drawn["detections"] = draw_answer(text, opened[0], draw, decode_masks, scale)
     if as_json:
         said = _as_object(chunks, {"load_s": load_s}, interrupted)
-        names = images if len(read) == len(images) else [picture.name for picture in read]
         named = {"images": names} | ({"videos": [part["video"] for part in videos]} if videos else {})
         click.echo(json.dumps(named | said | drawn, ensure_ascii=False))
     elif chunks and sys.stderr.isatty():
         Look.of_terminal().note(cost_of(chunks[-1].stats))
     if interrupted:
         ctx.exit(INTERRUPTED)
+
+
+def _open(
+    images: Sequence[str], pages: dict[str, int], draw: Path | None, mask_decoder: str | None
+) -> tuple[Sequence[str], list["Image.Image"]]:
+    """The images of one prompt, and their names: those that were given, or those of pages."""
+    from mlx_vlm_mini.images.source import open_image, read_stdin
+
+    sources = [read_stdin() if image == "-" else image for image in images]
+    for source in sources:
+        if isinstance(source, bytes):
+            check_not_given(draw, source)
+    read = read_pictures(sources, pages)
+    if draw is not None:
+        check_drawing(draw, mask_decoder, [picture.name for picture in read])
+    names = images if len(read) == len(images) else [picture.name for picture in read]
+    return names, [open_image(picture) for picture in read]
 
 
 def _answer_many(

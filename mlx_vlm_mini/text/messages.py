@@ -91,6 +91,13 @@ def _check_keys(what: str, given: Mapping[str, Any], known: set[str]) -> None:
         raise PromptError(f"{what} has {unknown[0]!r}, which is not known: it takes {', '.join(sorted(known))}")
 
 
+def check_beside(entry: Mapping[str, Any]) -> None:
+    """Raises PromptError where a line {"messages": [...]} has pictures beside them, which have no place there."""
+    for key in ("images", "image", "videos", "video"):
+        if entry.get(key):
+            raise PromptError(f"its {key!r} stand beside the messages: put them into the message that shows them")
+
+
 def _message(item: Mapping[str, Any], waiting: list[ImageSource]) -> Message:
     role, content, own = str(item["role"]), item.get("content"), item.get("images")
     _check_keys(f"the {role[:40]} message", item, _MESSAGE_KEYS)
