@@ -132,20 +132,24 @@ def command(
         session.waiting += [session.prepare_video(part) for part in videos]
     if reader.interactive:
         click.echo("Type a message, or /help.", err=True)
+    failed = False
     while True:
         try:
             line = reader.read()
         except EOFError:
-            return
+            break
         except KeyboardInterrupt:
             click.echo("\n/quit or Ctrl-D leaves", err=True)
             continue
         try:
             if not session.take(line):
-                return
+                break
         except (KeyboardInterrupt, EOFError):  # in the editor of /edit, or while another model was loaded
             click.echo(err=True)
         except BrokenPipeError:
             raise
         except (VLMError, OSError) as error:
             look.complain(error)
+            failed = True
+    if failed and not reader.interactive and all(message["role"] != "assistant" for message in session.chat.messages):
+        ctx.exit(1)
