@@ -130,6 +130,8 @@ class _Child:
         self._write(json.dumps([*pages]).encode() + b"\n")
         for number in pages:
             width, height = self._answer()["size"]
+            if not (0 < width * height <= 2 * MOST_PIXELS):  # it may be another's by now
+                raise ImageError(_stopped(self._name))
             pixels = self._from.read(3 * width * height)
             if len(pixels) < 3 * width * height:
                 raise ImageError(_stopped(self._name))
@@ -177,8 +179,8 @@ def _said(answer: dict[str, Any], name: str) -> str:
 
 def _stopped(name: str) -> str:
     return (
-        f"{name} cannot be rendered within {SECONDS} s and {MOST_BYTES // 2**30} GiB: choose fewer pages, as in "
-        f"{name}[1], or save it anew"
+        f"{name} cannot be rendered: PDFium failed, or needed above {SECONDS} s or {MOST_BYTES // 2**30} GiB; choose "
+        f"fewer pages, as in {name}[1], or save it anew"
     )
 
 

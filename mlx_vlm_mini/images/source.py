@@ -24,7 +24,8 @@ from .decode import MOST_BYTES, decode, factor_of, flatten, from_array, size_of
 from .names import find_file, not_found, unreadable
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
-"""A path, a `data:` URL, an http(s) URL (all three may be `str`), an encoded file's bytes, a PIL image, an array."""
+"""A path, a `data:` URL, an http(s) URL (all three may be `str`), an encoded file's bytes, a PIL image, an array. A
+page of a PDF is `report.pdf[2]`, and where several images may stand a PDF is all its pages."""
 
 _DATA_URL_LIMIT = 64 * 2**20  # characters
 _PERCENTS = 100_000  # of its characters written as %XX

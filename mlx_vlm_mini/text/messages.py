@@ -1,6 +1,6 @@
 """Prompts: what a caller gives -> messages -> text by the checkpoint's chat template -> one slot per image token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,10 +66,10 @@ def to_messages(
 
 
 def _is_one(images: Any) -> bool:
-    """Whether it is an image, not several: text, bytes and arrays are sequences, too."""
-    return isinstance(images, str | Path | bytes | bytearray | memoryview) or any(
-        hasattr(images, name) for name in ("__array__", "__array_interface__", "__buffer__")
-    )
+    """Whether it is an image, not several: texts and bytes are sequences, too; PIL images and arrays are none."""
+    if isinstance(images, str | Path | bytes | bytearray | memoryview):
+        return True
+    return not isinstance(images, Sequence | Iterator)
 
 
 def _with_pages(content: Any, access: Access) -> Any:
