@@ -41,7 +41,9 @@ _ONE = 1 + 1 / 510  # what rounding makes of floats up to 1
 _RANGES = "give uint8, uint16, or floats from 0 to 1 or from 0 to 255"
 _BAND = 1 << 22  # pixels that are converted at a time
 
-_HEIF = re.compile(rb"(?s)....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)")
+_HEIF = re.compile(
+    rb"(?s)....ftyp(hei[cxms]|hev[cxms]|(?:mif1|msf1)(?!.{4}(?:.{4}){0,9}avi[fs]))"
+)  # not AVIF of that name
 _SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _TURNS = {
@@ -137,7 +139,7 @@ def size_of(file: BinaryIO) -> tuple[int, int]:
     Raises:
         Exception: it is no image, or broken.
     """
-    start = file.read(12)
+    start = file.read(64)
     file.seek(0)
     if _HEIF.match(start):
         from .heif import Heif

@@ -56,9 +56,16 @@ def test_a_photo_opens_without_a_step_of_the_caller(tmp_path):
     assert image_size(tmp_path / "IMG_1.HEIC") == (80, 48)
 
 
-@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"heim", b"heis"])
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis"])
 def test_brands(brand):
     near(open_image(HEIC[:8] + brand + HEIC[12:]), PIXELS)
+
+
+def test_avif_that_calls_itself_mif1_stays_pillows():
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "AVIF", quality=90)
+    data = buffer.getvalue()
+    near(open_image(data[:8] + b"mif1" + data[12:]), PIXELS)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
