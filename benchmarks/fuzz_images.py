@@ -40,6 +40,7 @@ if "--atheris" in sys.argv:  # which has to see these being imported
 else:
     watching = nullcontext()
 with watching:
+    import pillow_heif
     from PIL import Image, ImageCms
 
     Image.init()
@@ -102,6 +103,12 @@ def corpus() -> list[tuple[str, bytes]]:
     add("animated.webp", smooth, "WEBP", **frames, duration=9)
     if "AVIF" in Image.SAVE or (Image.init() and "AVIF" in Image.SAVE):
         add("a.avif", smooth, "AVIF", speed=10, exif=exif.tobytes())
+    for name, shown in (("a", [smooth]), ("burst", [rgb, grey]), ("grey", [grey])):
+        buffer, written = io.BytesIO(), pillow_heif.HeifFile()
+        for image in shown:
+            written.add_from_pillow(image)
+        written.save(buffer, quality=60)
+        found.append((f"{name}.heic", buffer.getvalue()))
     for how in ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "jpeg", "zstd"):
         add(f"{how}.tif", rgb, "TIFF", compression=how, exif=exif)
     for how in ("group3", "group4"):
@@ -124,7 +131,7 @@ def corpus() -> list[tuple[str, bytes]]:
         ("bomb.png", b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", 65500, 65500, 8, 2, 0, 0, 0))),
         ("a.svg", b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><rect width="9"/></svg>'),
         ("a.pdf", b"%PDF-1.7\n1 0 obj<<>>endobj\n%%EOF"), ("a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%EOF\n"),
-        ("a.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)), ("a.mp4", b"\0\0\0\x18ftypisom" + bytes(40)),
+        ("none.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)), ("a.mp4", b"\0\0\0\x18ftypisom" + bytes(40)),
         ("a.txt", b"no picture at all, but a text named .jpg " * 3), ("empty", b""), ("loop.jpg", _looping_exif()),
     ]  # fmt: skip
     for form in ("TGA", "ICO", "PCX", "SGI", "JPEG2000", "IM", "DDS", "ICNS", "MSP", "SPIDER"):  # not opened

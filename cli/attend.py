@@ -11,9 +11,9 @@ from zipfile import BadZipFile
 import click
 
 from .batch import ask
-from .line import read_picture
+from .line import read_pictures
 from .look import Look
-from .options import complete_files, loading_options, model_argument, sampling_options
+from .options import complete_files, loading_options, model_argument, page_options, sampling_options
 from .status import Status
 from .thumbnail import KINDS
 from .writing import Answer, neutralize
@@ -37,9 +37,10 @@ SUFFIXES = (".png", ".html", ".npz")
     "images",
     multiple=True,
     metavar="IMAGE",
-    help="Path, URL, or - for stdin. May be repeated.",
+    help="Path, URL, PDF (report.pdf[2-5]), or - for stdin. May be repeated.",
     shell_complete=complete_files,
 )
+@page_options
 @click.option("--answer", help="The answer to look at.  [default: the model's own]")
 @click.option("--system", help="System message.")
 @click.option(
@@ -76,6 +77,7 @@ def command(
     model: str,
     prompt: str,
     images: tuple[str, ...],
+    pages: dict[str, int],
     answer: str | None,
     system: str | None,
     outputs: tuple[Path, ...],
@@ -96,7 +98,7 @@ def command(
       mlx-vlm-mini attend llava-hf/llava-1.5-7b-hf -i photo.jpg -p "What colour is the car?" -o heat.png -o heat.html
     """
     from mlx_vlm_mini.errors import PromptError
-    from mlx_vlm_mini.images.source import open_image, read_image, read_stdin
+    from mlx_vlm_mini.images.source import open_image, read_stdin
 
     if not images:
         raise click.UsageError("attend needs an image to look at: give --image")
@@ -113,7 +115,7 @@ def command(
         check_folder(folder)
     options |= {"layers": parse_numbers("--layers", layers), "heads": parse_numbers("--heads", heads)}
     # Opened first: a wrong path should not cost the time that loading takes.
-    pictures = [read_image(read_stdin()) if image == "-" else read_picture(image) for image in images]
+    pictures = read_pictures([read_stdin() if image == "-" else image for image in images], pages)
     for picture in pictures:
         open_image(picture)
 

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,9 +18,10 @@ from typing import Any, BinaryIO
 
 import click
 
-from mlx_vlm_mini.errors import PromptError, VLMError
+from mlx_vlm_mini.errors import ImageError, PromptError, VLMError
 
-from .line import is_picture
+from .line import is_picture, is_shown
+from .writing import neutralize
 
 Message = dict[str, Any]
 _BEGIN = b'{"key": "'  # of every line of output
@@ -32,10 +34,12 @@ class Item:
     Attributes:
         messages: with pictures by their names.
         named: what its line of output says about it: `images`, `prompt` and, where it was given, `id`.
+        dpi: of its pages of PDFs; None for what is usual.
     """
 
     messages: list[Message]
     named: dict[str, Any]
+    dpi: int | None = None
 
     @property
     def images(self) -> list[str]:
@@ -43,34 +47,86 @@ class Item:
 
     def key(self, settings: dict[str, Any]) -> str:
         """What an answer depends on, the pictures' bytes included, as 32 hexadecimal digits."""
-        seen = [[name, _digest(name)] for name in self.images]
+        seen = [[name, _digest(name, self.dpi)] for name in self.images]
         text = json.dumps([self.messages, seen, settings], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
+    def opened(self) -> list[Message]:
+        """Its messages, pages of PDFs read as it says; other pictures stay names."""
+        if self.dpi is None:
+            return self.messages
+        from mlx_vlm_mini.images.source import may_have_pages, read_image
 
-def spread(images: Sequence[str]) -> list[str] | None:
+        def read(part: dict[str, Any]) -> dict[str, Any]:
+            if part["type"] != "image" or not may_have_pages(part["image"]):
+                return part
+            return {**part, "image": read_image(part["image"], dpi=self.dpi or 0)}
+
+        return [
+            message if isinstance(message["content"], str) else {**message, "content": [*map(read, message["content"])]}
+            for message in self.messages
+        ]
+
+
+def spread(images: Sequence[str], *, by_page: bool = False, most_pages: int | None = None) -> list[str] | None:
     """The pictures of folders and patterns among names, in order; None where there are only names.
+
+    Args:
+        by_page: a PDF counts as many, too, and gives its pages.
+        most_pages: of each.
 
     Raises:
         PromptError: one of them has no pictures.
+        ImageError: the pages of one cannot be told.
     """
-    if not any(_is_many(name) for name in images):
+    if not any(_is_many(name) or (by_page and _is_pdf(name)) for name in images):
         return None
     found: list[str] = []
     for name in images:
         if not _is_many(name):
-            found.append(name)
+            found += _pages_of(name, most_pages)
             continue
         pattern = os.path.expanduser(name)  # noqa: PTH111 - never raises
         inside = os.path.join(glob.escape(pattern), "*") if os.path.isdir(pattern) else pattern  # noqa: PTH112, PTH118
-        pictures = [path for path in sorted(glob.glob(inside, recursive=True)) if _is_file_of_picture(path)]  # noqa: PTH207
+        check_folder(pattern)
+        is_wanted = is_picture if inside != pattern else is_shown  # a folder's pictures, but what a pattern names
+        found_here = sorted(glob.glob(inside, recursive=True))  # noqa: PTH207
+        pictures = [path for path in found_here if is_wanted(path) and os.path.isfile(path)]  # noqa: PTH113
         if not pictures:
             raise PromptError(f"there are no pictures in {name}")
-        found += pictures
+        found += [page for path in pictures for page in _pages_of(path, most_pages)]
     return found
 
 
-def read_prompts(file: str, system: str | None) -> list[Item]:
+def check_folder(name: str) -> None:
+    """Raises ImageError where a folder may not be read: patterns take it for an empty one."""
+    if not os.path.isdir(name):  # noqa: PTH112 - never raises
+        return
+    try:
+        os.scandir(name).close()
+    except OSError as error:
+        from mlx_vlm_mini.images.names import unreadable
+
+        raise ImageError(f"cannot read folder {unreadable(Path(name), error)}") from None
+
+
+def _is_pdf(name: str) -> bool:
+    from mlx_vlm_mini.images.pdf import split_name
+
+    file, pages = split_name(name) if "pdf" in name.lower() or "[" in name else (name, None)
+    return (pages is not None or file.lower().endswith(".pdf")) and "://" not in file[:8]
+
+
+def _pages_of(name: str, most: int | None) -> list[str]:
+    """A picture's name, or those of a PDF's pages."""
+    if not _is_pdf(name):
+        return [name]
+    from mlx_vlm_mini.images.source import page_names
+
+    return page_names(name) if most is None else page_names(name, most_pages=most)
+
+
+def read_prompts(file: str, system: str | None, most_pages: int | None = None) -> list[Item]:
     """The questions of a file, or of stdin for `-`: one a line, or lines of JSON where the first begins with `{`.
 
     A line of JSON is `{"messages": [...]}` in OpenAI's form, pictures' paths relative to the file; its `id` comes back.
@@ -80,7 +136,8 @@ def read_prompts(file: str, system: str | None) -> list[Item]:
     """
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
-        lines = [(number, line) for number, line in enumerate(data.decode().split("\n"), 1) if line.strip()]
+        text = data.decode().removeprefix("\ufeff")  # of Notepad, Excel and PowerShell
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     except (OSError, ValueError, RuntimeError) as error:
         raise PromptError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
     if not lines:
@@ -88,7 +145,7 @@ def read_prompts(file: str, system: str | None) -> list[Item]:
     if not lines[0][1].lstrip().startswith("{"):
         return [ask(line.strip(), [], system) for _, line in lines]
     folder = Path() if file == "-" else Path(file).expanduser().parent
-    return [_from_json(line, f"{file}:{number}", folder, system) for number, line in lines]
+    return [_from_json(line, f"{file}:{number}", folder, system, most_pages) for number, line in lines]
 
 
 def ask(prompt: str, images: Sequence[Any], system: str | None) -> Item:
@@ -109,11 +166,12 @@ def ask_about(items: Sequence[Item], pictures: Sequence[str | Sequence[str]], sy
     return [ask(item.named["prompt"], images, system) for images in shown for item in items]
 
 
-def _from_json(line: str, where: str, folder: Path, system: str | None) -> Item:
-    from mlx_vlm_mini.text.messages import images_of, to_messages
+def _from_json(line: str, where: str, folder: Path, system: str | None, most_pages: int | None) -> Item:
+    from mlx_vlm_mini.text.messages import check_beside, images_of, to_messages
 
     try:
         entry = json.loads(line)
+        check_beside(entry)
         messages = to_messages(entry["messages"])
         pictures = images_of(messages)
         if not all(isinstance(part["image"], str) for part in pictures):
@@ -124,11 +182,35 @@ def _from_json(line: str, where: str, folder: Path, system: str | None) -> Item:
         reason = str(error) if isinstance(error, PromptError) else f'not a line {{"messages": [...]}} ({error!r})'
         raise PromptError(f"{where}: {reason}") from None
     for part in pictures:
-        if "://" not in part["image"][:8] and not part["image"].startswith("data:"):
-            part["image"] = str(folder / Path(part["image"]))
+        part["image"] = beside(folder, part["image"])
+    try:
+        messages = [{**message, "content": _by_page(message["content"], most_pages)} for message in messages]
+    except VLMError as error:
+        raise PromptError(f"{where}: {error}") from None
+    pictures = images_of(messages)
     opening = [] if any(message["role"] == "system" for message in messages) else _opening(system)
     named = {"images": [part["image"] for part in pictures], "messages": entry["messages"]}
     return Item([*opening, *messages], named | ({"id": entry["id"]} if "id" in entry else {}))
+
+
+def beside(folder: Path, name: str) -> str:
+    """A picture's name in a file of that folder, as a path; addresses stay."""
+    if re.match(r"(?i)https?://|data:", name):
+        return name
+    from mlx_vlm_mini.images.names import local_path
+
+    return str(folder / local_path(name))
+
+
+def _by_page(content: Any, most: int | None) -> Any:
+    """PDFs as their pages' names."""
+    if isinstance(content, str):
+        return content
+    return [
+        {**part, "image": name} if name is not None else part
+        for part in content
+        for name in (_pages_of(part["image"], most) if part["type"] == "image" else [None])
+    ]
 
 
 def _opening(system: str | None) -> list[Message]:
@@ -139,18 +221,26 @@ def _is_many(name: str) -> bool:
     path = os.path.expanduser(name)  # noqa: PTH111 - never raises
     if os.path.isdir(path):  # noqa: PTH112 - never raises
         return True
+    if "[" in name and _is_pdf(name):
+        return False
     return glob.has_magic(path) and "://" not in path and not path.startswith("data:") and not os.path.exists(path)  # noqa: PTH110
 
 
-def _is_file_of_picture(path: str) -> bool:
-    return is_picture(path) and os.path.isfile(path)  # noqa: PTH113 - never raises
-
-
 @cache
-def _digest(name: str) -> str | None:
-    """SHA-256 of a file; None of what is none."""
+def _digest(name: str, dpi: int | None) -> str | None:
+    """SHA-256 of a file, or what a page of one is known by; None of what is none."""
+    from mlx_vlm_mini.images.names import find_file
+
+    if _is_pdf(name):
+        from mlx_vlm_mini.images import pdf
+        from mlx_vlm_mini.images.source import page_digest
+
+        whole_name, page = pdf.split_name(name)
+        whole = _digest(whole_name, dpi) if page is not None else None
+        if page is not None and page.isdecimal() and whole is not None:
+            return page_digest(whole, int(page), dpi or pdf.DPI)
     try:
-        path = Path(name).expanduser()
+        path = find_file(name)
         if not path.is_file():  # a device might never end
             return None
         with path.open("rb") as file:
@@ -162,7 +252,7 @@ def _digest(name: str) -> str | None:
 def check_pictures(item: Item, seen: Sequence[str]) -> None:
     """Raises PromptError where a picture was another one, by its SHA-256, when its question got its key."""
     for name, sha256 in zip(item.images, seen, strict=True):
-        if _digest(name) not in (None, sha256):
+        if _digest(name, item.dpi) not in (None, sha256):
             raise PromptError(f"{name} changed meanwhile: the same command asks about it again")
 
 
@@ -268,4 +358,4 @@ def answer_all(todo: Sequence[tuple[str, Item]], output: Output, answer: Callabl
 
 
 def _show(todo: tuple[str, Item] | None) -> str:
-    return "" if todo is None else " ".join(Path(name).name for name in todo[1].images)
+    return "" if todo is None else neutralize(" ".join(Path(name).name for name in todo[1].images)).replace("\n", " ")

@@ -9,9 +9,17 @@ from mlx_vlm_mini.checkpoints import bundled
 
 from .commands import COMMANDS, Session, find_settings
 from .completion import complete
-from .line import read_picture
+from .line import read_pictures
 from .look import Look
-from .options import check_videos, complete_files, loading_options, model_argument, sampling_options, video_options
+from .options import (
+    check_videos,
+    complete_files,
+    loading_options,
+    model_argument,
+    page_options,
+    sampling_options,
+    video_options,
+)
 from .reading import open_reader
 from .status import Status
 from .thumbnail import KINDS
@@ -25,9 +33,10 @@ from .thumbnail import KINDS
     "images",
     multiple=True,
     metavar="IMAGE",
-    help="Shown with the first message. May be repeated.",
+    help="Shown with the first message: path, URL, PDF (report.pdf[2-5]). May be repeated.",
     shell_complete=complete_files,
 )
+@page_options
 @video_options
 @click.option("--system", help="System message.")
 @click.option(
@@ -64,6 +73,7 @@ def command(
     /,
     model: str,
     images: tuple[str, ...],
+    pages: dict[str, int],
     videos: list[dict[str, Any]],
     system: str | None,
     thumbnails: str,
@@ -90,7 +100,7 @@ def command(
     from mlx_vlm_mini.images.source import open_image
 
     look = Look.of_terminal(plain=plain, thumbnails=thumbnails, markdown=markdown)
-    pictures = [read_picture(image) for image in images]
+    pictures = read_pictures(images, pages)
     for picture in pictures:  # a wrong path should not cost the time that loading takes
         open_image(picture)
     check_videos(videos)
@@ -110,32 +120,36 @@ def command(
         click.echo(bundled.NOTICE, err=True)
     # What speaks of one checkpoint does not go on to another.
     again = partial(begin, dtype=loading["dtype"])
-    session = Session(chat, model, look=look, settings=find_settings(ctx.command), begin=again)
+    session = Session(chat, model, pages=pages, look=look, settings=find_settings(ctx.command), begin=again)
     reader = open_reader(
         lambda line: complete(line, {name: does for name, (_, does) in COMMANDS.items()}, session.settings()),
         plain=plain,
     )
     session.ask = reader.read if reader.edits else None
-    session.waiting += [session.show_picture(each, image) for each, image in zip(pictures, images, strict=True)]
+    session.waiting += [session.show_picture(each, each.name) for each in pictures]
     with Status(plain=plain) as status:
         status.show("reading the videos")
         session.waiting += [session.prepare_video(part) for part in videos]
     if reader.interactive:
         click.echo("Type a message, or /help.", err=True)
+    failed = False
     while True:
         try:
             line = reader.read()
         except EOFError:
-            return
+            break
         except KeyboardInterrupt:
             click.echo("\n/quit or Ctrl-D leaves", err=True)
             continue
         try:
             if not session.take(line):
-                return
+                break
         except (KeyboardInterrupt, EOFError):  # in the editor of /edit, or while another model was loaded
             click.echo(err=True)
         except BrokenPipeError:
             raise
         except (VLMError, OSError) as error:
             look.complain(error)
+            failed = True
+    if failed and not reader.interactive and all(message["role"] != "assistant" for message in session.chat.messages):
+        ctx.exit(1)

@@ -14,7 +14,7 @@ import click
 from mlx_vlm_mini.errors import ImageError, PromptError
 
 from .interrupt import Interrupts
-from .line import Mention, is_picture, parse_line, read_path, read_picture, strip_edges
+from .line import Mention, is_picture, is_shown, parse_line, read_path, read_pictures, strip_edges
 from .look import Look
 from .said import as_typed, last_said, parts_of, prepared_by, typed_name
 from .status import Status, cost_of
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from mlx_vlm_mini.images.source import Picture
 
 COMMANDS = {  # name: what may follow, what it does
-    "/image": ("PATH", "show a picture with your next message (a URL works too); @PATH in a message does the same"),
+    "/image": (
+        "PATH",
+        "show a picture or a PDF's pages with your next message (a URL works too); @PATH in a message does the same",
+    ),
     "/paste": ("", "show the picture on the clipboard with your next message"),
     "/system": ("[TEXT]", "the system message: show it, set it, or remove it with /system off"),
     "/set": ("[NAME VALUE]", "settings of answers: list them, or change one: /set temperature 0.7"),
@@ -59,6 +62,7 @@ class Session:
         chat: "Chat",
         model: str,
         *,
+        pages: dict[str, int] | None = None,
         look: Look,
         settings: Mapping[str, click.Option],
         begin: Callable[[str], "Chat"],
@@ -66,6 +70,7 @@ class Session:
         """
         Args:
             model: its name.
+            pages: how PDFs are read, see `read_pictures`.
             settings: what `/set` knows, each with its type.
             begin: begins a conversation with another model, by its name.
         """
@@ -73,6 +78,7 @@ class Session:
         self.model = model
         self.waiting: list[dict[str, Any]] = []
         self.ask: Callable[[str], str] | None = None
+        self._pages = pages or {}
         self._look = look
         self._settings = settings
         self._begin = begin
@@ -93,7 +99,7 @@ class Session:
         elif line.startswith("//"):  # a message that begins with a slash
             self._say(line[1:])
         elif line.startswith("/") and not isinstance(parse_line(line)[0], Mention):
-            if "/" in name[1:] and is_picture(name):
+            if "/" in name[1:] and is_shown(name):
                 raise ImageError(f"image not found: {name}")
             self._look.note(f"unknown command {name}; /help lists them, // begins a message with a slash")
         elif line:
@@ -123,12 +129,13 @@ class Session:
 
     def _parts(self, line: str) -> list[Any]:
         """A line as parts of a message, its pictures opened."""
-        return [
-            self.show_picture(read_picture(part.source), part.source)
-            if isinstance(part, Mention)
-            else {"type": "text", "text": part}
-            for part in strip_edges(parse_line(line))
-        ]
+        parts: list[Any] = []
+        for part in strip_edges(parse_line(line)):
+            if isinstance(part, Mention):
+                parts += [self.show_picture(each, each.name) for each in read_pictures([part.source], self._pages)]
+            else:
+                parts.append({"type": "text", "text": part})
+        return parts
 
     def _answer(self, begin: Callable[..., Iterator["Chunk"]], **options: Any) -> None:
         dropped = self.chat.dropped_turns
@@ -161,7 +168,8 @@ class Session:
     def _image(self, path: str) -> None:
         if not path:
             raise ImageError("/image needs a path or a URL")
-        self._wait(self.show_picture(read_picture(read_path(path)), path))
+        for each in read_pictures([read_path(path)], self._pages):
+            self._wait(self.show_picture(each, each.name))
 
     def _paste(self, _: str) -> None:
         from mlx_vlm_mini.images.source import read_image

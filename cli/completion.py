@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .line import is_picture
+from .line import is_shown
 
 PATHS_AFTER = {
     "/image": True,
@@ -65,7 +65,7 @@ def _paths(typed: str, *, pictures: bool) -> Iterator[Offer]:
         if not entry.name.startswith(name) or (entry.name.startswith(".") and not name) or not entry.name.isprintable():
             continue
         is_folder = entry.is_dir()
-        if pictures and not is_folder and not is_picture(entry.name):
+        if pictures and not is_folder and not is_shown(entry.name):
             continue
         whole = os.path.join(folder, entry.name) + ("/" if is_folder else "")  # noqa: PTH118 - keeps `~` and `./`
         text = quote + whole + (quote if not is_folder else "") if quote else _escape(whole)

@@ -42,9 +42,20 @@ def check_drawing(file: Path | None, mask_decoder: str | None, images: Sequence[
         raise click.UsageError(f"--draw writes PNG files: {file} does not end in .png")
     if not file.parent.is_dir():
         raise click.UsageError(f"--draw: there is no folder {file.parent}")
-    given = Path(images[0]).expanduser()
+    from mlx_vlm_mini.images.names import find_file
+
+    given = find_file(images[0])
     if file.exists() and given.exists() and file.samefile(given):
-        raise click.UsageError(f"--draw would overwrite the image itself: give another name than {file}")
+        raise click.UsageError(_OVERWRITES.format(file))
+
+
+_OVERWRITES = "--draw would overwrite the image itself: give another name than {}"
+
+
+def check_not_given(file: Path | None, data: bytes) -> None:
+    """The same for an image that came by stdin: a file that holds its bytes is the image, whoever piped it."""
+    if file is not None and file.is_file() and file.stat().st_size == len(data) and file.read_bytes() == data:
+        raise click.UsageError(_OVERWRITES.format(file))
 
 
 def find_mask_decoder(given: str | None, model: str) -> "MaskDecoder | None":

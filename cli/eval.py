@@ -9,6 +9,7 @@ import click
 
 from .options import loading_options, model_argument
 from .status import Status
+from .writing import echo
 
 
 @click.command("eval")
@@ -47,8 +48,8 @@ def command(
     if as_json:
         click.echo(json.dumps({kind: asdict(score) for kind, score in scores.items()}))
         return
-    click.echo(f"{'kind':<12} {'questions':>9} {'right':>8}" + (f" {'blank':>8}" if blank else ""))
+    echo(f"{'kind':<12} {'questions':>9} {'right':>8}" + (f" {'blank':>8}" if blank else ""))
     for kind, score in scores.items():
         parts = (part for part in (score.right, score.right_blank) if part is not None)
         shares = (f"{100 * part / score.questions:.1f} %" for part in parts)
-        click.echo(f"{kind:<12} {score.questions:>9} " + " ".join(f"{share:>8}" for share in shares))
+        echo(f"{kind:<12} {score.questions:>9} " + " ".join(f"{share:>8}" for share in shares))

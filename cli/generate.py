@@ -4,22 +4,33 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .batch import Item, Output, answer_all, ask, ask_about, check_pictures, left_to_do, read_prompts, spread
-from .drawing import check_drawing, draw_answer, drawing_options, find_mask_decoder
+from .drawing import check_drawing, check_not_given, draw_answer, drawing_options, find_mask_decoder
 from .interrupt import Interrupts
+from .line import read_pictures
 from .look import Look
 from .main import INTERRUPTED
-from .options import check_videos, complete_files, loading_options, model_argument, sampling_options, video_options
+from .options import (
+    check_videos,
+    complete_files,
+    loading_options,
+    model_argument,
+    page_options,
+    sampling_options,
+    video_options,
+)
 from .status import Status, cost_of
 from .writing import Answer
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mlx_vlm_mini.generation.stream import Chunk
 
 
@@ -35,9 +46,11 @@ if TYPE_CHECKING:
     "images",
     multiple=True,
     metavar="IMAGE",
-    help="Path, URL, or - for stdin; may be repeated. Of a folder or a quoted pattern each picture gets the prompt.",
+    help="Path, URL, PDF (report.pdf[2-5]), or - for stdin; may be repeated. Of a folder or a quoted pattern each "
+    "picture gets the prompt.",
     shell_complete=complete_files,
 )
+@page_options
 @video_options
 @click.option("--system", help="System message.")
 @sampling_options
@@ -58,6 +71,7 @@ def command(
     prompt: str | None,
     prompt_file: str | None,
     images: tuple[str, ...],
+    pages: dict[str, int],
     videos: list[dict[str, Any]],
     system: str | None,
     as_json: bool,
@@ -79,27 +93,33 @@ def command(
       mlx-vlm-mini generate Qwen/Qwen2.5-VL-3B-Instruct -p "What happens?" --video clip.mp4 --fps 1
     """
     from mlx_vlm_mini.errors import PromptError
-    from mlx_vlm_mini.images.source import open_image, read_stdin
+    from mlx_vlm_mini.images.names import local_path
 
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give --prompt, or --prompt-file for many" if prompt is None else "one prompt or many?")
     if [prompt, prompt_file, *images].count("-") > 1:
         raise click.UsageError("stdin can give the prompt or an image, not both")
+    images = tuple(str(local_path(image)) if image[:7].lower() == "file://" else image for image in images)
     check_drawing(draw, mask_decoder, images)
     if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
+        piped = sys.stdin.buffer.read().decode(errors="surrogateescape")
+        prompt = piped.removeprefix("\ufeff").rstrip("\r\n")  # as `$(...)` of a shell does
     if prompt is not None and not prompt.strip():
         raise PromptError("the prompt is empty: say what the model should answer")
-    pictures = spread(images)
+    many = prompt is None or output is not None
+    pictures = spread(images, by_page=many, most_pages=pages.get("most_pages"))
     if prompt is None or pictures is not None or output is not None:
         if draw is not None or videos or "-" in images:
             raise click.UsageError("--draw, --video, and an image on stdin, go with one answer on stdout")
-        items = [ask(prompt, [], system)] if prompt is not None else read_prompts(str(prompt_file), system)
+        most = pages.get("most_pages")
+        items = [ask(prompt, [], system)] if prompt is not None else read_prompts(str(prompt_file), system, most)
         items = ask_about(items, pictures or [images], system) if images else items
+        if "dpi" in pages:
+            items = [replace(item, dpi=pages["dpi"]) for item in items]
         _answer_many(ctx, model, items, output, loading, options)
         return
     # Opened first: a wrong path should not cost the time that loading takes.
-    opened = [open_image(read_stdin() if image == "-" else image) for image in images]
+    names, opened = _open(images, pages, draw, mask_decoder)
     check_videos(videos)
 
     from mlx_vlm_mini import load, stream_generate
@@ -140,12 +160,29 @@ def command(
         drawn["detections"] = draw_answer(text, opened[0], draw, decode_masks, scale)
     if as_json:
         said = _as_object(chunks, {"load_s": load_s}, interrupted)
-        named = {"images": images} | ({"videos": [part["video"] for part in videos]} if videos else {})
+        named = {"images": names} | ({"videos": [part["video"] for part in videos]} if videos else {})
         click.echo(json.dumps(named | said | drawn, ensure_ascii=False))
     elif chunks and sys.stderr.isatty():
         Look.of_terminal().note(cost_of(chunks[-1].stats))
     if interrupted:
         ctx.exit(INTERRUPTED)
+
+
+def _open(
+    images: Sequence[str], pages: dict[str, int], draw: Path | None, mask_decoder: str | None
+) -> tuple[Sequence[str], list["Image.Image"]]:
+    """The images of one prompt, and their names: those that were given, or those of pages."""
+    from mlx_vlm_mini.images.source import open_image, read_stdin
+
+    sources = [read_stdin() if image == "-" else image for image in images]
+    for source in sources:
+        if isinstance(source, bytes):
+            check_not_given(draw, source)
+    read = read_pictures(sources, pages)
+    if draw is not None:
+        check_drawing(draw, mask_decoder, [picture.name for picture in read])
+    names = images if len(read) == len(images) else [picture.name for picture in read]
+    return names, [open_image(picture) for picture in read]
 
 
 def _answer_many(
@@ -178,7 +215,7 @@ def _answer_many(
         def answer(item: Item) -> dict[str, Any]:
             chat.messages = []  # the cache stays: questions about the same picture share how they begin
             chunks = []
-            for chunk in chat.send(item.messages):
+            for chunk in chat.send(item.opened()):
                 chunks.append(chunk)
                 interrupts.check()
             check_pictures(item, [part["image"].origin.sha256 for part in images_of(chat.messages)])

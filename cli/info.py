@@ -5,6 +5,7 @@ import json
 import click
 
 from .options import model_argument, original_options
+from .writing import echo
 
 
 @click.command("info")
@@ -39,9 +40,9 @@ def command(
         return
     for key, value in {**described, "computes_on": describe_device()}.items():
         if not isinstance(value, dict):
-            click.echo(f"{key.replace('_', ' '):<16} {_shown(key, value)}")
+            echo(f"{key.replace('_', ' '):<16} {_shown(key, value)}")
             continue
-        click.echo(
+        echo(
             f"{key.replace('_', ' '):<16} "
             + ", ".join(f"{k.replace('_', ' ')} {_shown(k, v)}" for k, v in value.items())
         )

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlx_vlm_mini.images.source import Picture
-from pathlib import Path
 
 SUFFIXES = frozenset([
-    ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
     ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
 ])  # fmt: skip
 
@@ -23,6 +22,7 @@ _CANDIDATE = re.compile(
     rf"(?<![\w.%+\-/\\@])@(?P<named>{_QUOTED}|{_WORD})"  # not in the middle of a word: bob@example.org
     rf"|(?:(?<=[ \t\r\n])|\A)(?P<dragged>{_QUOTED}|(?:file://|~?/){_WORD})(?=[ \t\r\n]|\Z)"
 )
+_PAGES = re.compile(r"(?i).*?\.pdf\[[\d,-]*\]")
 _AFTER_WORD = ".,;:!?)]}>'\"\u201d\u2019\u00bb\u2026"
 
 
@@ -98,21 +98,28 @@ def is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 - never raises
 
 
+def is_shown(name: str) -> bool:
+    """Whether a name ends as those of pictures, of PDFs and of their pages do."""
+    return is_picture(name) or name.lower().endswith(".pdf") or _PAGES.fullmatch(name) is not None
+
+
 def _named(word: str, is_file: Callable[[str], bool]) -> tuple[str, int] | None:
     """The picture that stands after `@`, and how many characters behind it are none of its name."""
     if word[0] in "\"'" and word[0] == word[-1] and len(word) > 1:
         path = word[1:-1]
-        return (path, 0) if is_file(_home(path)) or is_picture(path) else None
+        return (path, 0) if is_file(_home(path)) or is_shown(path) else None
+    if (pages := _PAGES.match(word)) is not None and not re.match(r"https?://", word):
+        return _unescape(pages[0]), len(word) - pages.end()
     bare = len(word.rstrip(_AFTER_WORD))
     if re.match(r"https?://", word):
         url = word[:bare]
-        return (url, len(word) - bare) if is_picture(urllib.parse.urlsplit(url).path) else None
+        return (url, len(word) - bare) if is_shown(urllib.parse.urlsplit(url).path) else None
     for end in range(len(word), bare - 1, -1):
         for path in (word[:end], _unescape(word[:end])):
             if is_file(_home(path)):
                 return path, len(word) - end
     path = _unescape(word[:bare])
-    return (path, len(word) - bare) if is_picture(path) else None
+    return (path, len(word) - bare) if is_shown(path) else None
 
 
 def _dragged(word: str, is_file: Callable[[str], bool]) -> tuple[str, int] | None:
@@ -123,7 +130,7 @@ def _dragged(word: str, is_file: Callable[[str], bool]) -> tuple[str, int] | Non
     else:
         paths = [word, _unescape(word)]
     for path in paths:
-        if path.startswith(("/", "~/")) and is_picture(path) and is_file(_home(path)):
+        if path.startswith(("/", "~/")) and is_shown(path) and is_file(_home(path)):
             return path, 0
     return None
 
@@ -142,8 +149,8 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text)
 
 
-def read_picture(source: str) -> "Picture":
-    """Read a picture by its path or URL."""
-    from mlx_vlm_mini.images.source import read_image
+def read_pictures(sources: Sequence[str | bytes], pages: "dict[str, int]") -> "list[Picture]":
+    """Read pictures by their paths or addresses, a PDF being its pages; `pages` as `options.page_options` gives them."""
+    from mlx_vlm_mini.images.source import LOCAL, read_images
 
-    return read_image(source if re.match(r"https?://|data:", source, re.IGNORECASE) else Path(source))
+    return [picture for source in sources for picture in read_images(source, LOCAL, **pages)]

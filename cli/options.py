@@ -67,6 +67,25 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def page_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--dpi and --max-pages, handed on as `pages`, keywords of `read_images`."""
+
+    @functools.wraps(function)
+    def gathered(*arguments: Any, **options: Any) -> Any:
+        given = {"dpi": options.pop("dpi"), "most_pages": options.pop("max_pages")}
+        return function(
+            *arguments, pages={name: value for name, value in given.items() if value is not None}, **options
+        )
+
+    command: Callable[..., Any] = gathered
+    for option in (
+        click.option("--max-pages", type=click.IntRange(1), help="Pages of a PDF at most.  [default: 20]"),
+        click.option("--dpi", type=click.IntRange(1, 1200), help="Pixels an inch of a PDF's pages.  [default: 144]"),
+    ):
+        command = option(command)
+    return command
+
+
 def video_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--video, --fps and --max-frames, handed on as parts of a message, `videos`."""
 

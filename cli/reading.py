@@ -46,6 +46,7 @@ class Lines:
 
     def __init__(self) -> None:
         self.interactive = sys.stdin.isatty()
+        self._begun = False
 
     def read(self, begin: str = "") -> str:
         lines = [self._line(PROMPT)]
@@ -65,6 +66,7 @@ class Lines:
             if self.interactive:
                 click.echo(err=True)
             raise EOFError
+        line, self._begun = line if self._begun else line.removeprefix("\ufeff"), True  # a file's first mark is no text
         return line.rstrip("\r\n")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .status import Status
+from .writing import echo
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,10 +63,10 @@ def command(
         return
     for image, found in zip(images, scores, strict=True):
         if len(images) > 1:
-            click.echo(image)
+            echo(image)
         if "answers" in found:
             for text, answers in zip(texts, found["answers"], strict=True):
-                click.echo(text)
+                echo(text)
                 _show([(answer["text"], answer["probability"]) for answer in answers])
         else:
             odds = zip(texts, found["probabilities"], strict=True)
@@ -74,7 +75,7 @@ def command(
 
 def _show(odds: Sequence[tuple[str, float]]) -> None:
     for text, probability in odds:
-        click.echo(f"{100 * probability:5.1f} %  {text}")
+        echo(f"{100 * probability:5.1f} %  {text}")
 
 
 def _compare(

@@ -17,6 +17,11 @@ def neutralize(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
+def echo(text: str) -> None:
+    """A line on stdout that may hold what a file says."""
+    click.echo(neutralize(text) if sys.stdout.isatty() else text)
+
+
 class Answer:
     """Writes an answer piece by piece. Where stdout is no terminal, it is exactly what the model said."""
 

@@ -298,7 +298,7 @@ class Processor:
         return np.array(ids, dtype=np.int32)
 
     def __call__(
-        self, prompt: Prompt, images: Sequence[ImageSource] = (), *, add_generation_prompt: bool = True
+        self, prompt: Prompt, images: ImageSource | Sequence[ImageSource] = (), *, add_generation_prompt: bool = True
     ) -> Inputs:
         """Everything `model()` needs to answer a prompt, ready for prefill.
 
@@ -311,7 +311,7 @@ class Processor:
             PromptError: the messages do not fit the model.
             ImageError: an image cannot be opened.
         """
-        messages = to_messages(prompt, images)
+        messages = to_messages(prompt, images, self.access)
         parts = images_of(messages)
         if self.config.takes_one_image and len(parts) != 1:
             advice = "give each a conversation of its own" if parts else "give one"

@@ -14,9 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_mini.errors import PromptError, VLMError
+from mlx_vlm_mini.images.names import local_path
 from mlx_vlm_mini.images.source import image_size
 from mlx_vlm_mini.processor import Processor
-from mlx_vlm_mini.text.messages import Message, images_of, to_messages
+from mlx_vlm_mini.text.messages import Message, check_beside, images_of, to_messages
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def read_examples(file: Path) -> list[Example]:
         PromptError: a line is at fault, named by file and number.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: U+2028 may stand inside a text. utf-8-sig: Notepad's and Excel's files begin with a mark.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise PromptError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
     examples, seen = [], set[Path]()
@@ -84,6 +86,7 @@ def read_examples(file: Path) -> list[Example]:
 def _messages(entry: Any, folder: Path) -> list[Message]:
     if "conversations" in entry:
         entry = {"messages": _from_llava(entry)}
+    check_beside(entry)
     said = entry["messages"]
     if not isinstance(said, list) or not all(isinstance(each, dict) and "role" in each for each in said):
         raise PromptError("its messages are no list of objects with a role and a content")
@@ -91,7 +94,7 @@ def _messages(entry: Any, folder: Path) -> list[Message]:
     for part in images_of(messages):
         if not isinstance(part["image"], str):
             raise PromptError("an image is not a path")
-        part["image"] = folder / part["image"]
+        part["image"] = folder / local_path(part["image"])
     if not any(message["role"] == "assistant" for message in messages):
         raise PromptError("the assistant says nothing in it, so there is nothing to learn")
     return messages

@@ -172,7 +172,9 @@ class Chat:
         """
         started = time.perf_counter()
         self._close_answer()
-        yield from self._steps(self._answer(self.messages, to_messages(prompt, images), options, started))
+        yield from self._steps(
+            self._answer(self.messages, to_messages(prompt, images, self.processor.access), options, started)
+        )
 
     def retry(self, **options: Any) -> Iterator[Chunk]:
         """Answer the last message again and forget the answer that it had; nothing of the prompt is read again.
@@ -195,7 +197,9 @@ class Chat:
         """
         started = time.perf_counter()
         before, _ = self._last_turn()
-        yield from self._steps(self._answer(before, to_messages(prompt, images), options, started))
+        yield from self._steps(
+            self._answer(before, to_messages(prompt, images, self.processor.access), options, started)
+        )
 
     def undo(self) -> list[Message]:
         """Forget the last message and its answer; return what was said, ready to be sent again.

@@ -75,7 +75,7 @@ def attend(
     layers = _choose_layers(config, layers)
     heads = choose("head", heads, config.num_attention_heads)
     kept = Features() if features is None else features
-    messages = to_messages(prompt, images)
+    messages = to_messages(prompt, images, processor.access)
     if any(part["type"] == "video" for part in images_of(messages)):
         raise PromptError("attention is drawn on images, not on videos: give some of the frames as images")
     messages = [{**message, "content": _prepare(message["content"], processor, kept)} for message in messages]

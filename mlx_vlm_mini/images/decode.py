@@ -6,21 +6,24 @@ import re
 import time
 import warnings
 from functools import cache
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError, _imaging
 
 from mlx_vlm_mini.errors import ImageError
 
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM", "HEIF")
-"""What is opened; HEIF where a plugin of the caller's reads it. Others of Pillow's are hardly ever met, run programs
-(EPS), or decode without a bound (FITS)."""
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM")
+"""What Pillow opens for us; HEIF is opened by pi-heif. Others of Pillow's are hardly ever met, run programs (EPS), or
+decode without a bound (FITS)."""
 REDUCE_ABOVE = 50_000_000  # pixels, from which on an image is opened at a half, a quarter or an eighth of its sides
 MOST_SECONDS = 1.5  # of this thread's computing time, until the last byte is read
 MOST_BYTES = 256 * 2**20  # of a file
 MOST_PIXELS = 250_000_000  # of a JPEG of one scan, which is reduced while it is decoded
-MOST_ELSEWHERE = {"PROGRESSIVE": 64_000_000, "WEBP": 40_000_000, "AVIF": 24_000_000, "HEIF": 24_000_000}  # pixels
+MOST_ELSEWHERE = {"PROGRESSIVE": 64_000_000, "WEBP": 40_000_000, "AVIF": 24_000_000, "HEIF": 50_000_000}  # pixels
+MOST_HEIF_BYTES = (
+    32 * 2**20
+)  # three times a phone's largest picture: libheif cannot be stopped, and takes 0.1 s for 1 MB
 MOST_WHOLE = 110_000_000  # of such a JPEG that is not
 MOST_OTHERWISE = 64_000_000
 MOST_SIDE = 2**18  # pixels: Pillow fills up rows of some forms byte by byte
@@ -34,8 +37,13 @@ _COMPRESSIONS = (
     "raw", "tiff_raw_16", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "zstd", "jpeg", "tiff_ccitt",
     "group3", "group4",
 )  # fmt: skip
+_ONE = 1 + 1 / 510  # what rounding makes of floats up to 1
+_RANGES = "give uint8, uint16, or floats from 0 to 1 or from 0 to 255"
 _BAND = 1 << 22  # pixels that are converted at a time
 
+_HEIF = re.compile(
+    rb"(?s)....ftyp(hei[cxms]|hev[cxms]|(?:mif1|msf1)(?!.{4}(?:.{4}){0,9}avi[fs]))"
+)  # not AVIF of that name
 _SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _TURNS = {
@@ -48,7 +56,6 @@ _KINDS = (
     (rb"%PDF", "a PDF"),
     (rb"(?s)\s*<.{0,2000}?<svg|\s*<svg", "SVG"),
     (rb"(?i)\s*<(!doctype )?html", "a web page"),
-    (rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", "HEIC"),
     (rb"....ftyp", "a video"),
     (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive"),
     (rb"[\t\n\f\r -~]{1,64}\Z|[\t\n\f\r -~]{64}", "text"),
@@ -126,7 +133,23 @@ def decode(data: bytes, name: str, whole: bool) -> Image.Image:
         raise ImageError(f"{name} is broken: {error or type(error).__name__}; get it or save it anew") from None
 
 
-def known_formats() -> list[str]:
+def size_of(file: BinaryIO) -> tuple[int, int]:
+    """Width and height that a file's header says.
+
+    Raises:
+        Exception: it is no image, or broken.
+    """
+    start = file.read(64)
+    file.seek(0)
+    if _HEIF.match(start):
+        from .heif import Heif
+
+        return Heif(file.read(MOST_HEIF_BYTES)).size
+    with Image.open(file, formats=_known_formats()) as image:
+        return image.size
+
+
+def _known_formats() -> list[str]:
     """What `FORMATS` names and this Pillow opens."""
     Image.init()
     return [form for form in FORMATS if form in Image.OPEN]
@@ -140,13 +163,24 @@ def factor_of(width: int, height: int) -> int:
 def _open(data: bytes, name: str, whole: bool) -> Image.Image:
     """A file opened, not decoded: a JPEG set to be reduced while it is."""
     limit = None
+    if _HEIF.match(data):
+        if len(data) > MOST_HEIF_BYTES:
+            size, most = len(data) / 2**20, MOST_HEIF_BYTES // 2**20
+            raise ImageError(f"{name} has {size:,.0f} MiB, and the limit for HEIC is {most}: save it as JPEG")
+        from .heif import Heif  # libheif, for its files alone
+
+        heif = Heif(data)
+        _check_side(heif.size, name)
+        if heif.size[0] * heif.size[1] > MOST_ELSEWHERE["HEIF"]:
+            raise ImageError(_too_large(name, heif.size[0] * heif.size[1], MOST_ELSEWHERE["HEIF"]))
+        return heif.decode(name)
     if data.startswith(b"\xff\xd8\xff"):
         limit = _check_jpeg(data, name, whole)
     else:
         _check_tiff(data, name)
     file = _Watched(data, name)
     try:
-        image: Image.Image = Image.open(file, formats=known_formats())
+        image: Image.Image = Image.open(file, formats=_known_formats())
     except Image.DecompressionBombError:
         if limit is None or whole:
             raise
@@ -211,10 +245,7 @@ def _check_tiff(data: bytes, name: str) -> None:
 def _check(image: Image.Image, name: str) -> None:
     """What can be known of an opened image before it is decoded."""
     pixels, form = image.width * image.height, str(image.format)
-    if max(image.size) > MOST_SIDE:
-        raise ImageError(
-            f"{name} has {image.width}x{image.height} pixels, and no side may have above {MOST_SIDE:,}: cut it"
-        )
+    _check_side(image.size, name)
     limit = MOST_ELSEWHERE.get(form, MOST_OTHERWISE)
     if image.mode in ("I", "F"):
         limit = min(limit, MOST_WIDE)
@@ -232,6 +263,11 @@ def _check(image: Image.Image, name: str) -> None:
         raise ImageError(f"{name} holds Lab colours in a format that has none: save it anew as sRGB")
 
 
+def _check_side(size: tuple[int, int], name: str) -> None:
+    if max(size) > MOST_SIDE:
+        raise ImageError(f"{name} has {size[0]}x{size[1]} pixels, and no side may have above {MOST_SIDE:,}: cut it")
+
+
 def _too_large(name: str, pixels: int, limit: int) -> str:
     return (
         f"{name} is too large: {pixels / 1e6:,.0f} megapixels, about {pixels * 3 / 1e9:.1f} GB, and the limit is "
@@ -244,6 +280,7 @@ def flatten(image: Image.Image, name: str, whole: bool) -> Image.Image:
     if 0 in image.size:
         raise ImageError(f"{name} is {image.width}x{image.height} pixels large: there is nothing in it")
     try:
+        image.load()  # a caller's may be closed, or broken
         turn = _TURNS.get(_orientation(image))
         factor = 1 if whole else factor_of(*image.size)
         rows = max(_BAND // image.width // factor, 1) * factor
@@ -269,6 +306,8 @@ def _orientation(image: Image.Image) -> int:
 
     Read by ourselves: entry by entry, so that no file makes it long, and what is broken elsewhere does not matter.
     """
+    if image.format == "HEIF":  # a plugin of the caller's has turned it
+        return 1
     if getattr(image, "_exif", None) or hasattr(image, "tag_v2"):  # read by Pillow, or set by the caller
         found = image.getexif().get(0x0112, 1)
         return found if isinstance(found, int) else 1
@@ -338,11 +377,15 @@ def from_array(array: np.ndarray) -> Image.Image:
         array = array >> 8
     elif array.dtype != np.uint8:
         low, high = float(array.min()), float(array.max())
-        if np.issubdtype(array.dtype, np.floating) and low >= 0 and high <= 1:
-            array = np.rint(array * 255.0)
-        elif low >= 0 and 255 < high <= 65535:
-            array = array / 257.0
-        elif not (low >= 0 and high <= 255):  # true for NaN too
-            raise ImageError(f"pixel values run from {low:g} to {high:g}: give uint8, or floats from 0 to 1")
+        if not (low >= 0 and high <= 65535):  # true for NaN too
+            raise ImageError(f"pixel values run from {low:g} to {high:g}: {_RANGES}")
+        if array.dtype.kind in "iu":
+            array = array / 257.0 if high > 255 else array
+        elif high <= _ONE:
+            array = np.rint(np.minimum(array, 1) * 255.0)
+        elif 2 <= high < 255.5:  # what resizing makes of 255
+            array = np.minimum(array, 255)
+        else:
+            raise ImageError(f"pixel values run from {low:g} to {high:g}, which may mean several things: {_RANGES}")
     image = Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
     return _to_rgb(image)

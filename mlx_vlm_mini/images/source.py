@@ -19,10 +19,13 @@ from PIL import Image
 
 from mlx_vlm_mini.errors import ImageError
 
-from .decode import MOST_BYTES, decode, factor_of, flatten, from_array, known_formats
+from . import pdf
+from .decode import MOST_BYTES, decode, factor_of, flatten, from_array, size_of
+from .names import find_file, not_found, unreadable
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
-"""A path, a `data:` URL, an http(s) URL (all three may be `str`), an encoded file's bytes, a PIL image, an array."""
+"""A path, a `data:` URL, an http(s) URL (all three may be `str`), an encoded file's bytes, a PIL image, an array. A
+page of a PDF is `report.pdf[2]`, and where several images may stand a PDF is all its pages."""
 
 _DATA_URL_LIMIT = 64 * 2**20  # characters
 _PERCENTS = 100_000  # of its characters written as %XX
@@ -37,18 +40,20 @@ class Access:
     Attributes:
         files: files of this machine.
         urls: http(s) addresses of the internet.
+        pdfs: PDFs, whose pages PDFium renders in a process of its own.
         private_urls: also those of this machine, its networks and its cloud; None: where the environment variable
             MLX_VLM_MINI_PRIVATE_URLS is 1.
     """
 
     files: bool = False
     urls: bool = False
+    pdfs: bool = False
     private_urls: bool | None = False
 
 
 SERVED = Access()
 """Bytes, `data:` URLs, PIL images and arrays alone: a name that another sends opens nothing here."""
-LOCAL = Access(files=True, urls=True, private_urls=None)
+LOCAL = Access(files=True, urls=True, pdfs=True, private_urls=None)
 """The user of this machine, who names what is theirs."""
 ACCESS: dict[str, Access] = {"local": LOCAL, "served": SERVED}
 
@@ -58,10 +63,11 @@ class Picture:
     """An image as it was given: read, not yet decoded.
 
     Attributes:
-        data: the file's bytes, or an RGB image where no file was given. None: not kept, for `path` has them.
+        data: the file's bytes, or an RGB image where no file was given, or a page of one. None: not kept, for `path`
+            has them.
         name: what messages call it.
         path: the absolute path of the file that it came from.
-        sha256: of the file's bytes, or of the image's size and pixels, in hexadecimal.
+        sha256: of the file's bytes, or of the image's size and pixels, in hexadecimal; of a page see `page_digest`.
     """
 
     data: bytes | Image.Image | None
@@ -70,38 +76,113 @@ class Picture:
     sha256: str
 
 
-def read_image(source: ImageSource, access: Access = LOCAL) -> Picture:
-    """Read an image without decoding it, so that one that was seen before is known by its bytes.
+def read_image(source: ImageSource, access: Access = LOCAL, *, dpi: int = pdf.DPI) -> Picture:
+    """Read an image without decoding it, so that one that was seen before is known by its bytes; of a PDF one page,
+    which `report.pdf[2]` names where there are several.
 
     Raises:
         ImageError: nothing is there, or it is no source of images, or `access` does not reach it.
     """
-    path, name = None, "the image"
-    data: bytes | Image.Image
+    pages = _read(source, access, dpi, most=1)
+    return pages[0]
+
+
+def read_images(
+    source: ImageSource, access: Access = LOCAL, *, dpi: int = pdf.DPI, most_pages: int = pdf.MOST_PAGES
+) -> list[Picture]:
+    """The same for what may be several: a PDF is its pages, all or those that `report.pdf[2-5]` names.
+
+    Args:
+        dpi: pixels an inch of a page.
+        most_pages: of one PDF.
+
+    Raises:
+        ImageError: as `read_image`, or there are more pages than that.
+    """
+    return _read(source, access, dpi, most_pages)
+
+
+def may_have_pages(source: object) -> bool:
+    """Whether it is a PDF by its bytes or its name, or names pages of one."""
     if isinstance(source, bytes | bytearray | memoryview):
-        data, name = bytes(source), "the image bytes"
-        check_size(len(data), name)
-    elif isinstance(source, str) and re.match("data:", source, re.IGNORECASE):
-        data, name = _read_data_url(source), "the data: URL"
-    elif isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
+        return pdf.is_pdf(bytes(source[:1024]))
+    if not isinstance(source, str | Path) or (isinstance(source, str) and source[:5].lower() == "data:"):
+        return isinstance(source, str) and source[:21].lower() == "data:application/pdf;"
+    file, pages = pdf.split_name(str(source))
+    return pages is not None or file.partition("?")[0].lower().endswith(".pdf")
+
+
+def page_names(name: str, *, most_pages: int = pdf.MOST_PAGES) -> list[str]:
+    """A file's name, or the names of a PDF's pages, each as `report.pdf[2]`; the user's own files alone are looked at.
+
+    Raises:
+        ImageError: the pages cannot be told.
+    """
+    file, pages = pdf.split_name(name)
+    if pages is None and not file.lower().endswith(".pdf"):
+        return [name]
+    data, _, _ = _read_bytes(file, LOCAL)
+    _check_pages(data, file, pages)
+    if not pdf.is_pdf(data):
+        return [name]
+    return [f"{file}[{page}]" for page in pdf.choose_pages(pages, pdf.count_pages(data, file), file, most_pages)]
+
+
+def page_digest(sha256: str, page: int, dpi: int) -> str:
+    """What a page of a PDF is known by: its file's SHA-256, its number and how it is rendered."""
+    return hashlib.sha256(f"{sha256} page {page} at {dpi} dpi".encode()).hexdigest()
+
+
+def _read(source: ImageSource, access: Access, dpi: int, most: int) -> list[Picture]:
+    if not isinstance(source, str | Path | bytes | bytearray | memoryview):
+        image = open_image(source)
+        sha256 = hashlib.sha256(repr(image.size).encode() + image.tobytes())
+        return [Picture(image, "the image", None, sha256.hexdigest())]
+    chosen = None
+    if isinstance(source, str) or (isinstance(source, Path) and access.files):
+        file, chosen = pdf.split_name(str(source)) if access.files else (str(source), None)
+        source = source if chosen is None else file
+    data, name, path = _read_bytes(source, access)
+    sha256_of_file = hashlib.sha256(data).hexdigest()
+    _check_pages(data, name, chosen)
+    if not pdf.is_pdf(data):
+        return [Picture(data, name, path, sha256_of_file)]
+    if not access.pdfs:
+        raise ImageError(f"{name} is a PDF, and PDFs are not opened here: send its pages as images")
+    if most == 1 and not (chosen or "").strip().isdecimal():
+        count = len(pdf.choose_pages(chosen, pdf.count_pages(data, name), name, 10**6))
+        if count > 1:
+            raise ImageError(f"{name} gives {count} pages, and one picture is wanted: name a page, as in {name}[1]")
+    return [
+        Picture(image, f"{name}[{page}]", None, page_digest(sha256_of_file, page, dpi))
+        for page, image in pdf.render_pages(data, name, chosen, dpi=dpi, most=most)
+    ]
+
+
+def _check_pages(data: bytes, name: str, pages: str | None) -> None:
+    if pages is not None and not pdf.is_pdf(data):
+        raise ImageError(f"{name}[{pages}] names pages, and {name} is no PDF")
+
+
+def _read_bytes(source: str | Path | bytes | bytearray | memoryview, access: Access) -> tuple[bytes, str, Path | None]:
+    """A file's bytes, what messages call it, and the absolute path where they can be read again."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        check_size(len(source), "the image bytes")
+        return bytes(source), "the image bytes", None
+    if isinstance(source, str) and re.match("data:", source, re.IGNORECASE):
+        return _read_data_url(source), "the data: URL", None
+    if isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
         if not access.urls:
             raise ImageError(f"{source[:200]} is an address, and addresses are not opened here: send the image itself")
         from . import web  # http.client and ssl, which few commands need
 
         private = web.private_allowed() if access.private_urls is None else access.private_urls
-        data, name = web.download(source, private=private), source
-    elif isinstance(source, str | Path):
-        if not access.files:
-            raise ImageError(f"{str(source)[:200]} names a file, and files are not opened here: send the image itself")
-        name = str(source)
-        file = Path(os.path.expanduser(source))  # noqa: PTH111 - never raises
-        data, again = _read_file(file)
-        path = file.absolute() if again else None
-    else:
-        data = open_image(source)
-        sha256 = hashlib.sha256(repr(data.size).encode() + data.tobytes())
-        return Picture(data, name, None, sha256.hexdigest())
-    return Picture(data, name, path, hashlib.sha256(data).hexdigest())
+        return web.download(source, private=private), source, None
+    if not access.files:
+        raise ImageError(f"{str(source)[:200]} names a file, and files are not opened here: send the image itself")
+    file = find_file(source)
+    data, again = _read_file(file)
+    return data, str(source), file.absolute() if again else None
 
 
 def open_image(source: ImageSource | Picture, *, whole: bool = False, access: Access = LOCAL) -> Image.Image:
@@ -113,7 +194,7 @@ def open_image(source: ImageSource | Picture, *, whole: bool = False, access: Ac
 
     Args:
         source: see `ImageSource`. Arrays are [height, width] or [height, width, 1, 3 or 4] (or channels first): uint8,
-            uint16, bool, or floats between 0 and 1.
+            uint16, bool, or floats from 0 to 1 or from 0 to 255.
         whole: never reduced.
         access: what a name may reach.
 
@@ -128,7 +209,11 @@ def open_image(source: ImageSource | Picture, *, whole: bool = False, access: Ac
         data = picture.data
         image = data if isinstance(data, Image.Image) else decode(data or b"", picture.name, whole)
     elif hasattr(source, "__array__") or hasattr(source, "__buffer__") or hasattr(source, "__array_interface__"):
-        image = from_array(np.asarray(source))
+        try:
+            array = np.asarray(source)
+        except Exception as error:  # of a tensor that keeps its gradient, or numbers that numpy does not have
+            raise ImageError(f"the numbers of {type(source).__name__} cannot be read: {error}; give float32") from None
+        image = from_array(array)
     else:
         raise ImageError(
             f"cannot open an image from {type(source).__name__}: give a path, a URL, bytes, a PIL image or an array"
@@ -161,9 +246,9 @@ def _read_file(path: Path) -> tuple[bytes, bool]:
         finally:
             os.close(number)
     except FileNotFoundError:
-        raise ImageError(f"image not found: {path}") from None
+        raise ImageError(not_found(path)) from None
     except (OSError, ValueError) as error:
-        raise ImageError(f"cannot read image {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise ImageError(f"cannot read image {unreadable(path, error)}") from None
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -172,11 +257,12 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         ImageError: nothing is there, or it is not an image.
     """
+    path = find_file(path)
     if not path.is_file():  # a device might never end
-        raise ImageError(f"{path} is no file, and no image" if path.exists() else f"image not found: {path}")
+        raise ImageError(f"{path} is no file, and no image" if path.exists() else not_found(path))
     try:
-        with Image.open(path, formats=known_formats()) as image:
-            return image.size
+        with path.open("rb") as file:
+            return size_of(file)
     except Exception as error:  # plugins raise anything on broken files
         raise ImageError(f"{path} is not an image: {error or type(error).__name__}") from None
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from mlx_vlm_mini.errors import ImageError
 
+from .names import find_file, natural, unreadable
 from .source import ImageSource, open_image
 from .video_file import VideoFile
 
@@ -34,7 +35,7 @@ class Video:
         if not isinstance(self.source, str | Path | list | tuple):
             kind = type(self.source).__name__
             raise ImageError(f"a video is a file, a folder of pictures or a list of pictures, not {kind}")
-        if isinstance(self.source, str) and "://" in self.source[:12]:
+        if isinstance(self.source, str) and "://" in self.source[:12] and self.source[:7].lower() != "file://":
             raise ImageError(f"{self.source} is an address: download the video and give its path")
         if self.fps is not None and not (_is_number(self.fps) and 0 < self.fps <= 1000):
             raise ImageError(f"fps of a video must be between 0 and 1000, not {self.fps!r}")
@@ -74,13 +75,13 @@ class _Pictures:
 
 
 def list_pictures(folder: Path) -> list[ImageSource]:
-    """The pictures of a folder by name, hidden files left out."""
-    known = Image.registered_extensions()
+    """The pictures of a folder by name, frame2 before frame12, hidden files left out."""
+    known = {*Image.registered_extensions(), ".heic", ".heif", ".hif"}
     try:
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in known and file.name[0] != ".")
+        files = [file for file in folder.iterdir() if file.suffix.lower() in known and file.name[0] != "."]
     except OSError as error:
-        raise ImageError(f"cannot read folder {folder}: {error.strerror or error}") from None
-    return [*files]
+        raise ImageError(f"cannot read folder {unreadable(folder, error)}") from None
+    return [*sorted(files, key=natural)]
 
 
 def open_video(video: Video, fps: float = FPS) -> _Frames:
@@ -94,7 +95,7 @@ def open_video(video: Video, fps: float = FPS) -> _Frames:
     """
     if not isinstance(video.source, str | Path):
         return _Pictures(video.source, video.name, video.fps or fps)
-    path = Path(video.source).expanduser() if str(video.source).startswith("~/") else Path(video.source)
+    path = find_file(video.source)
     try:
         folder, regular = path.is_dir(), path.is_file()
     except (OSError, ValueError):

@@ -1,11 +1,11 @@
 """Prompts: what a caller gives -> messages -> text by the checkpoint's chat template -> one slot per image token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from mlx_vlm_mini.errors import PromptError
-from mlx_vlm_mini.images.source import ImageSource
+from mlx_vlm_mini.images.source import Access, ImageSource, may_have_pages, read_images
 from mlx_vlm_mini.images.video import Video
 
 Message = dict[str, Any]
@@ -16,25 +16,39 @@ Prompt = str | Sequence[Any]
 """Text; texts and images in order; or OpenAI-style messages."""
 
 
-def to_messages(prompt: Prompt, images: Sequence[ImageSource] = ()) -> list[Message]:
+_MESSAGE_KEYS = {"role", "content", "images"}
+_PART_KEYS: dict[str, set[str]] = {
+    "text": {"text"}, "image": {"image", "path", "url", "base64"}, "image_url": {"image_url"},
+    "video": {"image", "video", "fps", "max_frames"},
+}  # fmt: skip
+
+
+def to_messages(
+    prompt: Prompt, images: ImageSource | Sequence[ImageSource] = (), access: Access | None = None
+) -> list[Message]:
     """What a caller gives, as messages of one form.
 
     Args:
         prompt: a text; a list of texts (`str`) and images (anything else that opens as one) in order; or messages,
             whose content is a text or a list of `text`, `image`, `image_url` and `video` parts.
-        images: come before the text; with messages they fill the `{"type": "image"}` parts that name no image.
+        images: come before the text; with messages they fill the `{"type": "image"}` parts that name no image. One
+            image may stand for a list of it. A message's own `images` (Ollama's form) are taken so, too.
+        access: what names may reach, so that a PDF becomes its pages, an image each (`report.pdf`, `report.pdf[2-5]`);
+            None leaves it as it is.
 
     Raises:
         PromptError: something in it is neither, or there is nothing to say.
+        ImageError: a PDF is at fault.
     """
     if isinstance(prompt, str | Path) or not isinstance(prompt, Sequence):
         prompt = [prompt]
-    waiting = list(images)
+    waiting: list[Any] = [images] if _is_one(images) else list(cast(Sequence[ImageSource], images))
+    given = len(waiting)
     if prompt and all(isinstance(item, Mapping) and "role" in item for item in prompt):
         messages = [_message(cast(Mapping[str, Any], item), waiting) for item in prompt]
         if waiting:
             raise PromptError(
-                f"{len(waiting)} of {len(images)} images have no place in the messages: add an image part for each"
+                f"{len(waiting)} of {given} images have no place in the messages: add an image part for each"
             )
     else:
         shown = [{"type": "image", "image": image} for image in waiting]
@@ -46,22 +60,69 @@ def to_messages(prompt: Prompt, images: Sequence[ImageSource] = ()) -> list[Mess
         messages = [{"role": "user", "content": shown + parts}]
     if not any(message["content"] for message in messages):
         raise PromptError("the prompt is empty: say what the model should answer")
+    if access is not None and access.pdfs:
+        messages = [{**message, "content": _with_pages(message["content"], access)} for message in messages]
     return messages
 
 
-def _message(item: Mapping[str, Any], waiting: list[ImageSource]) -> Message:
-    content = item.get("content")
+def _is_one(images: Any) -> bool:
+    """Whether it is an image, not several: texts and bytes are sequences, too; PIL images and arrays are none."""
+    if isinstance(images, str | Path | bytes | bytearray | memoryview):
+        return True
+    return not isinstance(images, Sequence | Iterator)
+
+
+def _with_pages(content: Any, access: Access) -> Any:
+    """A PDF's pages in its place."""
     if isinstance(content, str):
-        return {"role": str(item["role"]), "content": content}
+        return content
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        source = part.get("image") if part["type"] == "image" else None
+        pages = read_images(source, access) if source is not None and may_have_pages(source) else [source]
+        parts += [{**part, "image": page} for page in pages] if source is not None else [part]
+    return parts
+
+
+def _check_keys(what: str, given: Mapping[str, Any], known: set[str]) -> None:
+    """Raises PromptError where something is said that would be left out without a word."""
+    unknown = [str(key) for key, value in given.items() if key not in known and value not in (None, [], {}, "")]
+    if unknown:
+        raise PromptError(f"{what} has {unknown[0]!r}, which is not known: it takes {', '.join(sorted(known))}")
+
+
+def check_beside(entry: Mapping[str, Any]) -> None:
+    """Raises PromptError where a line {"messages": [...]} has pictures beside them, which have no place there."""
+    for key in ("images", "image", "videos", "video"):
+        if entry.get(key):
+            raise PromptError(f"its {key!r} stand beside the messages: put them into the message that shows them")
+
+
+def _message(item: Mapping[str, Any], waiting: list[ImageSource]) -> Message:
+    role, content, own = str(item["role"]), item.get("content"), item.get("images")
+    _check_keys(f"the {role[:40]} message", item, _MESSAGE_KEYS)
+    shown: list[Any] = [] if own is None else [own] if _is_one(own) else list(own)
+    if isinstance(content, str):
+        if not shown:
+            return {"role": role, "content": content}
+        images = [{"type": "image", "image": image} for image in shown]
+        return {"role": role, "content": [*images, {"type": "text", "text": content}]}
     if not isinstance(content, Sequence):
-        raise PromptError(f"the {item['role']} message has no content: give a text or a list of parts")
-    return {"role": str(item["role"]), "content": [_part(part, waiting) for part in content]}
+        raise PromptError(f"the {role[:40]} message has no content: give a text or a list of parts")
+    parts = [_part(part, shown if own is not None else waiting) for part in content]
+    if shown:
+        raise PromptError(
+            f"{len(shown)} of the {role[:40]} message's images have no place in it: add an image part each"
+        )
+    return {"role": role, "content": parts}
 
 
 def _part(part: Any, waiting: list[ImageSource]) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if isinstance(part, Mapping) and isinstance(kind, str) and kind in _PART_KEYS:
+        _check_keys(f"the {kind} part", part, {"type", *_PART_KEYS[kind]})
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind == "image":

@@ -186,3 +186,47 @@ def test_answers_and_system_messages_that_a_template_takes_as_texts():
     said = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
     assert template.render(said) == ["Be brief;[Be brief]Be brief;[Be brief]"]
     assert ChatTemplate(PARTS, {}, "<image>").render(said) == ["Be brief;" * 4]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [np.zeros((6, 8, 3), np.uint8), Image.new("RGB", (8, 6)), PHOTO, str(PHOTO), PHOTO.read_bytes()],
+    ids=lambda images: type(images).__name__,
+)
+def test_one_image_stands_for_a_list_of_it(images):
+    (part,) = images_of(to_messages("What?", images))
+    assert part["image"] is images
+    assert len(images_of(to_messages("What?", [images, images]))) == 2
+
+
+def test_images_of_a_message_in_ollamas_form():
+    (message,) = to_messages([{"role": "user", "content": "What?", "images": ["a.png", "b.png"]}])
+    assert [part.get("image", part.get("text")) for part in message["content"]] == ["a.png", "b.png", "What?"]
+    parts = [{"type": "text", "text": "See"}, {"type": "image"}]
+    (message,) = to_messages([{"role": "user", "content": parts, "images": ["a.png"]}])
+    assert message["content"][1] == {"type": "image", "image": "a.png"}
+    with pytest.raises(PromptError, match="1 of the user message's images have no place in it"):
+        to_messages([{"role": "user", "content": parts, "images": ["a.png", "b.png"]}])
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "user", "content": "hi", "tool_calls": [1]}, "the user message has 'tool_calls', which is not known"),
+        ({"role": "user", "content": [{"type": "text", "text": "hi", "cache": 1}]}, "the text part has 'cache'"),
+        (
+            {"role": "user", "content": [{"type": "image", "image": "a", "detail": "low"}]},
+            "the image part has 'detail'",
+        ),
+    ],
+)
+def test_unknown_keys_are_refused_by_name(message, said):
+    with pytest.raises(PromptError, match=said) as error:
+        to_messages([message])
+    assert str(error.value).isprintable()
+
+
+def test_keys_that_say_nothing_are_passed_over():
+    """As data sets and other programs write them."""
+    part = {"type": "text", "text": "hi", "image": None}
+    assert to_messages([{"role": "user", "content": [part], "tool_calls": None, "refusal": None, "images": []}])
