@@ -34,8 +34,17 @@ class Part(nn.Module):
         self.layers = [nn.Linear(1024, 1031)]  # a prime: the last block is smaller
 
 
-@pytest.mark.parametrize("length", [1, 5])
-def test_blocked_products_are_those_of_the_whole(length):
+def test_how_many_rows_are_few_depends_on_the_processor(monkeypatch):
+    for name, few in (("SkylakeX", 16), ("Zen", 3), ("", 3)):
+        rows.few_rows.cache_clear()
+        monkeypatch.setattr(rows, "core_name", lambda name=name: name)
+        assert rows.few_rows() == few
+    rows.few_rows.cache_clear()
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 16, 17])
+def test_blocked_products_are_those_of_the_whole(length, monkeypatch):
+    monkeypatch.setattr(rows, "few_rows", lambda: 16)
     mx.random.seed(0)
     part, x = Part(), mx.random.normal((1, length, 1024))
     part.wide.bias = mx.random.normal((2048,))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 CHOICE = "MLX_VLM_MINI_OPENBLAS"
 TIMEOUT = "OPENBLAS_THREAD_TIMEOUT"
+_library: ctypes.CDLL | None = None
 LEAST_SPACE = 4 * 2**30  # bytes of address space (ulimit -v), below which OpenBLAS is left out
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -32,6 +33,7 @@ def use_openblas() -> bool:
     Returns:
         Whether it was loaded.
     """
+    global _library
     if sys.platform != "linux" or "mlx.core" in sys.modules or os.environ.get(CHOICE) == "0":
         return False
     if 0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < LEAST_SPACE:
@@ -40,7 +42,7 @@ def use_openblas() -> bool:
     chosen = os.environ.get(TIMEOUT)
     try:
         os.environ[TIMEOUT] = chosen or "18"  # 2^18 cycles, 0.1 ms: as long as a token's gaps are; read while it loads
-        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+        _library = ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return False
     finally:
@@ -64,6 +66,14 @@ def _keep_memory() -> None:
     if malloc_option is not None:
         malloc_option(_MMAP_THRESHOLD, 2**24)
         malloc_option(_TRIM_THRESHOLD, 2**26)
+
+
+def core_name() -> str:
+    """What OpenBLAS calls this processor, such as "Zen" or "SkylakeX"; empty where it was not loaded."""
+    if _library is None:
+        return ""
+    _library.openblas_get_corename.restype = ctypes.c_char_p
+    return str(_library.openblas_get_corename().decode())
 
 
 def describe_device() -> str:

@@ -4,14 +4,27 @@ OpenBLAS copies a large matrix before it multiplies it, which costs as much as t
 reads a small one where it lies. So such a product is done in blocks of the weight's rows: 1.3 to 3 times faster.
 """
 
+from functools import cache
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from .blas import core_name
+
 MOST = 900_000  # products of numbers a block: above 1,000,000 it is copied
 LEAST = 270_000  # below 262,144 OpenBLAS leaves its other threads out, and blocks cost more than they spare
 NARROW = 1024  # columns, below which nothing is gained
-FEW = 16  # rows, above which a product is worth the copy
+# Rows up to which blocks are faster, by OpenBLAS's name of the processor: its kernels for small products use AVX-512 or
+# are plain C, which computes 4 rows as slowly as it copies.
+FEW = {"SkylakeX": 16, "Cooperlake": 16, "SapphireRapids": 16}
+FEW_ELSEWHERE = 3
+
+
+@cache
+def few_rows() -> int:
+    """How many rows a product may have to be done in blocks on this processor."""
+    return FEW.get(core_name(), FEW_ELSEWHERE)
 
 
 def block_height(rows: int, columns: int, count: int = 1) -> int:
@@ -27,7 +40,7 @@ def _product(x: mx.array, weight: mx.array) -> mx.array | None:
     """x W^T of few rows, float[..., in] -> float[..., out]; None where it is not worth blocks."""
     rows, columns = weight.shape
     count = x.size // columns
-    height = block_height(rows, columns, count) if count <= FEW else 0
+    height = block_height(rows, columns, count) if count <= few_rows() else 0
     if not height:
         return None
     whole = rows - rows % height
