@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from mlx_vlm_mini import Chat
-    from mlx_vlm_mini.generation.stream import Chunk
+    from mlx_vlm_mini.generation.answering import Chunk
     from mlx_vlm_mini.grounding.attended import AnswerAttention
 
 SUFFIXES = (".png", ".html", ".npz")

@@ -21,7 +21,7 @@ from .status import Status, cost_of
 
 if TYPE_CHECKING:
     from mlx_vlm_mini import Chat
-    from mlx_vlm_mini.generation.stream import Chunk
+    from mlx_vlm_mini.generation.answering import Chunk
     from mlx_vlm_mini.images.source import Picture
 
 COMMANDS = {  # name: what may follow, what it does
@@ -205,7 +205,7 @@ class Session:
 
     def _value(self, name: str, values: list[str]) -> Any:
         """A setting's value as the option of the command line takes it; `none` is its default."""
-        from mlx_vlm_mini.generation.stream import Options
+        from mlx_vlm_mini.generation.options import Options
 
         parameter = self._settings[name]
         if values == ["none"]:
@@ -341,7 +341,7 @@ def find_settings(command: click.Command) -> dict[str, click.Option]:
 
 def defaults() -> dict[str, Any]:
     """What `Options` are where nobody says anything."""
-    from mlx_vlm_mini.generation.stream import Options
+    from mlx_vlm_mini.generation.options import Options
 
     return {field.name: field.default for field in fields(Options)}
 

@@ -31,7 +31,7 @@ from .writing import Answer
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mlx_vlm_mini.generation.stream import Chunk
+    from mlx_vlm_mini.generation.answering import Chunk
 
 
 @click.command("generate")

@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlx_vlm_mini.generation.stream import Stats
+    from mlx_vlm_mini.generation.answering import Stats
 
 
 class Status:

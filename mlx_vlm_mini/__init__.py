@@ -1,6 +1,7 @@
 """Vision-language models on Apple MLX: convert them, chat with them, import them.
 
-The public names are `load`, `generate`, `stream_generate` and `Chat`; for answers that name places `find_detections`
+The public names are `load`, `generate`, `stream_generate` and `Chat`; for many prompts at once `batch_generate` and
+`Engine`; for answers that name places `find_detections`
 and `draw_detections`; for what the model looked at `attend`, `draw_attention` and `attention_page`; for CLIP
 and QLLaMA `load_scorer`, for ViLT `load_answerer`. They are imported when first used, so that `import mlx_vlm_mini`
 costs nothing. No module may have one of these names: importing it would put it in the place of the function.
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlx_vlm_mini.checkpoints.load import load
     from mlx_vlm_mini.generation.chat import Chat
+    from mlx_vlm_mini.generation.engine import Engine, batch_generate
     from mlx_vlm_mini.generation.stream import generate, stream_generate
     from mlx_vlm_mini.grounding.attend import attend
     from mlx_vlm_mini.grounding.detections import find_detections
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Chat", "__version__", "attend", "attention_page", "draw_attention", "draw_detections", "find_detections",
-    "generate", "load", "load_answerer", "load_scorer", "stream_generate",
+    "Chat", "Engine", "__version__", "attend", "attention_page", "batch_generate", "draw_attention", "draw_detections",
+    "find_detections", "generate", "load", "load_answerer", "load_scorer", "stream_generate",
 ]  # fmt: skip
 
 _HOME = {
     "Chat": ".generation.chat",
+    "Engine": ".generation.engine",
+    "batch_generate": ".generation.engine",
     "attend": ".grounding.attend",
     "attention_page": ".grounding.page",
     "draw_attention": ".grounding.heat",

@@ -126,6 +126,23 @@ class State:
         shift = shifts[0] if len({*shifts}) == 1 else mx.array(shifts)
         return cls(first.make, layers=layers, start=longest, padding=padding, positions=Counting(shift))
 
+    def extend(self, other: "State") -> None:
+        """Append the rows of another batch (`merge` of one sequence makes one), padding the shorter ones."""
+        own, more = self._rows_of(), other._rows_of()
+        for entry, further in zip(self.layers, other.layers, strict=True):
+            entry.extend(further)
+        start = max(self.start, other.start)
+        self.padding = mx.concatenate([own[0] + (start - self.start), more[0] + (start - other.start)])
+        self.positions = Counting(mx.concatenate([own[1], more[1]]))
+        self.start = start
+
+    def _rows_of(self) -> tuple[mx.array, mx.array]:
+        """Of each row of a batch its padding and the shift of its positions, int[B] each."""
+        count = self.layers[0].offset.shape[0]
+        padding = mx.zeros(count, dtype=mx.int32) if self.padding is None else self.padding
+        shift = self.positions.shift
+        return padding, shift if isinstance(shift, mx.array) else mx.full(count, shift, dtype=mx.int32)
+
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows of a batch, in this order; padding that all of them have goes."""
         chosen = mx.array([*rows])

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_vlm_mini.borrow import borrow
 from mlx_vlm_mini.checkpoints.folder import DTYPES, TensorInfo, read_header
 from mlx_vlm_mini.decoder.cross_attention import ImageCache, Span
+from mlx_vlm_mini.decoder.decoder import Decoder
 from mlx_vlm_mini.decoder.masks import Rotating
 from mlx_vlm_mini.decoder.state import State
 from mlx_vlm_mini.errors import CheckpointError, PromptError
@@ -32,6 +33,21 @@ def identify(inputs: Inputs) -> np.ndarray:
         identity[own, :4] = np.frombuffer(image.digest, dtype="<u8")
         identity[own, 4] = np.arange(1, len(own) + 1)
     return identity
+
+
+def shared_length(decoder: Decoder, state: State, held: np.ndarray, wanted: np.ndarray) -> int:
+    """How many tokens a state and a prompt share whose keys are the same, all of the prompt's but its last.
+
+    Args:
+        held: the identity of what the state holds, see `identify`.
+        wanted: the prompt's.
+    """
+    length = min(len(held), len(wanted) - 1)
+    different = np.flatnonzero((held[:length] != wanted[:length]).any(axis=-1))
+    length = int(different[0]) if len(different) else length
+    kept = decoder.keeps_keys(state.prompt_length, len(held), len(wanted))
+    ahead = decoder.looks_ahead and (held[:, 4].any() or wanted[:, 4].any())
+    return length if kept and not ahead else 0
 
 
 def make_state(model: VLM, *, kv_bits: int | None = None, rotate: int | None = None) -> State:
@@ -98,14 +114,8 @@ class TurnCache:
         Args:
             wanted: the prompt's identity, see `identify`.
         """
-        length = min(len(self.held), len(wanted) - 1)
-        different = np.flatnonzero((self.held[:length] != wanted[:length]).any(axis=-1))
-        length = int(different[0]) if len(different) else length
-        kept = self.model.decoder.keeps_keys(self.state.prompt_length, len(self.held), len(wanted))
-        ahead = self.model.decoder.looks_ahead and (self.held[:, 4].any() or wanted[:, 4].any())
-        if self.kv_bits is not None or ahead or not kept:
-            length = 0
-        self._trim(length)
+        length = shared_length(self.model.decoder, self.state, self.held, wanted)
+        self._trim(0 if self.kv_bits is not None else length)
         return len(self.held)
 
     def keep(self, prompt: np.ndarray, tokens: Sequence[int]) -> None:

@@ -19,9 +19,11 @@ from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.text.messages import Message, Prompt, images_of, split_turns, to_messages
 
+from .answering import Chunk, Stats
 from .cache import TurnCache, identify
 from .features import FEATURE_MEMORY, Features
-from .stream import Chunk, Options, Stats, stream_inputs
+from .options import Options
+from .stream import stream_inputs
 from .transcript import places, read_transcript, write_transcript
 
 OnFull = Literal["stop", "drop"]

@@ -60,6 +60,13 @@ def take_turns(steps: Generator[Step, None, None]) -> Iterator[Step]:
                 steps.close()
 
 
+def one_at_a_time(step: Callable[[], Step]) -> Step:
+    """What `step` gives, computed while no other thread of the process computes one; see `take_turns`."""
+    claim_process()
+    with _turn:
+        return step()
+
+
 @contextmanager
 def wired_memory() -> Iterator[None]:
     """On Metal, let weights and caches stay resident while generating: up to what the GPU recommends. Where several
@@ -81,21 +88,18 @@ def wired_memory() -> Iterator[None]:
             mx.set_wired_limit(before)
 
 
-def prefill(
-    decoder: Decoder,
-    reading: Reading,
-    state: State,
-    *,
-    step: int = PREFILL_STEP,
-    progress: Callable[[int, int], None] | None = None,
-) -> mx.array:
-    """Read a prompt into the state, chunk by chunk, and score its last token only.
+def read_in_chunks(
+    decoder: Decoder, reading: Reading, state: State, step: int = PREFILL_STEP
+) -> Generator[int, None, mx.array]:
+    """Read a prompt into the state, chunk by chunk.
 
     Args:
         reading: the prompt, or the part of it that the state lacks.
         step: tokens a chunk. Not applied where the prompt's keys depend on all of it, nor among tokens that see one
             another.
-        progress: called with tokens done and tokens in all.
+
+    Yields:
+        After each chunk but the last how many tokens are done.
 
     Returns:
         float[1, vocab_size], the logits of the last token; not evaluated.
@@ -107,59 +111,107 @@ def prefill(
         decoder(reading.part(done, end), state)
         state.evaluate()
         done = end
-        if progress is not None:
-            progress(done, total)
+        yield done
         mx.clear_cache()
     hidden = decoder(reading.part(done, total), state)
     return decoder.logits(hidden[:, -1:])[:, 0]
 
 
-def decode(
+def prefill(
     decoder: Decoder,
-    logits: mx.array,
+    reading: Reading,
     state: State,
     *,
-    prompt: mx.array,
-    max_tokens: int,
-    sampler: Sampler,
-    logits_processors: Sequence[LogitsProcessor] = (),
-) -> Iterator[Token]:
+    step: int = PREFILL_STEP,
+    progress: Callable[[int, int], None] | None = None,
+) -> mx.array:
+    """Read a prompt into the state, and score its last token only.
+
+    Args:
+        reading, step: see `read_in_chunks`.
+        progress: called with tokens done and tokens in all.
+
+    Returns:
+        float[1, vocab_size], the logits of the last token; not evaluated.
+    """
+    chunks = read_in_chunks(decoder, reading, state, step)
+    while True:
+        try:
+            done = next(chunks)
+        except StopIteration as end:
+            return cast(mx.array, end.value)
+        if progress is not None:
+            progress(done, reading.length)
+
+
+class Chooser:
+    """Chooses an answer's tokens: logits processors, then the sampler.
+
+    Attributes:
+        greedy: whether it takes the likeliest token, and nothing else matters.
+    """
+
+    def __init__(
+        self,
+        prompt: mx.array,
+        sampler: Sampler,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        *,
+        greedy: bool = False,
+    ) -> None:
+        """`prompt`: int[L], for the logits processors."""
+        self._tokens, self._sampler, self._processors = prompt, sampler, logits_processors
+        self.greedy = greedy and not logits_processors
+
+    def __call__(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """float[1, vocab_size] -> the token int[1] and its log-probability float[1, 1]; not evaluated."""
+        for processor in self._processors:
+            logits = processor(self._tokens, logits)
+        logprobs = kernels().log_softmax(logits)
+        token = self._sampler(logprobs)
+        return token, mx.take_along_axis(logprobs, token[:, None], axis=-1)
+
+    def add(self, token: mx.array) -> None:
+        """Note a token that was chosen, int[1]."""
+        if self._processors:
+            self._tokens = mx.concatenate([self._tokens, token.astype(self._tokens.dtype)])
+
+
+def checked(token: int, logprob: float, decoder: Decoder) -> Token:
+    """A token that was computed.
+
+    Raises:
+        CheckpointError: its log-probability is not finite.
+    """
+    if not math.isfinite(logprob):
+        kind = str(decoder.norm.weight.dtype).split(".")[-1]
+        raise CheckpointError(
+            f"the model computed a log-probability of {logprob} in {kind}: "
+            + _REMEDIES.get(kind, "its weights are broken, or a logits processor leaves no token")
+        )
+    return Token(token, logprob)
+
+
+def decode(decoder: Decoder, logits: mx.array, state: State, *, max_tokens: int, choose: Chooser) -> Iterator[Token]:
     """Sample tokens one after another; the next one is being computed while the reader has this one.
 
     Args:
         logits: float[1, vocab_size], of the prompt's last token.
         state: holds the prompt. When a token is yielded it holds, or is about to hold, that token too.
-        prompt: int[L], for the logits processors.
         max_tokens: tokens to yield at most.
 
     Raises:
         CheckpointError: the model computes numbers that are not finite.
     """
-
-    def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
-        for processor in logits_processors:
-            logits = processor(tokens, logits)
-        logprobs = kernels().log_softmax(logits)
-        token = sampler(logprobs)
-        return token, mx.take_along_axis(logprobs, token[:, None], axis=-1)
-
-    tokens, step = prompt, make_step(decoder, state)
+    step = make_step(decoder, state)
     token, logprob = choose(logits)
     mx.async_eval(token, logprob)
     for count in range(1, max_tokens + 1):
         current, current_logprob = token, logprob
         if count < max_tokens:
-            if logits_processors:
-                tokens = mx.concatenate([tokens, current.astype(tokens.dtype)])
+            choose.add(current)
             token, logprob = choose(step(current))
             mx.async_eval(token, logprob)
-        found = Token(cast(int, current.item()), cast(float, current_logprob.item()))
-        if not math.isfinite(found.logprob):
-            kind = str(decoder.norm.weight.dtype).split(".")[-1]
-            raise CheckpointError(
-                f"the model computed a log-probability of {found.logprob} in {kind}: "
-                + _REMEDIES.get(kind, "its weights are broken, or a logits processor leaves no token")
-            )
-        yield found
+        yield checked(cast(int, current.item()), cast(float, current_logprob.item()), decoder)
         if count % 256 == 0:
             mx.clear_cache()

@@ -32,7 +32,7 @@ from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.text.messages import Prompt
 
 from .chat import Chat
-from .decode import decode, prefill
+from .decode import Chooser, decode, prefill
 from .step import make_step
 
 QUESTION, FOLLOW_UP = "What is in this picture?", "Which colours?"
@@ -267,7 +267,8 @@ def _measure_decoding(
     def sampler(logprobs: mx.array) -> mx.array:
         return mx.argmax(logprobs, axis=-1)
 
-    steps = decode(model.decoder, logits, state, prompt=inputs.input_ids[0], max_tokens=tokens + 2, sampler=sampler)
+    choose = Chooser(inputs.input_ids[0], sampler)
+    steps = decode(model.decoder, logits, state, max_tokens=tokens + 2, choose=choose)
     seconds = _time_of(steps, tokens) / tokens
     begin = time.thread_time()  # what follows is built only, and thrown away
     chosen, step = mx.array([0]), make_step(model.decoder, state)

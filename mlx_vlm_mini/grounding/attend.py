@@ -18,9 +18,11 @@ from mlx_vlm_mini.decoder.rope import turns_while_answering
 from mlx_vlm_mini.decoder.state import State
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.fusion import Encode
+from mlx_vlm_mini.generation.answering import Chunk
 from mlx_vlm_mini.generation.decode import prefill, wired_memory
 from mlx_vlm_mini.generation.features import Features
-from mlx_vlm_mini.generation.stream import Chunk, Options, stream_inputs
+from mlx_vlm_mini.generation.options import Options
+from mlx_vlm_mini.generation.stream import stream_inputs
 from mlx_vlm_mini.images.source import ImageSource
 from mlx_vlm_mini.inputs import InputImage, Inputs
 from mlx_vlm_mini.layers.kernels import kernels

@@ -11,7 +11,8 @@ from mlx_vlm_mini.decoder.masks import Rotating, Rows
 from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.generation.cache import KEEP, make_state
 from mlx_vlm_mini.generation.decode import prefill
-from mlx_vlm_mini.generation.stream import Options, stream_inputs
+from mlx_vlm_mini.generation.options import Options
+from mlx_vlm_mini.generation.stream import stream_inputs
 
 
 def check(chat, chunks, **kind):

@@ -55,7 +55,7 @@ def test_tokens_of_a_seed_are_independent(llava):
     """The seeds of an answer's tokens are as good as drawn ones: each of eight choices comes about equally often."""
     counts = np.zeros(8)
     even = mx.zeros((1, 8)) - mx.log(mx.array(8.0))
-    from mlx_vlm_mini.generation.stream import Options
+    from mlx_vlm_mini.generation.options import Options
 
     for seed in range(40):
         sampler = Options(temperature=1.0, seed=seed).make_sampler(8)

@@ -13,8 +13,9 @@ from mlx_vlm_mini.decoder.masks import Rows, causal_mask
 from mlx_vlm_mini.decoder.reading import Reading
 from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.families import llava as family
+from mlx_vlm_mini.generation.answering import _StopFilter
 from mlx_vlm_mini.generation.decode import prefill
-from mlx_vlm_mini.generation.stream import Options, _StopFilter
+from mlx_vlm_mini.generation.options import Options
 from mlx_vlm_mini.text.tokenizer import TextStream
 
 ASK = "What is in this image?"

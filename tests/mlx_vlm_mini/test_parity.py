@@ -14,9 +14,10 @@ from reference import CASES, GOLDEN, STEPS
 
 from mlx_vlm_mini import load
 from mlx_vlm_mini.decoder.state import State
-from mlx_vlm_mini.generation.decode import decode, prefill
+from mlx_vlm_mini.generation.decode import Chooser, decode, prefill
 from mlx_vlm_mini.generation.features import Features
-from mlx_vlm_mini.generation.stream import Options, stream_generate, stream_inputs
+from mlx_vlm_mini.generation.options import Options
+from mlx_vlm_mini.generation.stream import stream_generate, stream_inputs
 
 TOLERANCE = 1e-4
 every_case = pytest.mark.parametrize(("golden", "case"), CASES_OF_GOLDENS, indirect=["golden"], scope="module")
@@ -130,10 +131,8 @@ def test_cached_equals_uncached(golden):
     inputs = processor(with_paths(CASES["image"]))
     state = model.make_state()
     logits = prefill(model.decoder, model.read(inputs), state, step=7)
-    tokens = decode(
-        model.decoder, logits, state, prompt=mx.zeros(0, dtype=mx.int32), max_tokens=STEPS,
-        sampler=lambda logprobs: mx.argmax(logprobs, axis=-1),
-    )  # fmt: skip
+    choose = Chooser(mx.zeros(0, dtype=mx.int32), lambda logprobs: mx.argmax(logprobs, axis=-1))
+    tokens = decode(model.decoder, logits, state, max_tokens=STEPS, choose=choose)
     for token in tokens:
         fresh = log_softmax(model(inputs)[0, -1])
         assert int(fresh.argmax()) == token.id

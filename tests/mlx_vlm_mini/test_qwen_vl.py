@@ -30,7 +30,7 @@ from mlx_vlm_mini.decoder.decoder import logn_factors
 from mlx_vlm_mini.decoder.rope import make_rope, prompt_step
 from mlx_vlm_mini.errors import CheckpointError, PromptError, VLMError
 from mlx_vlm_mini.families import llava, qwen_vl
-from mlx_vlm_mini.generation.stream import Options
+from mlx_vlm_mini.generation.options import Options
 from mlx_vlm_mini.grounding.attend import find_boxes
 from mlx_vlm_mini.grounding.draw import COLOURS
 from mlx_vlm_mini.projectors.resampler import Resampler

@@ -1,0 +1,174 @@
+"""An answer's tokens become text: chunks, stop strings, finish reasons and statistics."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_vlm_mini.inputs import InputImage, Inputs
+from mlx_vlm_mini.model import VLM
+from mlx_vlm_mini.processor import Processor
+from mlx_vlm_mini.text.tokenizer import TextStream
+
+from .decode import Chooser, Token
+from .features import Features
+from .options import Options
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass
+class Stats:
+    """What an answer cost; grows while it is given.
+
+    Attributes:
+        prompt_tokens: tokens of the whole prompt, images included.
+        image_tokens: those that images fill.
+        cached_tokens: those that a conversation's cache already held.
+        encoded_images: images that the vision tower encoded; those that a conversation had encoded before are not.
+        context_limit: tokens that a conversation and its answer may have; None outside of one.
+        generated_tokens: tokens of the answer, the one that ended it included.
+        image_s: seconds to open, prepare and encode images and to tokenize the text.
+        prefill_s: seconds to read the prompt.
+        first_token_s: seconds from the call to the first token.
+        decode_s: seconds from the first token to the last.
+        peak_memory_bytes: MLX's peak, of the process.
+    """
+
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    cached_tokens: int = 0
+    encoded_images: int = 0
+    context_limit: int | None = None
+    generated_tokens: int = 0
+    image_s: float = 0.0
+    prefill_s: float = 0.0
+    first_token_s: float = 0.0
+    decode_s: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One token of an answer.
+
+    Attributes:
+        text: the text that the token completes; may be empty.
+        token: its id.
+        logprob: its log-probability under the model, before temperature and the like.
+        finish_reason: on the last chunk "stop" (an end token or a stop string) or "length", else None.
+        stats: the same object on every chunk, up to date.
+    """
+
+    text: str
+    token: int
+    logprob: float
+    finish_reason: FinishReason | None
+    stats: Stats
+
+
+@dataclass
+class _StopFilter:
+    """Holds text back while it may be the beginning of a stop string."""
+
+    stops: tuple[str, ...]
+    held: str = field(default="", init=False)
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """Text that may be shown, and whether a stop string came."""
+        self.held += text
+        found = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
+        if found:
+            shown, self.held = self.held[: min(found)], ""
+            return shown, True
+        keep = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        cut = len(self.held) - keep
+        shown, self.held = self.held[:cut], self.held[cut:]
+        return shown, False
+
+
+class Answering:
+    """One answer while it is given: what belongs to it whoever computes its tokens, alone or as a row of a batch.
+
+    Attributes:
+        choose: chooses its tokens.
+        stats: what it costs.
+    """
+
+    def __init__(
+        self,
+        model: VLM,
+        processor: Processor,
+        inputs: Inputs,
+        options: Options,
+        *,
+        begin: float,
+        features: Features,
+        cached: int = 0,
+        context: int | None = None,
+    ) -> None:
+        """
+        Args:
+            begin: `time.perf_counter()` at which the caller began.
+            features: where what images become is kept and found.
+            cached: tokens of the prompt that its state already holds.
+            context: for the statistics.
+        """
+        vocab_size = model.config.decoder.vocab_size
+        self.model, self.inputs, self.options = model, inputs, options
+        self.choose: Chooser = options.make_chooser(vocab_size, known_tokens(inputs, vocab_size))
+        self.stats = Stats(
+            prompt_tokens=len(inputs.slots),
+            image_tokens=int(inputs.slots.sum()),
+            cached_tokens=cached,
+            context_limit=context,
+        )
+        self._begin, self._features = begin, features
+        self._ends = processor.eos_token_ids | special_stops(processor, options.stops)
+        self._filter = _StopFilter((*options.stops, *processor.stops))
+        self._text = TextStream(processor.tokenizer)
+
+    def find(self, image: InputImage) -> mx.array:
+        """An image's features, encoded or found: float[tokens, C]."""
+        return self._features.encode(image, self._encode)
+
+    def _encode(self, image: InputImage) -> mx.array:
+        self.stats.encoded_images += 1
+        return self.model.encode(image)
+
+    def read_images(self) -> None:
+        """Note that images are encoded and the text is tokenized."""
+        self.stats.image_s = time.perf_counter() - self._begin
+
+    def chunk(self, token: Token) -> Chunk:
+        """What a token adds to the answer; the last one has a `finish_reason`."""
+        now, stats = time.perf_counter(), self.stats
+        stats.generated_tokens += 1
+        if stats.generated_tokens == 1:
+            stats.first_token_s = now - self._begin
+            stats.prefill_s = stats.first_token_s - stats.image_s
+        stats.decode_s = now - self._begin - stats.first_token_s
+        stats.peak_memory_bytes = mx.get_peak_memory()
+        ended = token.id in self._ends
+        text, stopped = self._filter.add("" if ended else self._text.add(token.id))
+        last = ended or stopped or stats.generated_tokens == self.options.max_tokens
+        if last and not stopped:
+            rest, stopped = self._filter.add(self._text.finish())
+            text += rest + ("" if stopped else self._filter.held)
+        reason: FinishReason | None = None if not last else "stop" if ended or stopped else "length"
+        return Chunk(text, token.id, token.logprob, reason, stats)
+
+
+def special_stops(processor: Processor, stops: Sequence[str]) -> set[int]:
+    """Ids of the stop strings that are special tokens: these never appear in an answer's text."""
+    found = {processor.tokenizer.token_to_id(stop) for stop in stops} - {None}
+    return {token for token in found if token is not None and not processor.tokenizer.decode([token])}
+
+
+def known_tokens(inputs: Inputs, vocab_size: int) -> mx.array:
+    """int[n]: a prompt's token ids that have a logit, which an image token's need not have."""
+    ids = np.array(inputs.input_ids[0])
+    return mx.array(ids[ids < vocab_size])

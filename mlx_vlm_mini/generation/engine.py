@@ -1,0 +1,342 @@
+"""Many requests at once: `Engine` for programs, `batch_generate` for scripts."""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_vlm_mini.errors import PromptError, VLMError
+from mlx_vlm_mini.images.source import ImageSource
+from mlx_vlm_mini.inputs import Inputs
+from mlx_vlm_mini.layers.memory import free_memory
+from mlx_vlm_mini.model import VLM
+from mlx_vlm_mini.processor import Processor
+from mlx_vlm_mini.text.messages import Prompt
+
+from .answering import Chunk, FinishReason, Stats
+from .batch import Batch, Job, Said
+from .decode import one_at_a_time
+from .features import FEATURE_MEMORY, Features
+from .options import Options
+from .prefixes import Prefixes
+
+SHARE = 0.5  # of the memory that is free, for keys and values
+PREFIX_SHARE = 0.25  # of these, for states of prompts that may come again
+
+
+def memory_budget() -> int:
+    """Bytes for keys and values: a share of what the device recommends on a GPU, of what is free on a CPU."""
+    if mx.default_device().type == mx.DeviceType.gpu:
+        recommended = mx.device_info().get("max_recommended_working_set_size")
+        if isinstance(recommended, int):
+            return int(SHARE * max(recommended - mx.get_active_memory(), 0))
+    return int(SHARE * free_memory())
+
+
+class Request:
+    """An answer that an `Engine` gives: iterate over its chunks (`for` or `async for`), or ask for its `result`.
+
+    Attributes:
+        cancelled: whether nobody wants it any more.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._chunks: queue.SimpleQueue[Chunk | VLMError] = queue.SimpleQueue()
+        self._wake = wake
+        self._job: Job | None = None
+        self._ended = False
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Want no more of it: its row is free after the step that is being computed."""
+        self.cancelled = True
+        if self._job is not None:
+            self._job.cancelled = True
+        self._chunks.put(PromptError("the request was cancelled"))
+        self._wake()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """The chunks of `stream_generate`.
+
+        Raises:
+            VLMError: the prompt, an image or the checkpoint is at fault, or the engine was closed.
+        """
+        while not self._ended:
+            found = self._chunks.get()
+            if self.cancelled:
+                return
+            yield self._take(found)
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        """The same, in an event loop."""
+        while not self._ended:
+            found = await asyncio.get_running_loop().run_in_executor(None, self._chunks.get)
+            if self.cancelled:
+                return
+            yield self._take(found)
+
+    def _take(self, found: Chunk | VLMError) -> Chunk:
+        if isinstance(found, VLMError):
+            self._ended = True
+            raise found
+        self._ended = found.finish_reason is not None
+        return found
+
+    def result(self) -> "Answer":
+        """The whole answer; its `error` says what went wrong."""
+        answer = Answer()
+        try:
+            for chunk in self:
+                answer.add(chunk)
+        except VLMError as error:
+            answer.error = str(error)
+        return answer
+
+
+@dataclass
+class Answer:
+    """A whole answer.
+
+    Attributes:
+        text: without what ended it.
+        token_ids: of all its tokens, the one that ended it included.
+        logprobs: of these.
+        finish_reason: "stop" or "length"; None where it failed.
+        stats: what it cost; None where it did not begin.
+        error: what went wrong, in a line; None where nothing did.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stats: Stats | None = None
+    error: str | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        """Append a chunk."""
+        self.text += chunk.text
+        self.token_ids.append(chunk.token)
+        self.logprobs.append(chunk.logprob)
+        self.finish_reason, self.stats = chunk.finish_reason, chunk.stats
+
+
+class Engine:
+    """Answers requests of many callers together (continuous batching), in a thread of its own.
+
+        with Engine(model, processor, batch_size=8) as engine:
+            request = engine.submit(messages, max_tokens=64)
+            for chunk in request: ...
+
+    Requests join the rows that are being decoded as soon as there is room, and leave when they end; a long prompt
+    delays the others by one chunk at a time. Prompts that begin alike, by text and pictures, share what was read.
+    """
+
+    def __init__(
+        self,
+        model: VLM,
+        processor: Processor,
+        *,
+        batch_size: int = 8,
+        memory: int | None = None,
+        feature_memory: int = FEATURE_MEMORY,
+        prefix_memory: int | None = None,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            batch_size: answers that are decoded together at most.
+            memory: bytes that their keys and values may take; by default half of what is free.
+            feature_memory: bytes of pixels and features that are kept for pictures that come again.
+            prefix_memory: bytes of states that are kept for prompts that begin alike; by default a quarter of `memory`.
+            options: defaults for every request, see `Options`.
+
+        Raises:
+            PromptError: an option makes no sense.
+        """
+        if type(batch_size) is not int or batch_size < 1:
+            raise PromptError(f"batch_size must be a whole number of 1 or more, not {batch_size!r}")
+        Options(**options)
+        self.model, self.processor, self.options = model, processor, options
+        budget = memory_budget() if memory is None else memory
+        prefixes = Prefixes(int(PREFIX_SHARE * budget) if prefix_memory is None else prefix_memory)
+        self._features = Features(feature_memory)
+        self._batch = Batch(
+            model, processor, size=batch_size, memory=budget, features=self._features, prefixes=prefixes
+        )
+        self._requests: dict[Job, Request] = {}
+        self._arrived: queue.SimpleQueue[tuple[Request, Job] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._opening = ThreadPoolExecutor(1, thread_name_prefix="mlx-vlm-mini-images")
+        self._thread = threading.Thread(target=self._run, name="mlx-vlm-mini-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, prompt: Prompt, *, images: Sequence[ImageSource] = (), **options: Any) -> Request:
+        """Have a prompt answered; returns at once.
+
+        Args:
+            prompt: a text, a list of texts and images in order, or OpenAI-style messages.
+            images: come before the text.
+            options: for this request, see `Options`.
+
+        Raises:
+            PromptError: an option makes no sense, or the engine is closed. What is wrong with the prompt itself is
+                raised where the request is read.
+        """
+        chosen, begin = Options(**{**self.options, **options}), time.perf_counter()
+        if self._closed:
+            raise PromptError("the engine is closed")
+        request = Request(lambda: self._arrived.put(None))
+
+        def arrive(prepared: "Future[Inputs]") -> None:
+            try:
+                job = Job(prepared.result(), chosen, begin, cancelled=request.cancelled)
+            except VLMError as error:
+                request._chunks.put(error)
+                return
+            except Exception as error:  # of this request alone: the others go on
+                request._chunks.put(VLMError(f"the prompt cannot be prepared: {error!r}"))
+                return
+            request._job = job
+            self._arrived.put((request, job))
+
+        self._opening.submit(self._prepare, prompt, images).add_done_callback(arrive)
+        return request
+
+    def _prepare(self, prompt: Prompt, images: Sequence[ImageSource]) -> Inputs:
+        inputs = self.processor(prompt, images)
+        mx.eval(inputs.input_ids)
+        return inputs
+
+    def close(self) -> None:
+        """End: requests that are not answered yet get an error."""
+        if self._closed:
+            return
+        self._closed = True
+        self._opening.shutdown(wait=True, cancel_futures=True)
+        self._arrived.put(None)
+        self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        """Steps of the batch, one after another; where there is nothing to do it waits for a request."""
+        while not self._closed:
+            self._take_in(wait=not self._batch.busy)
+            if self._closed or not self._batch.busy:
+                continue
+            try:
+                said = one_at_a_time(self._batch.step)
+            except Exception as error:  # a fault of the model ends what it was doing, not the engine
+                self._fail(error if isinstance(error, VLMError) else VLMError(f"the engine failed: {error!r}"))
+                continue
+            for job, found in said:
+                self._hand_over(job, found)
+        self._fail(PromptError("the engine was closed"))
+
+    def _take_in(self, *, wait: bool) -> None:
+        while True:
+            try:
+                arrived = self._arrived.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            if arrived is not None:
+                request, job = arrived
+                self._requests[job] = request
+                self._batch.add(job)
+
+    def _hand_over(self, job: Job, found: Chunk | VLMError) -> None:
+        request = self._requests[job]
+        request._chunks.put(found)
+        if isinstance(found, VLMError) or found.finish_reason is not None:
+            del self._requests[job]
+
+    def _fail(self, error: VLMError) -> None:
+        for job, request in self._requests.items():
+            job.cancelled = True
+            request._chunks.put(error)
+        self._requests.clear()
+        self._batch.clear()
+
+
+def batch_generate(
+    model: VLM,
+    processor: Processor,
+    prompts: Sequence[Prompt | Mapping[str, Any]],
+    *,
+    batch_size: int = 8,
+    memory: int | None = None,
+    features: Features | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> list[Answer]:
+    """Answer many prompts, several at a time.
+
+    Args:
+        prompts: as for `generate`, or `{"prompt": ..., "images": [...], ...}` with options of its own.
+        batch_size: answers that are decoded together at most.
+        memory: bytes that their keys and values may take; by default half of what is free.
+        features: where what images become is kept and found.
+        progress: called with the number of answers that are whole, and of all.
+        options: for all prompts, see `Options`.
+
+    Returns:
+        In the order of the prompts; one that fails has an `error` and does not stop the others.
+
+    Raises:
+        PromptError: an option makes no sense.
+    """
+    if type(batch_size) is not int or batch_size < 1:
+        raise PromptError(f"batch_size must be a whole number of 1 or more, not {batch_size!r}")
+    Options(**options)
+    kept, budget = features or Features(), memory_budget() if memory is None else memory
+    batch = Batch(
+        model, processor, size=batch_size, memory=budget, features=kept, prefixes=Prefixes(int(PREFIX_SHARE * budget))
+    )
+    answers = [Answer() for _ in prompts]
+    of: dict[Job, int] = {}
+    coming, done = iter(enumerate(prompts)), 0
+
+    def end(number: int) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, len(answers))
+
+    while True:
+        while batch.waiting < 2 and (following := next(coming, None)) is not None:  # pictures are opened when needed
+            number, prompt = following
+            begin = time.perf_counter()
+            own = dict(prompt) if isinstance(prompt, Mapping) and "prompt" in prompt else {"prompt": prompt}
+            try:
+                asked, images = own.pop("prompt"), own.pop("images", ())
+                job = Job(processor(asked, images), Options(**{**options, **own}), begin)
+            except (VLMError, TypeError) as error:
+                answers[number].error = str(error)
+                end(number)
+                continue
+            of[job] = number
+            batch.add(job)
+        if not batch.busy:
+            return answers
+        said: list[Said] = one_at_a_time(batch.step)
+        for job, found in said:
+            number = of[job]
+            if isinstance(found, VLMError):
+                answers[number].error = str(found)
+            else:
+                answers[number].add(found)
+            if isinstance(found, VLMError) or found.finish_reason is not None:
+                del of[job]
+                end(number)

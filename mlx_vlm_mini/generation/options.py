@@ -1,0 +1,101 @@
+"""How an answer is asked for: lengths, sampling, stops."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import mlx.core as mx
+
+from mlx_vlm_mini.borrow import borrow_uncompiled
+from mlx_vlm_mini.errors import PromptError
+
+from .decode import PREFILL_STEP, Chooser, LogitsProcessor, Sampler
+
+_MANY = 2**62
+_LIMITS: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, _MANY), "temperature": (1e-4, 1e4), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "top_k": (0, _MANY),
+    "repetition_penalty": (0.01, 100.0), "seed": (0, 2**64 - 1), "prefill_step": (1, _MANY),
+}  # fmt: skip
+_FAR = 0x9E3779B97F4A7C15  # an odd number near 2^64 divided by the golden ratio: no two seeds' tokens come near
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to answer.
+
+    Attributes:
+        max_tokens: tokens of an answer at most.
+        temperature: 0 always takes the likeliest token.
+        top_p, min_p, top_k, repetition_penalty: mlx-lm's samplers and penalty; at their defaults off.
+        seed: makes a sampled answer repeatable: its n-th token depends on the seed and n, whatever else draws numbers.
+        stop: texts that end the answer; they are not part of it.
+        sampler, logits_processors: own ones, in mlx-lm's form, in place of those above.
+        prefill_step: prompt tokens a chunk.
+        progress: called with prompt tokens read and prompt tokens in all.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 0.0
+    min_p: float = 0.0
+    top_k: int = 0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    sampler: Sampler | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
+    prefill_step: int = PREFILL_STEP
+    progress: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises PromptError where an option has another type, or is out of range."""
+        for name, (low, high) in _LIMITS.items():
+            value, whole = getattr(self, name), type(high) is int
+            if value is None and name in ("seed", "repetition_penalty"):
+                continue
+            number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not number or not (low <= value <= high or (name == "temperature" and value == 0)):
+                what, zero = "a whole number" if whole else "a number", "0, or " if name == "temperature" else ""
+                limit = f"of {low} or more" if high >= _MANY else f"between {low} and {high}"
+                raise PromptError(f"{name} must be {zero}{what} {limit}, not {value!r}")
+        if not isinstance(self.stop, str) and not (
+            isinstance(self.stop, Sequence) and all(isinstance(stop, str) for stop in self.stop)
+        ):
+            raise PromptError(f"stop must be a text or a list of texts, not {self.stop!r}")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return tuple(stop for stop in stops if stop)
+
+    def make_sampler(self, vocab_size: int) -> Sampler:
+        sampler, numbers = self.sampler or self._choose_sampler(vocab_size), count()
+        if self.seed is None:
+            return sampler
+        first = self.seed * _FAR
+
+        def seeded(logprobs: mx.array) -> mx.array:
+            mx.random.seed((first + next(numbers)) % 2**64)
+            return sampler(logprobs)
+
+        return seeded
+
+    def _choose_sampler(self, vocab_size: int) -> Sampler:
+        top_k = self.top_k if self.top_k < vocab_size else 0  # mlx-lm refuses what would leave nothing out
+        sampler: Sampler = borrow_uncompiled("sample_utils").make_sampler(
+            temp=self.temperature, top_p=self.top_p, min_p=self.min_p, top_k=top_k
+        )
+        return sampler
+
+    def make_logits_processors(self) -> Sequence[LogitsProcessor]:
+        if self.logits_processors is not None:
+            return self.logits_processors
+        processors: Sequence[LogitsProcessor] = borrow_uncompiled("sample_utils").make_logits_processors(
+            repetition_penalty=self.repetition_penalty
+        )
+        return processors
+
+    def make_chooser(self, vocab_size: int, prompt: mx.array) -> Chooser:
+        """What chooses the tokens of one answer; `prompt` int[L] is for the logits processors."""
+        greedy = self.sampler is None and self.temperature == 0
+        return Chooser(prompt, self.make_sampler(vocab_size), self.make_logits_processors(), greedy=greedy)

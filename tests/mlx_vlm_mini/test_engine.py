@@ -1,0 +1,280 @@
+"""Many requests at once: each answer is the one that its prompt gets alone."""
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import PHOTO, with_paths
+from goldens import SPECS
+from reference import CASES, GOLDEN
+
+from mlx_vlm_mini import Chat, Engine, batch_generate, load, stream_generate
+from mlx_vlm_mini.errors import PromptError, VLMError
+from mlx_vlm_mini.generation.batch import Batch, Job, bytes_per_token, can_be_row
+from mlx_vlm_mini.generation.features import Features
+from mlx_vlm_mini.generation.options import Options
+from mlx_vlm_mini.generation.prefixes import Prefixes
+
+SHAPES = GOLDEN / "shapes.png"
+
+
+def alone(model: Any, processor: Any, prompt: Any, **options: Any) -> tuple[list[int], list[float], str]:
+    chunks = list(stream_generate(model, processor, prompt, **options))
+    return [c.token for c in chunks], [c.logprob for c in chunks], "".join(c.text for c in chunks)
+
+
+def check(answer: Any, expected: tuple[list[int], list[float], str]) -> None:
+    assert answer.error is None and answer.finish_reason in ("stop", "length")
+    assert answer.token_ids == expected[0] and answer.text == expected[2]
+    np.testing.assert_allclose(answer.logprobs, expected[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_rows_of_every_family_equal_their_prompts_alone(name):
+    """Prompts of different lengths and pictures, in chunks of 9 tokens, answers of different lengths, three rows."""
+    model, processor = load(GOLDEN / name)
+    cases = sorted(SPECS[name].cases)
+    asked = [
+        {"prompt": with_paths(CASES[case]), "max_tokens": 3 + 5 * (number % 3), "prefill_step": 9}
+        for number, case in enumerate([*cases, *cases[:2]])
+    ]
+    answers = batch_generate(model, processor, asked, batch_size=3)
+    for answer, one in zip(answers, asked, strict=True):
+        check(answer, alone(model, processor, one["prompt"], max_tokens=one["max_tokens"]))
+
+
+def test_which_families_are_rows():
+    """Not those whose layers attend to images, nor those whose positions depend on the length."""
+    found = {name for name in SPECS if not can_be_row(load(GOLDEN / name)[0])}
+    assert found == {
+        "internvl-chat-internlm2",
+        "internvl-chat-phi3",
+        "mllama-meta",
+        "mllama-transformers",
+        "qwen-vl-chat",
+    }
+
+
+def test_sampling_seeds_stops_and_processors_are_each_rows_own(llava):
+    def forbid(tokens, logits):
+        return mx.where(mx.arange(logits.shape[-1]) == 5, -1e9, logits)
+
+    kinds = [
+        {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 4, "top_p": 0.9}, {"max_tokens": 2},
+        {"repetition_penalty": 1.5}, {"stop": ["e"]}, {"logits_processors": [forbid]}, {"temperature": 1.2, "seed": 3},
+    ]  # fmt: skip
+    asked = [{"prompt": ["Look", PHOTO], "max_tokens": 9, **kind} for kind in kinds]
+    for answer, one in zip(batch_generate(*llava, asked, batch_size=4), asked, strict=True):
+        own = {key: value for key, value in one.items() if key != "prompt"}
+        check(answer, alone(*llava, one["prompt"], **own))
+
+
+def test_one_that_fails_does_not_stop_the_others(llava):
+    calls: list[tuple[int, int]] = []
+    prompts = [
+        "Hi",
+        ["Look", GOLDEN / "missing.png"],
+        {"prompt": "Hi", "top_p": 7},
+        {"prompt": "Hi", "colour": 1},
+        ["Hi", PHOTO],
+    ]
+    found = batch_generate(*llava, prompts, max_tokens=3, progress=lambda *at: calls.append(at))
+    assert [answer.error is None for answer in found] == [True, False, False, False, True]
+    assert "missing.png" in found[1].error and "top_p" in found[2].error and found[1].text == ""
+    assert calls == [(n, 5) for n in range(1, 6)]
+    assert batch_generate(*llava, []) == []
+    for bad in (0, 1.5, "8"):
+        with pytest.raises(PromptError, match="batch_size must be a whole number of 1 or more"):
+            batch_generate(*llava, ["Hi"], batch_size=bad)
+    with pytest.raises(PromptError, match="max_tokens"):
+        batch_generate(*llava, ["Hi"], max_tokens=0)
+
+
+def test_a_failing_row_ends_alone(llava):
+    """Also in the middle: a processor that leaves no token, and numbers that are not finite."""
+    said: list[int] = []
+
+    def break_third(tokens, logits):
+        said.append(1)
+        return mx.full(logits.shape, float("nan")) if len(said) == 3 else logits
+
+    asked = [{"prompt": "Hi", "logits_processors": [break_third]}, {"prompt": ["Hi", PHOTO]}, {"prompt": "Why?"}]
+    found = batch_generate(*llava, asked, max_tokens=8)
+    assert "nan" in found[0].error and len(found[0].token_ids) == 2
+    for answer, one in zip(found[1:], asked[1:], strict=True):
+        check(answer, alone(*llava, one["prompt"], max_tokens=8))
+
+
+def test_requests_join_and_leave_while_others_are_answered(llava):
+    expected = {text: alone(*llava, [text, PHOTO], max_tokens=30) for text in ("One", "Two", "Three", "Four")}
+    with Engine(*llava, batch_size=2, max_tokens=30) as engine:
+        first = engine.submit(["One", PHOTO])
+        chunks = iter(first)
+        begun = [next(chunks) for _ in range(3)]
+        others = {text: engine.submit([text, PHOTO]) for text in ("Two", "Three", "Four")}
+        others["Two"].cancel()
+        found = {text: request.result() for text, request in others.items()}
+        rest = [*begun, *chunks]
+    assert [chunk.token for chunk in rest] == expected["One"][0]
+    check(found["Three"], expected["Three"])
+    check(found["Four"], expected["Four"])
+    assert len(found["Two"].token_ids) < 30 and found["Two"].finish_reason is None
+
+
+def test_a_cancelled_request_frees_its_row_within_a_step(llava):
+    model, processor = llava
+    batch = Batch(model, processor, size=2, memory=1 << 30, features=Features())
+    jobs = [Job(processor("Hi"), Options(max_tokens=50)) for _ in range(3)]
+    for job in jobs:
+        batch.add(job)
+    while batch.rows < 2:
+        batch.step()
+    jobs[0].cancelled = True
+    assert all(job is not jobs[0] for job, _ in batch.step())
+    for _ in range(2):
+        batch.step()
+    assert batch.rows == 2 and batch.waiting == 0  # the third took its place
+
+
+def test_a_long_prompt_delays_others_by_one_chunk(llava):
+    model, processor = llava
+    batch = Batch(model, processor, size=4, memory=1 << 30, features=Features())
+    short, long = (
+        Job(processor("Hi"), Options(max_tokens=60)),
+        Job(processor(["x " * 200]), Options(max_tokens=2, prefill_step=8)),
+    )
+    batch.add(short)
+    batch.step()
+    batch.add(long)
+    while batch.waiting or batch.rows < 2:
+        assert [job for job, _ in batch.step()][:1] == [short]  # a token of the short one after each chunk
+
+
+def test_rows_wait_for_memory(llava):
+    model, processor = llava
+    each = bytes_per_token(model.config.decoder, model.dtype)
+    config = model.config.decoder
+    assert each == config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    inputs = processor("Hi")
+    room = (len(inputs.slots) + 20) * each
+    batch = Batch(model, processor, size=8, memory=2 * room, features=Features())
+    for _ in range(5):
+        batch.add(Job(inputs, Options(max_tokens=20)))
+    most = 0
+    while batch.busy:
+        batch.step()
+        most = max(most, batch.rows)
+    assert most == 2
+    small = Batch(model, processor, size=8, memory=1, features=Features())  # one at a time is always let in
+    small.add(Job(inputs, Options(max_tokens=2)))
+    assert any(found for found in (small.step() for _ in range(3)))
+
+
+def test_prompts_that_begin_alike_are_read_once(llava):
+    model, processor = llava
+    with Engine(model, processor, max_tokens=4) as engine:
+        first = engine.submit([PHOTO, "What is it?"]).result()
+        again = engine.submit([PHOTO, "What is it?"]).result()
+        other = engine.submit([PHOTO, "Which colour?"]).result()
+        different = engine.submit([SHAPES, "Which colour?"]).result()
+    assert first.stats.cached_tokens == 0 and first.stats.encoded_images == 1
+    assert again.stats.cached_tokens == again.stats.prompt_tokens - 1
+    assert other.stats.cached_tokens > other.stats.image_tokens and other.stats.encoded_images == 0
+    assert different.stats.cached_tokens < different.stats.image_tokens and different.stats.encoded_images == 1
+    for answer, prompt in (
+        (again, [PHOTO, "What is it?"]),
+        (other, [PHOTO, "Which colour?"]),
+        (different, [SHAPES, "Which colour?"]),
+    ):
+        check(answer, alone(model, processor, prompt, max_tokens=4))
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "gemma3-hub", "paligemma-gemma", "internvl-rms-qwen3", "qllama"])
+def test_what_prefixes_find_is_exact(name):
+    model, processor = load(GOLDEN / name)
+    prompts = [
+        [PHOTO, "What is it?"],
+        [PHOTO, "Why is it so?"],
+        [SHAPES, "What is it?"],
+        [PHOTO, "What is it? Say more."],
+    ]
+    with Engine(model, processor, max_tokens=5) as engine:
+        for prompt in prompts:
+            check(engine.submit(prompt).result(), alone(model, processor, prompt, max_tokens=5))
+
+
+def test_prefixes_stay_within_their_memory(llava):
+    model, processor = llava
+    inputs = [processor(f"{word} " * 9) for word in ("a", "b", "c")]
+    states = []
+    for each in inputs:
+        state = model.make_state()
+        model(each, state)
+        state.evaluate()
+        states.append(state)
+    kept = Prefixes(2 * states[0].nbytes)
+    for each, state in zip(inputs, states, strict=True):
+        kept.add(each, state)
+        assert kept.nbytes <= kept.limit
+    assert kept.find(model, inputs[0])[1] < kept.find(model, inputs[2])[1] == len(inputs[2].slots) - 1
+    tiny = Prefixes(10)
+    tiny.add(inputs[0], states[0])
+    assert tiny.nbytes == 0
+
+
+def test_many_threads_submit_at_once(llava):
+    prompts = [f"Question {n}?" for n in range(10)]
+    expected = {prompt: alone(*llava, prompt, max_tokens=5) for prompt in prompts}
+    found: dict[str, Any] = {}
+    with Engine(*llava, batch_size=4, max_tokens=5) as engine:
+        threads = [threading.Thread(target=lambda p=p: found.update({p: engine.submit(p).result()})) for p in prompts]
+        chat = Chat(*llava, max_tokens=5)
+        for thread in threads:
+            thread.start()
+        beside = [chunk.token for chunk in chat.send(prompts[0])]
+        for thread in threads:
+            thread.join(60)
+    assert beside == expected[prompts[0]][0]
+    for prompt in prompts:
+        check(found[prompt], expected[prompt])
+
+
+def test_an_event_loop_reads_answers(llava):
+    async def ask(engine, prompt):
+        return [chunk.token async for chunk in engine.submit(prompt)]
+
+    async def both(engine):
+        return await asyncio.gather(ask(engine, "Hi"), ask(engine, ["Look", PHOTO]))
+
+    with Engine(*llava, max_tokens=6) as engine:
+        one, other = asyncio.run(both(engine))
+    assert one == alone(*llava, "Hi", max_tokens=6)[0] and other == alone(*llava, ["Look", PHOTO], max_tokens=6)[0]
+
+
+def test_errors_come_where_the_request_is_read(llava):
+    with Engine(*llava, max_tokens=4) as engine:
+        bad = engine.submit(["Look", GOLDEN / "missing.png"])
+        good = engine.submit("Hi")
+        with pytest.raises(VLMError, match="missing.png"):
+            list(bad)
+        check(good.result(), alone(*llava, "Hi", max_tokens=4))
+        with pytest.raises(PromptError, match="temperature"):
+            engine.submit("Hi", temperature=-1)
+        assert "missing" in engine.submit(GOLDEN / "missing.png").result().error
+    with pytest.raises(PromptError, match="the engine is closed"):
+        engine.submit("Hi")
+    engine.close()  # twice does nothing
+
+
+def test_closing_ends_what_is_open(llava):
+    engine = Engine(*llava, batch_size=1, max_tokens=100_000)
+    open_, waiting = engine.submit("Hi"), engine.submit("Why?")
+    next(iter(open_))
+    engine.close()
+    assert "closed" in (waiting.result().error or "")
+    begin = time.perf_counter()
+    assert "closed" in open_.result().error and time.perf_counter() - begin < 5
