@@ -16,7 +16,7 @@ _WRITTEN = "\ue000image\ue001"  # in place of an image token that the assistant 
 
 def find_chat_template(folder: Path) -> str | None:
     """The checkpoint's chat template: chat_template.jinja, chat_template.json, processor_config.json or
-    tokenizer_config.json, in this order; of several named ones `default`.
+    tokenizer_config.json, in this order; of several named ones `default`, else `chat`, else the first.
 
     Raises:
         CheckpointError: one of the files is broken.
@@ -34,7 +34,8 @@ def find_chat_template(folder: Path) -> str | None:
                 entries = [entry for entry in template if isinstance(entry, dict)]
                 template = {entry.get("name"): entry.get("template") for entry in entries}
             if isinstance(template, Mapping):
-                template = template.get("default")
+                named = {name: text for name, text in template.items() if isinstance(text, str)}
+                template = next((named[name] for name in ("default", "chat", *named) if name in named), None)
             if isinstance(template, str):
                 return template
     return None

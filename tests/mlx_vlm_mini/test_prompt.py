@@ -163,6 +163,10 @@ def test_the_files_a_template_can_come_from(copy_of):
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     edit_json(folder / "tokenizer_config.json", chat_template=named)
     assert find_chat_template(folder) == "yes"
+    for names in (("rag", "chat"), ("chat", "rag"), ("rag",)):
+        named = {name: f"for {name}" for name in names}
+        edit_json(folder / "tokenizer_config.json", chat_template=named)
+        assert find_chat_template(folder) == ("for chat" if "chat" in names else "for rag")
     edit_json(folder / "tokenizer_config.json", chat_template=...)
     assert find_chat_template(folder) is None
 
