@@ -211,11 +211,17 @@ class Checkpoint:
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """The quantization of config.json in mlx-lm's form, None where nothing is quantized."""
+        """The quantization of config.json in mlx-lm's form, None where nothing is quantized.
+
+        Raises:
+            CheckpointError: another tool quantized the checkpoint.
+        """
         quantization, other = self.config.get("quantization"), self.config.get("quantization_config")
         if not isinstance(quantization, Mapping | None) or not isinstance(other, Mapping | None):
             raise CheckpointError(f"{self.folder}/config.json: quantization must be an object")
         if quantization is None and other is not None:
+            if other.get("quant_method", "mlx") == "mlx" and {"bits", "group_size"} <= other.keys():
+                return other
             method = other.get("quant_method", "unknown")
             raise CheckpointError(
                 f"{self.folder} is quantized by '{method}', which MLX does not read; use the original weights"
