@@ -86,8 +86,11 @@ def plan(checkpoint: Checkpoint) -> Plan:
 def eos_token_ids(
     checkpoint: Checkpoint, tokenizer: Tokenizer, end_token: str | tuple[str, ...] | None = None
 ) -> frozenset[int]:
-    """The ids that end an answer: of `end_token`, one or several, else of generation_config.json, else of config.json,
-    else of the tokenizer's `eos_token`."""
+    """The ids that end an answer: of `end_token`, one or several; else the tokenizer's `eos_token` and those of
+    generation_config.json, or where that names none (nothing, `[]`, -1) of config.json.
+
+    Chat models end a turn with the first, and some files list only what ends a document.
+    """
     if end_token is not None:
         ends: set[int] = set()
         for each in (end_token,) if isinstance(end_token, str) else end_token:
@@ -98,15 +101,17 @@ def eos_token_ids(
         return frozenset(ends)
     text = checkpoint.config.get("text_config") or {}
     file = checkpoint.folder / GENERATION
+    eos = tokenizer.token_to_id(tokenizer.special_tokens.get("eos_token", ""))
+    own = frozenset() if eos is None else frozenset([eos])
     for source in (read_json(file) if file.is_file() else {}, checkpoint.config, text):
         found = source.get("eos_token_id")
         if found is not None:
             ids = found if isinstance(found, list) else [found]
-            if not all(isinstance(token, int) for token in ids):
+            if not all(type(token) is int for token in ids):
                 raise CheckpointError(f"{checkpoint.folder}: eos_token_id must be a token id or a list, not {found!r}")
-            return frozenset(ids)
-    eos = tokenizer.token_to_id(tokenizer.special_tokens.get("eos_token", ""))
-    return frozenset() if eos is None else frozenset([eos])
+            if any(token >= 0 for token in ids):
+                return own.union(token for token in ids if token >= 0)
+    return own
 
 
 def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> ImageSettings | None:
