@@ -240,8 +240,9 @@ def load(
     """Load a model and its processor.
 
     Args:
-        name: a checkpoint folder, or a name on the Hugging Face Hub such as "llava-hf/llava-1.5-7b-hf"; by default the
-            small demonstration model that comes with the package.
+        name: a checkpoint folder, or a name on the Hugging Face Hub such as "llava-hf/llava-1.5-7b-hf", behind which a
+            folder inside it may follow, or the address of its page; by default the small demonstration model that
+            comes with the package.
         revision: branch, tag or commit on the Hub.
         dtype: type to compute in; by default the checkpoint's on a GPU and float32 on a CPU.
         min_tiles, max_tiles: tiles of an image, without its thumbnail, in families that cut one into a grid of its

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_mini.errors import CheckpointError, VLMError
+from mlx_vlm_mini.files import check_pointer
 
 MOST_TOKENS = 2_000_000  # of a vocabulary; the largest that are known have a quarter of a million
 LONGEST_TOKEN = 1000  # characters: the ways to join one are as many
@@ -45,8 +46,10 @@ def library_errors(what: str, *, but: tuple[type[Exception], ...] = ()) -> Itera
 
 
 def check_size(file: Path) -> None:
-    """Raises CheckpointError where a file that the library reads is larger than any vocabulary."""
+    """Raises CheckpointError where a file that the library reads is larger than any vocabulary, or no vocabulary."""
     size = file.stat().st_size
+    if size < 1000:
+        check_pointer(file.read_bytes(), file)
     if size > _LARGEST:
         raise CheckpointError(f"{file} has {size >> 20} MB, at most {_LARGEST >> 20} MB are read")
 
