@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -17,6 +17,7 @@ from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.files import read_json
 
 from .bytelevel import MERGES, VOCABULARY, read_byte_level
+from .literal import MARK, unmark
 from .patterns import check_patterns, check_size, library_errors
 from .ranks import RANKS, read_tiktoken
 from .sentencepiece import Prefix, build_backend, read_sentencepiece
@@ -44,6 +45,7 @@ class Tokenizer:
     def __init__(self, backend: Backend, special_tokens: dict[str, str]) -> None:
         self.backend = backend
         self.special_tokens = special_tokens
+        self._literal: _Literal | None = None
         # The library keeps what words became: 10,000 of them, and where nothing splits a text before (Llama) all of it
         # is a word, of 7 KB. So each message of a long conversation stayed.
         limit = getattr(backend.model, "_resize_cache", None)
@@ -56,17 +58,41 @@ class Tokenizer:
         Raises:
             PromptError: the text holds what no UTF-8 gives (a lone surrogate).
         """
-        ids: list[int] = self._encoding(text, add_special_tokens).ids
-        return ids
+        return self._encoding(text, add_special_tokens).ids
 
-    def _encoding(self, text: str, add_special_tokens: bool) -> Any:
+    def controls(self, kept: str | None = None, *, template: str = "", served: str | None = None) -> frozenset[str]:
+        """The tokens that only a chat template may write: the special ones, and others of the form `<|...|>` that it
+        names, since some files do not call theirs special.
+
+        Args:
+            kept: expression for those that are language, which people may write, too.
+            template: the chat template.
+            served: expression for tokens that are none of these, but that people may not write here.
+        """
+        named = set(self.special_tokens.values())
+        found = set()
+        for token in self.backend.get_added_tokens_decoder().values():
+            text = token.content
+            if not text.strip() or (kept is not None and re.fullmatch(kept, text)):
+                continue
+            marks_roles = re.fullmatch(r"<\|[^|]+\|>", text) is not None and text in template
+            if token.special or text in named or marks_roles or (served is not None and re.fullmatch(served, text)):
+                found.add(text)
+        return frozenset(found)
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> "_Encoding":
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError:
                 raise PromptError("the prompt is not valid UTF-8 text") from None
-        with library_errors(f"the tokenizer cannot read {text[:40]!r}"):
-            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        with library_errors(f"the tokenizer cannot read {unmark(text[:40])!r}"):
+            if MARK in text:
+                if self._literal is None:
+                    self._literal = _Literal(self.backend)
+                return self._literal.encode(text, add_special_tokens)
+            found = self.backend.encode(text, add_special_tokens=add_special_tokens)
+            return _Encoding(found.ids, found.offsets)
 
     def has_bos(self, text: str, image_token: str) -> bool:
         """Whether a prompt has a `bos_token` in front, of which images may stand."""
@@ -124,6 +150,69 @@ class Tokenizer:
             return None
         found: str | None = self.backend.id_to_token(token_id)
         return found
+
+
+class _Encoding(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class _Literal:
+    """A tokenizer for texts with marks: what is marked is text to it, every other token is what it always is.
+
+    It shares its vocabulary and all its steps with `backend`, but knows its added tokens by another text, with the
+    mark in front; the tokens that a text has without a mark inside are written so.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = Backend(backend.model)
+        for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            if getattr(backend, step) is not None:
+                setattr(self._backend, step, getattr(backend, step))
+        self._known: dict[str, tuple[int, str]] = {}  # text -> id, expression
+        added = []
+        for token_id, token in sorted(backend.get_added_tokens_decoder().items()):
+            text, options = token.content, {"lstrip": token.lstrip, "rstrip": token.rstrip}
+            if any(map(str.isalnum, text)) or (token.special and text.strip()):
+                bounds = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
+                self._known[text] = token_id, f"{bounds[0]}{re.escape(text)}{bounds[1]}(?!{MARK})"
+                token = AddedToken(MARK + text, special=True, normalized=False, **options)
+            added.append((token_id, token))
+        self._backend.add_tokens([token for _, token in added])
+        self._ids = {self._backend.token_to_id(token.content): token_id for token_id, token in added}
+        self._own = {token_id: text for text, (token_id, _) in self._known.items()}
+
+    def encode(self, text: str, add_special_tokens: bool) -> _Encoding:
+        """Ids of a text with marks; offsets are into it as it is."""
+        present = sorted((token for token in self._known if token in text), key=len, reverse=True)
+        pattern = "|".join([MARK, *(self._known[token][1] for token in present)])
+        written: list[str] = []
+        places: list[int] = []  # of each character written, in the text
+        end = 0
+        for match in re.finditer(pattern, text):
+            written.append(text[end : match.start()])
+            places += range(end, match.start())
+            end = match.end()
+            if match[0] != MARK:
+                written.append(MARK + match[0])
+                places += [match.start()] * len(MARK) + list(range(match.start(), end))
+        whole = "".join([*written, text[end:]])
+        places += range(end, len(text) + 1)
+        found = self._backend.encode(whole, add_special_tokens=add_special_tokens)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for token_id, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            place = (places[start], places[stop - 1] + 1) if stop > start else (places[start], places[start])
+            if token_id in self._ids and (MARK in whole[start:stop] or token_id not in self._own):
+                more = [self._ids[token_id]]
+            elif token_id in self._own and stop > start:  # the vocabulary itself joined its characters
+                letters = [each.id for letter in self._own[token_id] for each in self._backend.model.tokenize(letter)]
+                more = [each for each in letters if each not in self._own]
+            else:
+                more = [token_id]
+            ids += more
+            offsets += [place] * len(more)
+        return _Encoding(ids, offsets)
 
 
 class TextStream:

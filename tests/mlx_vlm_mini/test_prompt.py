@@ -125,8 +125,10 @@ def test_more_images_than_the_template_has_room_for():
 
 def test_an_image_token_in_the_text_is_no_image(llava):
     _, processor = llava
-    with pytest.raises(PromptError, match="1 places for an image .*0 images"):
-        processor("What does <image> mean?")
+    assert not processor("What does <image> mean?").slots.any()
+    inputs = processor("What does <image> mean?", [PHOTO])
+    assert inputs.slots.sum() == (np.array(inputs.input_ids) == processor.image_token_id).sum()
+    assert inputs.slots.sum() == processor("What?", [PHOTO]).slots.sum()
 
 
 def test_text_that_is_no_text(llava):
