@@ -18,7 +18,15 @@ from mlx_vlm_mini.files import read_json
 
 from .bytelevel import MERGES, VOCABULARY, read_byte_level
 from .literal import MARK, unmark
-from .patterns import check_patterns, check_size, library_errors
+from .patterns import (
+    LONGEST_TOKEN,
+    check_growth,
+    check_patterns,
+    check_size,
+    check_strings,
+    library_errors,
+    longest_replacement,
+)
 from .ranks import RANKS, read_tiktoken
 from .sentencepiece import Prefix, build_backend, read_sentencepiece
 from .wordpieces import WORDS, read_word_pieces
@@ -303,12 +311,15 @@ def _class_of(settings: dict[str, Any]) -> str:
 
 def _from_json(file: Path) -> Backend:
     check_size(file)
+    check_strings(file)
     with library_errors(f"{file} is broken"):
         backend = Backend.from_file(str(file))
     if len(backend.get_added_tokens_decoder()) > MOST_ADDED:
         raise CheckpointError(f"{file} adds more than {MOST_ADDED:,} tokens to its vocabulary")
     for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
         check_patterns(part, file)
+    for part in (backend.normalizer, backend.decoder, backend.post_processor):
+        check_growth(part, file)
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -331,6 +342,8 @@ def _from_sentencepiece(folder: Path, settings: dict[str, Any], special: dict[st
             "tokenizer.json with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     model = read_sentencepiece(file)
+    if longest_replacement(model.charsmap) > LONGEST_TOKEN:
+        raise CheckpointError(f"{file} puts more than {LONGEST_TOKEN:,} bytes in place of a character")
     added = settings.get("added_tokens_decoder") or {}
     names = {int(token_id): _text_of(entry) for token_id, entry in added.items()}
     legacy = settings.get("legacy") is not False

@@ -108,7 +108,7 @@ WHOLE = (FOLDER / "spaces.model").read_bytes()
     ("data", "message"),
     [
         (b"", "is no SentencePiece model"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is no SentencePiece model"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         (WHOLE[:-3], "is no SentencePiece model"),
         (WHOLE[:700], "is no SentencePiece model"),
         (b"\x0a\x05\x0a\x03\xff\xfe\xfd", "is no SentencePiece model"),  # a piece that is no UTF-8
