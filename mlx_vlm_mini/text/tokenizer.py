@@ -352,6 +352,10 @@ def _from_sentencepiece(folder: Path, settings: dict[str, Any], special: dict[st
     backend = build_backend(model, prefix=prefix, names={i: name for i, name in names.items() if isinstance(name, str)})
     for key, text in _CLASS_DEFAULTS["LlamaTokenizer"].items():
         special.setdefault(key, text)
+    if (
+        backend.token_to_id(special["unk_token"]) is not None
+    ):  # a token in texts, as in transformers' and in tokenizer.json
+        backend.add_special_tokens([special["unk_token"]])
     before = [special["bos_token"]] if settings.get("add_bos_token") is not False else []
     behind = [special["eos_token"]] if settings.get("add_eos_token") else []
     backend.add_special_tokens([text for text in (*before, *behind) if backend.token_to_id(text) is None])
