@@ -39,9 +39,7 @@ _MOST_BYTES = {**dict.fromkeys(_SETTINGS, 32 * 2**20), **dict.fromkeys(_VOCABULA
 """The small files that are fetched from the Hub, and how large each may be: what is read here, and no more of it."""
 INSTRUCTIONS = "qformer_tokenizer"
 """A folder in InstructBLIP's, with its Q-Former's tokenizer."""
-WEIGHT_FILES = ("model*.safetensors",)
-PICKLED_FILES = ("pytorch_model*.bin",)
-"""Fetched where there are no others."""
+_PART_OF = "{} is in the Hub's cache in part alone, and the Hub cannot be reached for the rest"
 
 
 class HubName(NamedTuple):
@@ -163,9 +161,9 @@ def find_folder(name: str | Path, *, revision: str | None = None, weights: bool 
             _download(place, commit_of(folder), more)
         if not weights:
             return folder
-        if sizes is None:  # the Hub was not reached
+        if sizes is None:
             if not has_weights(folder):
-                _download(place, revision, [*WEIGHT_FILES, *PICKLED_FILES])  # says why
+                raise CheckpointError(_PART_OF.format(name))
             return folder
         chosen = _tensor_files(place, sizes, folder)
         if not all((folder / file).is_file() for file in chosen):
@@ -311,7 +309,7 @@ def fetch_headers(name: str, folder: Path, *, revision: str | None = None) -> li
 
         sizes = _list(place, revision)
         if sizes is None:
-            raise CheckpointError(f"{name} is not in the Hub's cache as a whole, and the Hub cannot be reached")
+            raise CheckpointError(_PART_OF.format(name))
         headers: list[Header] = []
         for file in _tensor_files(place, sizes, folder):
             shown, there = Path(name) / file, place.inside(file)

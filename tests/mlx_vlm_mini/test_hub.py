@@ -77,6 +77,16 @@ def test_no_network(hub):
         assert "nor in the Hub's cache, and the Hub cannot be reached" in failed.stderr
 
 
+def test_no_network_and_half_of_a_model(hub):
+    _, run = hub
+    assert run("info", NAME).returncode == 0
+    for command in (["generate", NAME, "-p", "x"], ["info", NAME, "--check"]):
+        failed = run(*command, HF_HUB_OFFLINE="1")
+        assert failed.returncode == 1 and failed.stderr == (
+            f"Error: {NAME} is in the Hub's cache in part alone, and the Hub cannot be reached for the rest\n"
+        )
+
+
 def test_one_file_by_its_address(hub, tmp_path):
     """The mask decoder, of a Space; asked for in a process of its own, whose Hub is the stand-in."""
     kind, run = hub
