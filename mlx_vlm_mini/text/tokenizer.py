@@ -5,6 +5,7 @@ transformers' AutoTokenizer would import torch wherever it is installed; the fil
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,31 +178,40 @@ class _Literal:
         for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
             if getattr(backend, step) is not None:
                 setattr(self._backend, step, getattr(backend, step))
-        self._known: dict[str, tuple[int, str]] = {}  # text -> id, expression
+        self._known: dict[str, str] = {}  # tokens that go by another text -> expression
+        self._texts: dict[int, str] = {}  # of added tokens but spaces
+        steps = backend.normalizer
+        keeps_mark = steps is None or MARK in steps.normalize_str(MARK)
         added = []
         for token_id, token in sorted(backend.get_added_tokens_decoder().items()):
-            text, options = token.content, {"lstrip": token.lstrip, "rstrip": token.rstrip}
+            text = token.content
             if any(map(str.isalnum, text)) or (token.special and text.strip()):
-                bounds = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
-                self._known[text] = token_id, f"{bounds[0]}{re.escape(text)}{bounds[1]}(?!{MARK})"
-                token = AddedToken(MARK + text, special=True, normalized=False, **options)
+                self._texts[token_id] = text
+                # Where a normalizer puts a space in front, Llama's, one that is normalized may be found nowhere else.
+                if steps is None or not token.normalized or token_id in backend.encode(f"a{text}a").ids:
+                    bounds = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
+                    self._known[text] = f"{bounds[0]}{re.escape(text)}{bounds[1]}(?!{MARK})"
+                    options = {"lstrip": token.lstrip, "rstrip": token.rstrip, "special": True}
+                    token = AddedToken(MARK + text, normalized=token.normalized and keeps_mark, **options)
             added.append((token_id, token))
         self._backend.add_tokens([token for _, token in added])
         self._ids = {self._backend.token_to_id(token.content): token_id for token_id, token in added}
-        self._own = {token_id: text for text, (token_id, _) in self._known.items()}
 
     def encode(self, text: str, add_special_tokens: bool) -> _Encoding:
         """Ids of a text with marks; offsets are into it as it is."""
         present = sorted((token for token in self._known if token in text), key=len, reverse=True)
-        pattern = "|".join([MARK, *(self._known[token][1] for token in present)])
+        pattern = "|".join([MARK, *(self._known[token] for token in present)])
         written: list[str] = []
+        cuts: list[int] = []  # where marks were
         places: list[int] = []  # of each character written, in the text
         end = 0
         for match in re.finditer(pattern, text):
             written.append(text[end : match.start()])
             places += range(end, match.start())
             end = match.end()
-            if match[0] != MARK:
+            if match[0] == MARK:
+                cuts.append(len(places))
+            else:
                 written.append(MARK + match[0])
                 places += [match.start()] * len(MARK) + list(range(match.start(), end))
         whole = "".join([*written, text[end:]])
@@ -211,13 +221,16 @@ class _Literal:
         offsets: list[tuple[int, int]] = []
         for token_id, (start, stop) in zip(found.ids, found.offsets, strict=True):
             place = (places[start], places[stop - 1] + 1) if stop > start else (places[start], places[start])
-            if token_id in self._ids and (MARK in whole[start:stop] or token_id not in self._own):
-                more = [self._ids[token_id]]
-            elif token_id in self._own and stop > start:  # the vocabulary itself joined its characters
-                letters = [each.id for letter in self._own[token_id] for each in self._backend.model.tokenize(letter)]
-                more = [each for each in letters if each not in self._own]
+            own = self._ids.get(token_id, token_id)
+            known = self._texts.get(own) in self._known
+            if known and MARK in whole[start:stop]:
+                more = [own]
+            elif stop > start and own in self._texts and (known or bisect_right(cuts, start) < bisect_left(cuts, stop)):
+                # The vocabulary itself joined the characters, or the token is found by its own text.
+                letters = [each.id for letter in self._texts[own] for each in self._backend.model.tokenize(letter)]
+                more = [each for each in letters if each not in self._texts]
             else:
-                more = [token_id]
+                more = [own]
             ids += more
             offsets += [place] * len(more)
         return _Encoding(ids, offsets)

@@ -5,6 +5,7 @@ import pytest
 from checkpoints import PHOTO
 from PIL import Image
 from reference import GOLDEN
+from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
@@ -131,3 +132,20 @@ def test_the_vocabulary_may_join_the_characters_of_a_token():
     tokenizer = Tokenizer(backend, {})
     assert tokenizer.encode("a</s>") == [7, 6]
     assert tokenizer.encode(f"a<{MARK}/s></s>") == [7, 0, 1, 2, 3, 6]
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("prepend", [True, False])
+def test_tokens_that_are_looked_for_in_normalized_text(normalized, prepend):
+    """As in Llama's first files, where a normalizer puts a space in front of every text, and so of the token, too."""
+    letters = "▁as</>"
+    backend = Backend(BPE({text: number for number, text in enumerate([*letters, "</s>"])}, []))
+    steps = [normalizers.Replace(" ", "▁"), *([normalizers.Prepend("▁")] if prepend else [])]
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.add_tokens([AddedToken("</s>", special=True, normalized=normalized)])
+    tokenizer = Tokenizer(backend, {})
+    end = len(letters)
+    for text in ("a</s>a", "a </s> a", "</s>", "s a</s>"):
+        expected = tokenizer.encode(f"{text}aa")
+        assert tokenizer.encode(f"{text}a{MARK}a") == expected
+        assert end not in tokenizer.encode(text.replace("</", f"<{MARK}/"))
