@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_vlm_mini.checkpoints.assembly import Assembly, open_model
 from mlx_vlm_mini.checkpoints.folder import Checkpoint
-from mlx_vlm_mini.checkpoints.hub import is_hub_name, known_sha256
+from mlx_vlm_mini.checkpoints.hub import commit_of, is_hub_name, known_sha256
 from mlx_vlm_mini.errors import CheckpointError
 
 
@@ -72,7 +72,7 @@ def find_source(name: str | Path, revision: str | None, **parts: Any) -> Source:
         CheckpointError: there is no such checkpoint, or the Hub does not give it.
     """
     checkpoint = open_model(name, revision=revision, weights=False, **parts)
-    commit = checkpoint.folder.name if isinstance(name, str) and is_hub_name(name) else None
+    commit = commit_of(checkpoint.folder) if isinstance(name, str) and is_hub_name(name) else None
     whole = all(info.file.is_file() for info in checkpoint.tensors.values())
     return Source(str(name), commit, parts, checkpoint, whole)
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlx_vlm_mini import __version__
+from mlx_vlm_mini.checkpoints.hub import parse_hub_name
 from mlx_vlm_mini.errors import CheckpointError
 
 from .conversion import Report
@@ -67,9 +68,10 @@ def _errors(consequence: str) -> Iterator[None]:
 def _model_card(report: Report, repo: str) -> str:
     from huggingface_hub import HfApi, ModelCardData
 
-    base: dict[str, Any] = {} if report.revision is None else {"base_model": report.source}
-    if base:
-        source = HfApi().model_info(report.source, revision=report.revision).card_data
+    place = parse_hub_name(report.source) if report.revision is not None else None
+    base: dict[str, Any] = {} if place is None else {"base_model": place.repo}
+    if place is not None:
+        source = HfApi().model_info(place.repo, revision=report.revision).card_data
         if source is not None and source.license is not None:
             base["license"] = source.license
     data = ModelCardData(library_name="mlx", pipeline_tag="image-text-to-text", tags=["mlx"], **base)

@@ -64,6 +64,7 @@ def read_bytes(file: Path, most: int = _LARGEST) -> bytes:
             raise CheckpointError(f"{file} is no regular file")
         with file.open("rb") as stream:
             content = stream.read(most + 1)
+        check_pointer(content[:100], file)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -71,6 +72,17 @@ def read_bytes(file: Path, most: int = _LARGEST) -> bytes:
     if len(content) > most:
         raise CheckpointError(f"{file} has more than {most >> 20} MB, which no model's has: it was not read")
     return content
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_pointer(start: bytes, file: Path) -> None:
+    """Raises CheckpointError where a file begins as what Git LFS puts in its place; 8 bytes are enough to tell."""
+    if len(start) >= 8 and start[: len(_POINTER)] == _POINTER[: len(start)]:
+        raise CheckpointError(
+            f"{file} is a Git LFS pointer, not the file that it names: run `git lfs pull` in its folder"
+        )
 
 
 def _check_size(content: bytes, file: Path) -> bytes:

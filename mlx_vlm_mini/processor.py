@@ -18,6 +18,7 @@ from mlx_vlm_mini.preprocessing.settings import ImageSettings
 from mlx_vlm_mini.preprocessing.splits import Splits
 from mlx_vlm_mini.preprocessing.tiles import Tiles
 from mlx_vlm_mini.preprocessing.video import VideoLayout, VideoSettings, read_clip
+from mlx_vlm_mini.text.literal import mark
 from mlx_vlm_mini.text.messages import Message, Prompt, images_of, text_of, to_messages
 from mlx_vlm_mini.text.template import ChatTemplate
 from mlx_vlm_mini.text.tokenizer import Tokenizer
@@ -57,7 +58,7 @@ class PreparedImage:
         return self.pixel_values.nbytes + (0 if self.among is None else self.among.nbytes)
 
 
-_NO_IMAGE = "\ue002"  # in place of the image token of a model that reads text alone
+_NO_IMAGE = "\ue002\ue003"  # in place of the image token of a model that reads text alone
 
 
 def without_data(picture: Picture) -> Picture:
@@ -116,6 +117,7 @@ class Processor:
         self.image_token, self.image_token_id = token, token_id
         self.video_token: str | None = getattr(family, "VIDEO_TOKEN", None)
         place = config.image_place or token
+        self._own_tokens: dict[bool, frozenset[str]] = {}
         self.chat_template = ChatTemplate(chat_template, tokenizer.special_tokens, place, self.video_token)
 
     def limit_tiles(self, fewest: int | None = None, most: int | None = None) -> None:
@@ -243,10 +245,14 @@ class Processor:
     ) -> tuple[str, list[bool]]:
         """The prompt's text with an image token for every feature row, and of each whether it is an image's.
 
+        Tokens that a message has in its own text come with a mark inside (`text.literal`), which `tokenize` reads.
+
         Args:
             prepared: the images of the messages, in order.
         """
-        text, *rest = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        text, *rest = self.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, controls=self._controls()
+        )
         slots = [False] * text.count(self.image_token)
         for image, piece in zip(self.forms(prepared), rest, strict=True):
             slots += [True] * image.text.count(self.image_token) + [False] * piece.count(self.image_token)
@@ -255,6 +261,16 @@ class Processor:
                 text, piece = text.removesuffix(before), piece.removeprefix(behind)
             text += image.text + piece
         return text, slots
+
+    def _controls(self) -> frozenset[str]:
+        """The tokens that are text where a message has them in its own."""
+        served = not self.access.files
+        if served not in self._own_tokens:
+            language = getattr(self.family, "PROMPT_LANGUAGE", None)
+            kept, barred = (None, language) if served else (language, None)
+            template = self.chat_template.source
+            self._own_tokens[served] = self.tokenizer.controls(kept, template=template, served=barred)
+        return self._own_tokens[served]
 
     def tokenize(self, text: str, slots: Sequence[bool]) -> tuple[list[int], list[tuple[int, int]], np.ndarray]:
         """Token ids of a whole prompt as `expand` gives it, where each token's text begins and ends, and bool[L]: at
@@ -294,7 +310,8 @@ class Processor:
         if self.instruction_tokenizer is None:
             return None
         (*_, asked) = (message for message in messages if message["role"] == "user")
-        ids, _ = self.instruction_tokenizer.encode_with_offsets(text_of(asked), image_token="")
+        (text,) = mark([text_of(asked)], self.instruction_tokenizer.controls())
+        ids, _ = self.instruction_tokenizer.encode_with_offsets(text, image_token="")
         return np.array(ids, dtype=np.int32)
 
     def __call__(

@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_vlm_mini.checkpoints.folder import Checkpoint, open_checkpoint
-from mlx_vlm_mini.checkpoints.hub import PICKLED_FILES, WEIGHT_FILES, find_folder
+from mlx_vlm_mini.checkpoints.folder import Checkpoint, find_tensor_files, open_checkpoint
+from mlx_vlm_mini.checkpoints.hub import find_folder
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.checkpoints.weights import hub_name, rename, to_mlx_layout, to_torch_layout
 from mlx_vlm_mini.errors import CheckpointError
@@ -152,7 +152,7 @@ def _open_part(name: str | Path) -> Checkpoint:
     if path.suffix == ".json" and path.is_file():
         return Checkpoint(path.parent, read_json(path), headers=[])
     checkpoint = open_checkpoint(find_folder(name))
-    if not any(file for pattern in (*WEIGHT_FILES, *PICKLED_FILES) for file in checkpoint.folder.glob(pattern)):
+    if not find_tensor_files(checkpoint.folder):
         checkpoint.headers = []
     return checkpoint
 

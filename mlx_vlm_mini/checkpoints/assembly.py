@@ -17,7 +17,7 @@ from mlx_vlm_mini.families.llava_original import INTERN_VIT, KNOWN_TOWERS, TOWER
 from mlx_vlm_mini.families.parts.conversations import choose_conversation, find_conversation
 from mlx_vlm_mini.files import read_json
 
-from .folder import DTYPES, Checkpoint, TensorInfo, open_checkpoint
+from .folder import DTYPES, Checkpoint, TensorInfo, find_tensor_files, open_checkpoint
 from .hub import fetch_headers, find_folder, has_weights, is_hub_name
 from .pickled import Pickled, read_pickled
 
@@ -95,7 +95,7 @@ def open_model(
         _refuse_delta(open_checkpoint(find_folder(name, revision=revision, weights=False)), name)
     checkpoint = open_checkpoint(find_folder(name, revision=revision, weights=weights))
     if on_hub and not weights and not has_weights(checkpoint.folder):
-        checkpoint.headers = fetch_headers(str(name), revision=revision)
+        checkpoint.headers = fetch_headers(str(name), checkpoint.folder, revision=revision)
     if not is_original(checkpoint.config):
         for option, given in (("vision tower", vision_tower), ("conversation", conversation), ("base", base)):
             if given is not None:
@@ -133,8 +133,7 @@ def _assemble(
 def _lone_projector(checkpoint: Checkpoint) -> dict[str, Pickled]:
     """The projector of mm_projector.bin, where the checkpoint's own files hold none."""
     file = checkpoint.folder / "mm_projector.bin"
-    others = ("model.safetensors", "model*.safetensors", "pytorch_model*.bin")
-    if not checkpoint.headers and not any(any(checkpoint.folder.glob(pattern)) for pattern in others):
+    if not checkpoint.headers and not find_tensor_files(checkpoint.folder):
         for part, what in (("mm_projector.bin", "a projector alone"), ("adapter_config.json", "adapters alone (LoRA)")):
             if (checkpoint.folder / part).is_file():
                 raise CheckpointError(
@@ -160,7 +159,7 @@ def _open_tower(folder: Path, config: Mapping[str, Any], name: str, need: Need, 
     try:
         tower = open_checkpoint(find_folder(source, weights=need == "tensors"))
         if isinstance(source, str) and is_hub_name(source) and need == "headers" and not has_weights(tower.folder):
-            tower.headers = fetch_headers(source)
+            tower.headers = fetch_headers(source, tower.folder)
     except CheckpointError as error:
         if given is not None:
             raise

@@ -4,10 +4,12 @@ Format: https://huggingface.co/docs/safetensors: 8 bytes with the header's lengt
 """
 
 import json
+import re
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import pairwise
 from math import prod
@@ -17,7 +19,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.files import _LARGEST, _check_size, read_json
+from mlx_vlm_mini.files import _LARGEST, _check_size, check_pointer, read_json
 
 from .pickled import MOST_AXES, Pickled, read_pickled
 
@@ -107,6 +109,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         with file.open("rb") as stream:
             start = stream.read(8)
+            check_pointer(start, file)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 2**64
             if length > _LARGEST:
                 raise CheckpointError(f"{file} is not a safetensors file, or is truncated; download it again")
@@ -128,23 +131,55 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def find_tensor_files(folder: Path) -> list[Path]:
-    """The files of tensors, those that an index names but that are missing included: safetensors where there are any,
-    else PyTorch's.
+    """The files of tensors, see `choose_tensor_files`.
 
     Raises:
         CheckpointError: an index is broken, or names a file outside the folder.
     """
+    names = {file.name for file in folder.iterdir() if not file.is_dir()}
+    return [folder / name for name in choose_tensor_files(names, lambda index: read_index(folder / index))]
+
+
+def choose_tensor_files(names: Set[str], read: Callable[[str], list[str]]) -> list[str]:
+    """Which of a folder's files hold its tensors: safetensors where there are any, else PyTorch's.
+
+    Those that an index names count, the missing ones included, but not where none of them is there, or where
+    `model.safetensors` stands beside: an index is often left behind when its shards were joined or cut anew. Without
+    files of the usual names, other safetensors that are no adapters do.
+
+    Args:
+        names: the files that are there.
+        read: gives what an index names.
+    """
+    stale: list[str] = []
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
-        if index.is_file():
-            return _indexed(index)
-        files = [single] if single.is_file() else sorted(folder.glob(f"{stem}*.{suffix}"))
-        if files:
-            return files
-    return []
+        index, single = f"{stem}.{suffix}.index.json", f"{stem}.{suffix}"
+        named = read(index) if index in names else []
+        held = names & set(named)
+        if named and len(held) == len(named):
+            return named
+        if single in names:
+            return [single]
+        if held:
+            return named
+        found = sorted(name for name in names if fnmatchcase(name, f"{stem}*.{suffix}"))
+        if found:
+            return found
+        stale = stale or named
+    others = (name for name in names if name.endswith(".safetensors") and not name.startswith(_OTHER_TENSORS))
+    return sorted(others) or stale
 
 
-def _indexed(index: Path) -> list[Path]:
+_OTHER_TENSORS = ("adapter", "consolidated", "mm_projector", "optimizer", ".")
+"""How safetensors begin that are no model of this form: Mistral's own, a trainer's, parts."""
+
+
+def read_index(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        CheckpointError: it is broken, or names a file outside its folder.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
@@ -153,7 +188,19 @@ def _indexed(index: Path) -> list[Path]:
         raise CheckpointError(f"{index} names a file outside its folder")
     if any(len(name.encode(errors="replace")) > 255 for name in names):
         raise CheckpointError(f"{index} names a file that no file system has: {names[-1][:40]}...")
-    return [index.parent / name for name in names]
+    return names
+
+
+def what_else(names: Collection[str]) -> str | None:
+    """What a folder is that holds no checkpoint, by its files, as the end of a sentence; None where none says."""
+    gguf = min((name for name in names if name.lower().endswith(".gguf")), default=None)
+    if gguf is not None:
+        return f"holds a GGUF model ({gguf}), llama.cpp's format: give the repository that it was made from"
+    if "adapter_config.json" in names:
+        return (
+            "holds adapters alone (LoRA): merge them into their model with peft (merge_and_unload) and give the result"
+        )
+    return None
 
 
 @dataclass
@@ -186,7 +233,8 @@ class Checkpoint:
         if missing:
             raise CheckpointError(f"{missing[0]} is missing; download it again")
         if not files:
-            raise CheckpointError(f"{self.folder} has neither model.safetensors nor pytorch_model.bin")
+            reason = what_else([file.name for file in self.folder.iterdir()])
+            raise CheckpointError(f"{self.folder} {reason or 'has neither model.safetensors nor pytorch_model.bin'}")
         return files
 
     @cached_property
@@ -211,11 +259,17 @@ class Checkpoint:
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """The quantization of config.json in mlx-lm's form, None where nothing is quantized."""
+        """The quantization of config.json in mlx-lm's form, None where nothing is quantized.
+
+        Raises:
+            CheckpointError: another tool quantized the checkpoint.
+        """
         quantization, other = self.config.get("quantization"), self.config.get("quantization_config")
         if not isinstance(quantization, Mapping | None) or not isinstance(other, Mapping | None):
             raise CheckpointError(f"{self.folder}/config.json: quantization must be an object")
         if quantization is None and other is not None:
+            if other.get("quant_method", "mlx") == "mlx" and {"bits", "group_size"} <= other.keys():
+                return other
             method = other.get("quant_method", "unknown")
             raise CheckpointError(
                 f"{self.folder} is quantized by '{method}', which MLX does not read; use the original weights"
@@ -259,27 +313,40 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: the folder or its config.json is missing or broken.
     """
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "not found"
-        raise CheckpointError(f"checkpoint folder {folder} {what}" if folder.exists() else f"folder {what}: {folder}")
+        if not folder.exists():
+            raise CheckpointError(f"folder not found: {folder}")
+        raise CheckpointError(f"checkpoint folder {folder} {what_else([folder.name]) or 'is a file, not a folder'}")
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint folder")
+        reason = what_else([file.name for file in folder.iterdir()])
+        raise CheckpointError(f"{folder} {reason or 'has no config.json: it is not a checkpoint folder'}")
     _check_links(folder)
     return Checkpoint(folder, read_json(folder / "config.json"))
+
+
+_BLOB = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
+
+
+def _is_blob(file: Path) -> bool:
+    """Whether a file lies where the Hub's cache keeps those of a model."""
+    blobs = file.parent
+    return blobs.name == "blobs" and blobs.parent.name.startswith("models--") and bool(_BLOB.fullmatch(file.name))
 
 
 def _check_links(folder: Path) -> None:
     """Refuse a folder with links that lead out of it: what they name would be read, and copied by a conversion.
 
-    The Hub's cache has its files in `blobs`, two folders above a model's.
+    The files of a model that the Hub's cache keeps in its `blobs` are none of these.
     """
     try:
         whole = folder.resolve()
-        allowed = [whole, whole.parent.parent / "blobs"] if whole.parent.name == "snapshots" else [whole]
         parts = [part for part in folder.iterdir() if part.is_dir() and not part.is_symlink()]
         for file in [each for part in (folder, *parts) for each in part.iterdir()]:
-            if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in allowed):
+            if not file.is_symlink():
+                continue
+            target = file.resolve()
+            if not target.is_relative_to(whole) and not _is_blob(target):
                 raise CheckpointError(
-                    f"{file} is a link to {file.resolve()}, outside its folder: put the file itself in its place"
+                    f"{file} is a link to {target}, outside its folder: put the file itself in its place"
                 )
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise CheckpointError(f"cannot read {folder}: {getattr(error, 'strerror', None) or error}") from None

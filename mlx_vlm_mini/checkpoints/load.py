@@ -82,14 +82,17 @@ def plan(checkpoint: Checkpoint) -> Plan:
     ours, unused = match_names(checkpoint.tensors, family.WEIGHTS, config.family)
     if "decoder.lm_head.weight" in ours:  # a head in the file counts, whatever the flags say
         config = replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
-    return Plan(checkpoint, family, config, ours, tuple(unused), build(config, ours, checkpoint))
+    return Plan(checkpoint, family, config, ours, tuple(unused), build(config, ours, checkpoint, family.WEIGHTS))
 
 
 def eos_token_ids(
     checkpoint: Checkpoint, tokenizer: Tokenizer, end_token: str | tuple[str, ...] | None = None
 ) -> frozenset[int]:
-    """The ids that end an answer: of `end_token`, one or several, else of generation_config.json, else of config.json,
-    else of the tokenizer's `eos_token`."""
+    """The ids that end an answer: of `end_token`, one or several; else the tokenizer's `eos_token` and those of
+    generation_config.json, or where that names none (nothing, `[]`, -1) of config.json.
+
+    Chat models end a turn with the first, and some files list only what ends a document.
+    """
     if end_token is not None:
         ends: set[int] = set()
         for each in (end_token,) if isinstance(end_token, str) else end_token:
@@ -100,15 +103,17 @@ def eos_token_ids(
         return frozenset(ends)
     text = checkpoint.config.get("text_config") or {}
     file = checkpoint.folder / GENERATION
+    eos = tokenizer.token_to_id(tokenizer.special_tokens.get("eos_token", ""))
+    own = frozenset() if eos is None else frozenset([eos])
     for source in (read_json(file) if file.is_file() else {}, checkpoint.config, text):
         found = source.get("eos_token_id")
         if found is not None:
             ids = found if isinstance(found, list) else [found]
-            if not all(isinstance(token, int) for token in ids):
+            if not all(type(token) is int for token in ids):
                 raise CheckpointError(f"{checkpoint.folder}: eos_token_id must be a token id or a list, not {found!r}")
-            return frozenset(ids)
-    eos = tokenizer.token_to_id(tokenizer.special_tokens.get("eos_token", ""))
-    return frozenset() if eos is None else frozenset([eos])
+            if any(token >= 0 for token in ids):
+                return own.union(token for token in ids if token >= 0)
+    return own
 
 
 def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> ImageSettings | None:
@@ -268,8 +273,9 @@ def load(
     """Load a model and its processor.
 
     Args:
-        name: a checkpoint folder, or a name on the Hugging Face Hub such as "llava-hf/llava-1.5-7b-hf"; by default the
-            small demonstration model that comes with the package.
+        name: a checkpoint folder, or a name on the Hugging Face Hub such as "llava-hf/llava-1.5-7b-hf", behind which a
+            folder inside it may follow, or the address of its page; by default the small demonstration model that
+            comes with the package.
         revision: branch, tag or commit on the Hub.
         dtype: type to compute in; by default the checkpoint's on a GPU and float32 on a CPU.
         min_tiles, max_tiles: tiles of an image, without its thumbnail, in families that cut one into a grid of its

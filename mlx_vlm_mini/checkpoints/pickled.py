@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.files import check_pointer
 
 _PICKLE_LIMIT = 16 * 2**20  # bytes; that of a model of 70 billion weights has less than one million
 _MOST_STEPS = 1_000_000  # opcodes; a tensor takes about 35
@@ -250,6 +251,9 @@ def read_pickled(file: Path, stream: IO[bytes] | None = None) -> dict[str, Pickl
     Raises:
         CheckpointError: the file is broken, of the form before torch 1.6, or holds anything but tensors.
     """
+    if stream is None and file.is_file():
+        with file.open("rb") as begin:
+            check_pointer(begin.read(100), file)
     try:
         with zipfile.ZipFile(file if stream is None else stream) as archive:
             names = archive.namelist()

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -168,8 +168,11 @@ def _check_weights(config: VLMConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) -> VLM:
+def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint, weights: Weights) -> VLM:
     """The model with every tensor of the checkpoint's type and shape expected, none of them read.
+
+    Args:
+        weights: the family's map, for errors.
 
     Raises:
         CheckpointError: a tensor is missing, superfluous or of another shape.
@@ -196,7 +199,7 @@ def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint) ->
     if not any(name.endswith(".scales") for name in block):  # quantized ones may each be so in their own way
         for number in range(config.vision.depth, config.vision.num_hidden_layers):
             expected |= {name.replace(".0.", f".{number}.", 1): expected[name] for name in block}
-    check_tensors(expected, ours, checkpoint, is_idle=lambda name: _is_idle(name, config))
+    check_tensors(expected, ours, checkpoint, weights, is_idle=lambda name: _is_idle(name, config))
     return model
 
 
@@ -204,6 +207,7 @@ def check_tensors(
     expected: Mapping[str, mx.array],
     ours: Mapping[str, str],
     checkpoint: Checkpoint,
+    weights: Weights,
     *,
     is_idle: Callable[[str], bool] = lambda name: False,
 ) -> None:
@@ -214,7 +218,9 @@ def check_tensors(
     """
     missing = [name for name in expected if name not in ours]
     if missing:
-        raise CheckpointError(f"{checkpoint.folder} lacks {_list([_their_name(name, ours) for name in missing])}")
+        raise CheckpointError(
+            f"{checkpoint.folder} lacks {_list([_their_name(name, ours, weights) for name in missing])}"
+        )
     extra = [theirs for name, theirs in ours.items() if name not in expected and not is_idle(name)]
     if extra:
         raise CheckpointError(f"{checkpoint.folder} has {_list(extra)}, which config.json has no place for")
@@ -238,13 +244,28 @@ def check_tensors(
             raise CheckpointError(f"{checkpoint.folder}: {theirs} has type {info.dtype} instead of {kind}")
 
 
-def _their_name(name: str, ours: Mapping[str, str]) -> str:
-    """What a missing tensor would be called in this checkpoint, judged by a sibling in another layer or part."""
+def _their_name(name: str, ours: Mapping[str, str], weights: Weights) -> str:
+    """What a missing tensor would be called in this checkpoint: as a sibling in another layer or part is, else the
+    name that the map has for it and that begins most like the names that are there."""
     pattern = _NUMBER.sub("{}", name)
     for sibling, theirs in ours.items():
         if _NUMBER.sub("{}", sibling) == pattern and _NUMBER.findall(sibling) == _NUMBER.findall(theirs):
             return _NUMBER.sub("{}", theirs).format(*_NUMBER.findall(name))
-    return name
+    numbers, (module, _, parameter) = _NUMBER.findall(name), name.rpartition(".")
+    found = []
+    for theirs, targets in weights.items():
+        for target in (targets,) if isinstance(targets, str) else targets or ():
+            if max(target.count("{}"), theirs.count("{}")) > len(numbers):
+                continue
+            if target.format(*numbers) in (name, module):
+                whole = theirs.format(*numbers)
+                found.append(whole if target.format(*numbers) == name else f"{whole}.{parameter}")
+
+    def likeness(each: str) -> int:
+        pairs = (zip(each.split("."), held.split("."), strict=False) for held in ours.values())
+        return max((sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts)) for parts in pairs), default=0)
+
+    return max(found, key=likeness, default=name)
 
 
 def to_torch_layout(name: str, array: mx.array) -> mx.array:
@@ -350,7 +371,7 @@ def load_whole(checkpoint: Checkpoint, kind: str, weights: Weights, build: Calla
     except (TypeError, KeyError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.folder}/config.json is malformed: {error!r}") from None
     ours, _ = match_names(checkpoint.tensors, weights, kind)
-    check_tensors(dict(tree_flatten(model.parameters())), ours, checkpoint)
+    check_tensors(dict(tree_flatten(model.parameters())), ours, checkpoint, weights)
     arrays = [(name, to_mlx_layout(name, checkpoint.read(theirs), checkpoint)) for name, theirs in ours.items()]
     model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays])
     model.eval()

@@ -47,6 +47,9 @@ class Family(Protocol):
     IMAGE_PROCESSOR: str
     """The image processor's class where its settings name none, without `ImageProcessor`."""
 
+    # PROMPT_LANGUAGE, where there is one: an expression for the tokens that people may write in prompts (boxes,
+    # references, places), but for those of a program that serves others. All other special tokens are text there.
+
     def config(self, hf: Mapping[str, Any]) -> VLMConfig:
         """config.json in our terms."""
 

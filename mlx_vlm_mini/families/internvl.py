@@ -37,6 +37,8 @@ WEIGHTS: Weights = {
 
 IMAGE_PROCESSOR = "GotOcr2"
 
+PROMPT_LANGUAGE = r"</?(?:ref|box|quad)>"
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% for part in message['content'] %}"

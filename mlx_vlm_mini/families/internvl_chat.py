@@ -17,9 +17,9 @@ from mlx_vlm_mini.families.parts.conversations import Conversation, chat_templat
 from mlx_vlm_mini.families.parts.maps import Weights, internlm2, phi3
 from mlx_vlm_mini.families.parts.maps import intern_vit as intern_vit_weights
 
-from .internvl import image_text, intern_vit, pixels, shuffle_projector
+from .internvl import PROMPT_LANGUAGE, image_text, intern_vit, pixels, shuffle_projector
 
-__all__ = ["CHAT_TEMPLATE", "IMAGE_PROCESSOR", "WEIGHTS", "config", "image_text", "pixels"]
+__all__ = ["CHAT_TEMPLATE", "IMAGE_PROCESSOR", "PROMPT_LANGUAGE", "WEIGHTS", "config", "image_text", "pixels"]
 
 WEIGHTS: Weights = {
     **intern_vit_weights("vision_model."),

@@ -25,6 +25,8 @@ WEIGHTS: Weights = vlm_weights("linear", post_norm=True)
 
 IMAGE_PROCESSOR = "Siglip"
 
+PROMPT_LANGUAGE = r"<(?:loc\d{4}|seg\d{3})>"
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] not in ['user', 'assistant'] %}"

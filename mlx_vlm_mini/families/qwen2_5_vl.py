@@ -21,11 +21,11 @@ from mlx_vlm_mini.families.parts.patch_grids import (
     video_layout,
 )
 
-from .qwen2_vl import CHAT_TEMPLATE, MERGER, SECTIONS, TEXT, VIDEO_PROCESSOR
+from .qwen2_vl import CHAT_TEMPLATE, MERGER, PROMPT_LANGUAGE, SECTIONS, TEXT, VIDEO_PROCESSOR
 
 __all__ = [
-    "ANSWERS_IN_PIXELS", "CHAT_TEMPLATE", "IMAGE_PROCESSOR", "VIDEO_PROCESSOR", "VIDEO_TOKEN", "WEIGHTS", "config",
-    "image_text", "pixels", "video_layout",
+    "ANSWERS_IN_PIXELS", "CHAT_TEMPLATE", "IMAGE_PROCESSOR", "PROMPT_LANGUAGE", "VIDEO_PROCESSOR", "VIDEO_TOKEN",
+    "WEIGHTS", "config", "image_text", "pixels", "video_layout",
 ]  # fmt: skip
 
 WEIGHTS: Weights = grid_weights({name: name for name in ("gate_proj", "up_proj", "down_proj")}, MERGER)

@@ -30,6 +30,8 @@ __all__ = [
 
 VIDEO_PROCESSOR = "Qwen2VL"
 
+PROMPT_LANGUAGE = r"<\|(?:object_ref|box|quad)_(?:start|end)\|>"
+
 MERGER = {"ln_q": "norm", "mlp.0": "layers.0", "mlp.2": "layers.1"}
 WEIGHTS: Weights = grid_weights({"fc1": "fc1", "fc2": "fc2"}, MERGER)
 

@@ -35,6 +35,8 @@ WEIGHTS: Weights = grid_weights(
     {"linear_fc1": "fc1", "linear_fc2": "fc2"}, {"norm": "norm", "linear_fc1": "layers.0", "linear_fc2": "layers.1"}
 )
 
+PROMPT_LANGUAGE = r"<\|(?:object_ref|box|quad)_(?:start|end)\|>"
+
 CHAT_TEMPLATE = chat_template()
 
 _TEXT = {

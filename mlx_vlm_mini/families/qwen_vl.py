@@ -40,6 +40,8 @@ WEIGHTS: Weights = {
 
 IMAGE_PROCESSOR = "CLIP"
 
+PROMPT_LANGUAGE = r"</?(?:ref|box|quad)>"
+
 CHAT_TEMPLATE = ""  # generation_config.json prescribes it
 
 _SAID = (

@@ -53,11 +53,12 @@ class Options:
             value, whole = getattr(self, name), type(high) is int
             if value is None and name in ("seed", "repetition_penalty"):
                 continue
-            number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-            if not number or not (low <= value <= high or (name == "temperature" and value == 0)):
-                what, zero = "a whole number" if whole else "a number", "0, or " if name == "temperature" else ""
-                limit = f"of {low} or more" if high >= _MANY else f"between {low} and {high}"
-                raise PromptError(f"{name} must be {zero}{what} {limit}, not {value!r}")
+            if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
+                raise PromptError(f"{name} must be a {'whole number' if whole else 'number'}, not {value!r}")
+            if not (low <= value <= high or (name == "temperature" and value == 0)):
+                limit = f"{low} or more" if high == _MANY else f"between {low} and {high}"
+                limit = f"0 or more ({low} to {high} where it is not 0)" if name == "temperature" else limit
+                raise PromptError(f"{name} must be {limit}, not {value}")
         if not isinstance(self.stop, str) and not (
             isinstance(self.stop, Sequence) and all(isinstance(stop, str) for stop in self.stop)
         ):

@@ -137,8 +137,7 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
     crop = _as_size(values["crop_size"], square=True) if values["do_center_crop"] else None
     if crop is not None and not {"height", "width"} <= crop.keys():
         raise CheckpointError(f"preprocessor_config.json: crop_size needs height and width, not {dict(crop)}")
-    if values["resample"] not in list(Image.Resampling):
-        raise CheckpointError(f"preprocessor_config.json: resample {values['resample']} is none of Pillow's filters")
+    resample = _as_filter(values["resample"])
     mean, std = (_as_channels(values[key], key) for key in ("image_mean", "image_std"))
     if 0 in std:
         raise CheckpointError("preprocessor_config.json: image_std must not be 0")
@@ -162,7 +161,7 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
     }
     settings = ImageSettings(
         size=_as_size(values["size"], square=False) if values["do_resize"] and TILINGS.get(kind) not in _FIT else None,
-        resample=values["resample"],
+        resample=resample,
         crop_size=(crop["height"], crop["width"]) if crop is not None else None,
         pad_color=tuple(int(x * 255) for x in mean) if padded else None,
         rescale_factor=_as_number(values["rescale_factor"], "rescale_factor") if values["do_rescale"] else None,
@@ -257,6 +256,15 @@ def _as_size(size: Any, *, square: bool) -> Mapping[str, int]:
         if given and all(isinstance(value, int) and value is not True and value > 0 for value in given.values()):
             return given
     raise CheckpointError(f"preprocessor_config.json: {size!r} is not an image size in pixels")
+
+
+def _as_filter(value: Any) -> int:
+    """Pillow's number of a filter that goes by its number or its name ("bicubic")."""
+    if isinstance(value, str):
+        value = {filter.name.lower(): filter for filter in Image.Resampling}.get(value.strip().lower(), value)
+    if isinstance(value, bool) or value not in list(Image.Resampling):
+        raise CheckpointError(f"preprocessor_config.json: resample {value!r} is none of Pillow's filters")
+    return int(value)
 
 
 def _as_number(value: Any, name: str) -> float:

@@ -6,6 +6,7 @@ The library tries all ways in which a text may match. A repetition inside a repe
 there are subsets of the text, and several wide ones behind one another as many as a power of its length.
 """
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -13,10 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_vlm_mini.errors import CheckpointError, VLMError
+from mlx_vlm_mini.files import check_pointer
 
 MOST_TOKENS = 2_000_000  # of a vocabulary; the largest that are known have a quarter of a million
 LONGEST_TOKEN = 1000  # characters: the ways to join one are as many
+_LONGEST_STRING = 20_000  # bytes of one in a tokenizer.json: a merge names two tokens, a letter may take six bytes
+_MOST_GROWTH = 256  # times as long as it is a text may become; published ones leave it as long
+_MOST_AROUND = 100  # tokens, or letters, that are put around every text
 _LARGEST = 128 * 2**20  # bytes of a vocabulary's file; the largest that are known have a third of that
 _MOST_REPEATED = 8  # repetitions without end in one alternative; the published ones have up to three
 _LONGEST = 20_000  # characters
@@ -45,10 +52,75 @@ def library_errors(what: str, *, but: tuple[type[Exception], ...] = ()) -> Itera
 
 
 def check_size(file: Path) -> None:
-    """Raises CheckpointError where a file that the library reads is larger than any vocabulary."""
+    """Raises CheckpointError where a file that the library reads is larger than any vocabulary, or no vocabulary."""
     size = file.stat().st_size
+    if size < 1000:
+        check_pointer(file.read_bytes(), file)
     if size > _LARGEST:
         raise CheckpointError(f"{file} has {size >> 20} MB, at most {_LARGEST >> 20} MB are read")
+
+
+def check_strings(file: Path) -> None:
+    """Raises CheckpointError where a tokenizer.json holds a string longer than tokens and expressions are, but for
+    SentencePiece's table: each time such a token is written, all of it would be."""
+    content = np.frombuffer(file.read_bytes(), dtype=np.uint8)
+    quotes = np.flatnonzero(content == ord('"'))
+    quotes = quotes[content[np.maximum(quotes - 1, 0)] != ord("\\")]
+    for start in quotes[:-1][np.diff(quotes) > _LONGEST_STRING]:
+        if b"precompiled_charsmap" not in content[max(start - 40, 0) : start].tobytes():
+            raise CheckpointError(f"{file} has a string of more than {_LONGEST_STRING:,} bytes: no token is so long")
+
+
+def check_growth(part: Any, file: Path) -> None:
+    """Look through a part of a tokenizer for what makes much of little text.
+
+    Args:
+        part: its normalizer, decoder or post-processor; None where it has none.
+
+    Raises:
+        CheckpointError: it makes a text longer than any real one does.
+    """
+    content = json.loads(b"null" if part is None else part.__getstate__())
+    times, around = _growth(content)
+    if times > _MOST_GROWTH or around > _MOST_AROUND:
+        what = f"{times:,} times as long" if times > _MOST_GROWTH else f"longer by {around:,} tokens or letters"
+        raise CheckpointError(
+            f"{file} makes every text {what}, at most {_MOST_GROWTH} times and {_MOST_AROUND} more are read"
+        )
+
+
+def _growth(step: Any) -> tuple[int, int]:
+    """How many times as long a step makes a text at most, and what it puts around one."""
+    if not isinstance(step, dict):
+        return 1, 0
+    times, around = 1, 0
+    for steps in ("normalizers", "decoders", "processors"):
+        for each in step.get(steps) or ():
+            more, beside = _growth(each)
+            times, around = times * more, around * more + beside
+    kind, content = step.get("type"), str(step.get("content", ""))
+    if kind == "Replace":
+        pattern = step.get("pattern")
+        found = pattern.get("String", "") if isinstance(pattern, dict) else ""
+        # An expression may match between two letters.
+        times = max(1, -(-len(content) // len(found))) if found else 1 + len(content)
+    elif kind in ("Prepend", "WordPiece", "BPEDecoder"):
+        around = len(str(step.get({"Prepend": "prepend", "WordPiece": "prefix"}.get(kind, "suffix"), "")))
+    elif kind == "Precompiled":
+        times = max(1, longest_replacement(base64.b64decode(step.get("precompiled_charsmap") or "")) // 32)
+    elif kind == "TemplateProcessing":
+        tokens = {name: len(each["ids"]) for name, each in step["special_tokens"].items()}
+        for form in (step["single"], step["pair"]):
+            put = [tokens.get(piece["SpecialToken"]["id"], 1) for piece in form if "SpecialToken" in piece]
+            around, times = max(around, sum(put)), max(times, len(form) - len(put))
+    return times, around
+
+
+def longest_replacement(charsmap: bytes) -> int:
+    """Bytes of the longest text that SentencePiece's table puts in place of another: behind its tree, whose size its
+    first four bytes say, they stand with a zero byte after each."""
+    size = int.from_bytes(charsmap[:4], "little")
+    return max(map(len, charsmap[4 + size :].split(b"\0")), default=0)
 
 
 def check_patterns(part: Any, file: Path) -> None:

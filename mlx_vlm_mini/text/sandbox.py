@@ -53,6 +53,8 @@ _NO_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 _COUNTS = {"batch": _WIDEST, "center": _WIDEST, "indent": _UNIT, "round": 32, "slice": _WIDEST, "truncate": _WIDEST}
 _WIDE_PERCENT, _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{4}|\*)"), re.compile(r"\{[^{}]*:[^{}]*(\d{4}|\{)")
 _VIEWS: Any = type({}.keys()), type({}.values()), type({}.items())
+_JINJAS = ("_loop_vars", "_block_vars")
+"""What jinja2 hands to every call inside a loop or a block, beside what the template gives; no method gets it."""
 _COUNTED, _WEIGHED, _WRITTEN, _BUILT = "counted here", "weighed here", "written here", "built here"
 
 
@@ -313,7 +315,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, str | bytes | int | float | list | tuple | dict | set | frozenset):
-            args = __self._check_method(owner, name, args, kwargs)
+            given = {key: value for key, value in kwargs.items() if key not in _JINJAS}
+            args = __self._check_method(owner, name, args, given)
         __self.spend(2)
         return _built(super().call(__context, __obj, *args, **kwargs))
 

@@ -7,6 +7,7 @@ huggingface/transformers.
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ Prefix = Literal["each", "first", "none"]
 """Which texts get a space in front: `each` between special tokens, only what the whole text begins with, or none."""
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # the kinds of pieces that are asked for here
+_TEXT = (_NORMAL, _USER_DEFINED, _UNUSED)
 _KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 
@@ -151,7 +153,7 @@ def _merges(vocab: Mapping[str, int], model: SentencePiece) -> list[tuple[str, s
 
     Control pieces and bytes are no text, so nothing joins to them.
     """
-    usable = {text: i for text, i in vocab.items() if model.pieces[i].kind in (_NORMAL, _USER_DEFINED, _UNUSED)}
+    usable = {text: i for text, i in vocab.items() if model.pieces[i].kind in _TEXT}
     found = [
         (-model.pieces[i].score, i, cut, whole[:cut], whole[cut:])
         for whole, i in usable.items()
@@ -159,6 +161,63 @@ def _merges(vocab: Mapping[str, int], model: SentencePiece) -> list[tuple[str, s
         if whole[:cut] in usable and whole[cut:] in usable
     ]
     return [(left, right) for *_, left, right in sorted(found)]
+
+
+def _has_ties(usable: Mapping[str, float]) -> bool:
+    """Whether two pieces that are joined from others have one score, so that their place in the text decides."""
+    joined = [
+        score
+        for text, score in usable.items()
+        if any(text[:cut] in usable and text[cut:] in usable for cut in range(1, len(text)))
+    ]
+    return len(set(joined)) < len(joined)
+
+
+class _Joiner:
+    """SentencePiece's own joining, a pre-tokenizer for the `tokenizers` library, whose merges can have no equal ranks:
+    of the neighbours that form a piece those of the highest score are joined first, of equal ones the leftmost."""
+
+    def __init__(self, scores: Mapping[str, float]) -> None:
+        self._scores = scores
+
+    def pre_tokenize(self, text: Any) -> None:
+        """The library's interface."""
+        text.split(lambda _, part: [part[start:end] for start, end in self.join(part.normalized)])
+
+    def join(self, text: str) -> list[tuple[int, int]]:
+        """Where the pieces of a text begin and end; characters that are no pieces stay together."""
+        ends = list(range(1, len(text) + 1))  # of the piece that begins at each character; 0 where none does any more
+        starts = list(range(len(text)))  # of the piece that ends in front of each character's end
+        waiting: list[tuple[float, int, int, int]] = []  # -score, start, middle, end
+
+        def offer(start: int, middle: int) -> None:
+            if start >= 0 and middle < len(text):
+                end = ends[middle]
+                score = self._scores.get(text[start:end])
+                if score is not None:
+                    heappush(waiting, (-score, start, middle, end))
+
+        for middle in range(1, len(text)):
+            offer(middle - 1, middle)
+        while waiting:
+            _, start, middle, end = heappop(waiting)
+            if ends[start] != middle or ends[middle] != end:  # one of the two was joined to another
+                continue
+            ends[start], ends[middle], starts[end - 1] = end, 0, start
+            if start:
+                offer(starts[start - 1], start)
+            offer(start, end)
+        pieces: list[tuple[int, int]] = []
+        unknown = False
+        for start, end in enumerate(ends):
+            if not end:
+                continue
+            before, unknown = unknown, text[start:end] not in self._scores
+            if before and unknown:
+                pieces[-1] = pieces[-1][0], end
+            else:
+                pieces.append((start, end))
+        return pieces
 
 
 def build_backend(model: SentencePiece, *, prefix: Prefix, names: Mapping[int, str] | None = None) -> Tokenizer:
@@ -175,12 +234,24 @@ def build_backend(model: SentencePiece, *, prefix: Prefix, names: Mapping[int, s
     """
     texts = [(names or {}).get(i, piece.text) for i, piece in enumerate(model.pieces)]
     unk = texts[model.unk_id]
+    joiner = None
     if model.model_type == "bpe":
         vocab: dict[str, int] = {}
         for i, text in enumerate(texts):
             vocab.setdefault(text, i)
+        pieces = {text: model.pieces[i] for text, i in vocab.items()}
+        usable = {text: piece.score for text, piece in pieces.items() if piece.kind in _TEXT}
+        joiner = _Joiner(usable) if _has_ties(usable) else None
+        merges = _merges(vocab, model) if joiner is None else []
         backend = Tokenizer(
-            models.BPE(vocab, _merges(vocab, model), unk_token=unk, fuse_unk=True, byte_fallback=model.byte_fallback)
+            models.BPE(
+                vocab,
+                merges,
+                unk_token=unk,
+                fuse_unk=True,
+                byte_fallback=model.byte_fallback,
+                ignore_merges=joiner is not None,
+            )
         )
     else:
         scored = [(text, piece.score) for text, piece in zip(texts, model.pieces, strict=True)]
@@ -195,6 +266,10 @@ def build_backend(model: SentencePiece, *, prefix: Prefix, names: Mapping[int, s
         steps += [normalizers.Prepend(SPACE)] if prefix == "each" else []
         steps.append(normalizers.Replace(" ", SPACE))
     backend.normalizer = normalizers.Sequence(steps)
+    if joiner is not None:
+        own = pre_tokenizers.PreTokenizer.custom(joiner)
+        cuts = [own] if backend.pre_tokenizer is None else [backend.pre_tokenizer, own]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     parts: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(parts if prefix == "none" else [*parts, decoders.Strip(" ", 1, 0)])
     special = [

@@ -1,7 +1,7 @@
 """Chat templates: found in a checkpoint, rendered in a sandbox, and cut where images stand."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,13 @@ from typing import Any
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.files import read_bytes, read_json
 
+from .literal import mark
 from .messages import Message, images_of
-
-_WRITTEN = "\ue000image\ue001"  # in place of an image token that the assistant wrote, while the template renders
 
 
 def find_chat_template(folder: Path) -> str | None:
     """The checkpoint's chat template: chat_template.jinja, chat_template.json, processor_config.json or
-    tokenizer_config.json, in this order; of several named ones `default`.
+    tokenizer_config.json, in this order; of several named ones `default`, else `chat`, else the first.
 
     Raises:
         CheckpointError: one of the files is broken.
@@ -34,10 +33,35 @@ def find_chat_template(folder: Path) -> str | None:
                 entries = [entry for entry in template if isinstance(entry, dict)]
                 template = {entry.get("name"): entry.get("template") for entry in entries}
             if isinstance(template, Mapping):
-                template = template.get("default")
+                named = {name: text for name, text in template.items() if isinstance(text, str)}
+                template = next((named[name] for name in ("default", "chat", *named) if name in named), None)
             if isinstance(template, str):
                 return template
     return None
+
+
+def _as_text(messages: Sequence[Message], tokens: Collection[str]) -> list[Message]:
+    """Messages with marks inside the tokens that they have in their texts, and in their roles."""
+    texts = [
+        text
+        for message in messages
+        for text in (
+            [message["content"]]
+            if isinstance(message["content"], str)
+            else [part["text"] for part in message["content"] if part["type"] == "text"]
+        )
+    ]
+    marked = iter(mark(texts, tokens))
+    return [
+        {
+            **message,
+            "role": mark([message["role"]], tokens)[0],
+            "content": next(marked)
+            if isinstance(message["content"], str)
+            else [{**part, "text": next(marked)} if part["type"] == "text" else part for part in message["content"]],
+        }
+        for message in messages
+    ]
 
 
 @dataclass
@@ -92,15 +116,25 @@ class ChatTemplate:
         except PromptError:
             return ""
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[str]:
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, controls: Collection[str] = ()
+    ) -> list[str]:
         """The prompt's text, cut where the images and videos stand: one piece more than there are of them.
 
-        An `image_token` that the assistant wrote stays text: it holds no image's place.
+        What stands for an image, and `controls`, are text where a message has them in its own, whoever wrote it: there
+        they come with a mark inside, which `Tokenizer` reads and `unmark` takes out.
+
+        Args:
+            controls: tokens that only the template may write: roles, ends, ...
 
         Raises:
             PromptError: the template refuses the messages, or has not as many places as they hold images.
         """
-        plain = [{**message, "content": self._content(message["content"], message["role"])} for message in messages]
+        tokens = {self.image_token, *controls, *([] if self.video_token is None else [self.video_token])}
+        plain = [
+            {**message, "content": self._content(message["content"], message["role"])}
+            for message in _as_text(messages, tokens)
+        ]
         text = self._render(plain, add_generation_prompt=add_generation_prompt)
         kinds = [part["type"] for part in images_of(messages)]
         if self.video_token is not None and "video" in kinds:
@@ -111,7 +145,7 @@ class ChatTemplate:
                 f"the chat template's text has {len(pieces) - 1} places for an image ({self.image_token}), "
                 f"the messages hold {images} images"
             )
-        return [piece.replace(_WRITTEN, self.image_token) for piece in pieces]
+        return pieces
 
     def _cut(self, text: str, kinds: Sequence[str], video_token: str) -> list[str]:
         names = {self.image_token: "image", video_token: "video"}
@@ -122,16 +156,11 @@ class ChatTemplate:
                 f"the chat template's text has places for {', '.join(found) or 'nothing'}, the messages hold "
                 f"{', '.join(kinds)}: does it know videos?"
             )
-        return [piece.replace(_WRITTEN, self.image_token) for piece in pieces[::2]]
+        return pieces[::2]
 
     def _content(self, content: Any, role: str) -> Any:
         """Content in a form that the template takes, without the images themselves."""
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if role == "assistant":
-            parts = [
-                {**part, "text": part["text"].replace(self.image_token, _WRITTEN)} if part["type"] == "text" else part
-                for part in parts
-            ]
         if isinstance(content, str) and self._takes_text:
             return parts[0]["text"]
         if role in self._takes_as_text and all(part["type"] == "text" for part in parts):

@@ -5,9 +5,10 @@ transformers' AutoTokenizer would import torch wherever it is installed; the fil
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -17,7 +18,16 @@ from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.files import read_json
 
 from .bytelevel import MERGES, VOCABULARY, read_byte_level
-from .patterns import check_patterns, check_size, library_errors
+from .literal import MARK, unmark
+from .patterns import (
+    LONGEST_TOKEN,
+    check_growth,
+    check_patterns,
+    check_size,
+    check_strings,
+    library_errors,
+    longest_replacement,
+)
 from .ranks import RANKS, read_tiktoken
 from .sentencepiece import Prefix, build_backend, read_sentencepiece
 from .wordpieces import WORDS, read_word_pieces
@@ -44,6 +54,7 @@ class Tokenizer:
     def __init__(self, backend: Backend, special_tokens: dict[str, str]) -> None:
         self.backend = backend
         self.special_tokens = special_tokens
+        self._literal: _Literal | None = None
         # The library keeps what words became: 10,000 of them, and where nothing splits a text before (Llama) all of it
         # is a word, of 7 KB. So each message of a long conversation stayed.
         limit = getattr(backend.model, "_resize_cache", None)
@@ -56,17 +67,41 @@ class Tokenizer:
         Raises:
             PromptError: the text holds what no UTF-8 gives (a lone surrogate).
         """
-        ids: list[int] = self._encoding(text, add_special_tokens).ids
-        return ids
+        return self._encoding(text, add_special_tokens).ids
 
-    def _encoding(self, text: str, add_special_tokens: bool) -> Any:
+    def controls(self, kept: str | None = None, *, template: str = "", served: str | None = None) -> frozenset[str]:
+        """The tokens that only a chat template may write: the special ones, and others of the form `<|...|>` that it
+        names, since some files do not call theirs special.
+
+        Args:
+            kept: expression for those that are language, which people may write, too.
+            template: the chat template.
+            served: expression for tokens that are none of these, but that people may not write here.
+        """
+        named = set(self.special_tokens.values())
+        found = set()
+        for token in self.backend.get_added_tokens_decoder().values():
+            text = token.content
+            if not text.strip() or (kept is not None and re.fullmatch(kept, text)):
+                continue
+            marks_roles = re.fullmatch(r"<\|[^|]+\|>", text) is not None and text in template
+            if token.special or text in named or marks_roles or (served is not None and re.fullmatch(served, text)):
+                found.add(text)
+        return frozenset(found)
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> "_Encoding":
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError:
                 raise PromptError("the prompt is not valid UTF-8 text") from None
-        with library_errors(f"the tokenizer cannot read {text[:40]!r}"):
-            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        with library_errors(f"the tokenizer cannot read {unmark(text[:40])!r}"):
+            if MARK in text:
+                if self._literal is None:
+                    self._literal = _Literal(self.backend)
+                return self._literal.encode(text, add_special_tokens)
+            found = self.backend.encode(text, add_special_tokens=add_special_tokens)
+            return _Encoding(found.ids, found.offsets)
 
     def has_bos(self, text: str, image_token: str) -> bool:
         """Whether a prompt has a `bos_token` in front, of which images may stand."""
@@ -124,6 +159,81 @@ class Tokenizer:
             return None
         found: str | None = self.backend.id_to_token(token_id)
         return found
+
+
+class _Encoding(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class _Literal:
+    """A tokenizer for texts with marks: what is marked is text to it, every other token is what it always is.
+
+    It shares its vocabulary and all its steps with `backend`, but knows its added tokens by another text, with the
+    mark in front; the tokens that a text has without a mark inside are written so.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = Backend(backend.model)
+        for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            if getattr(backend, step) is not None:
+                setattr(self._backend, step, getattr(backend, step))
+        self._known: dict[str, str] = {}  # tokens that go by another text -> expression
+        self._texts: dict[int, str] = {}  # of added tokens but spaces
+        steps = backend.normalizer
+        keeps_mark = steps is None or MARK in steps.normalize_str(MARK)
+        added = []
+        for token_id, token in sorted(backend.get_added_tokens_decoder().items()):
+            text = token.content
+            if any(map(str.isalnum, text)) or (token.special and text.strip()):
+                self._texts[token_id] = text
+                # Where a normalizer puts a space in front, Llama's, one that is normalized may be found nowhere else.
+                if steps is None or not token.normalized or token_id in backend.encode(f"a{text}a").ids:
+                    bounds = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
+                    self._known[text] = f"{bounds[0]}{re.escape(text)}{bounds[1]}(?!{MARK})"
+                    options = {"lstrip": token.lstrip, "rstrip": token.rstrip, "special": True}
+                    token = AddedToken(MARK + text, normalized=token.normalized and keeps_mark, **options)
+            added.append((token_id, token))
+        self._backend.add_tokens([token for _, token in added])
+        self._ids = {self._backend.token_to_id(token.content): token_id for token_id, token in added}
+
+    def encode(self, text: str, add_special_tokens: bool) -> _Encoding:
+        """Ids of a text with marks; offsets are into it as it is."""
+        present = sorted((token for token in self._known if token in text), key=len, reverse=True)
+        pattern = "|".join([MARK, *(self._known[token] for token in present)])
+        written: list[str] = []
+        cuts: list[int] = []  # where marks were
+        places: list[int] = []  # of each character written, in the text
+        end = 0
+        for match in re.finditer(pattern, text):
+            written.append(text[end : match.start()])
+            places += range(end, match.start())
+            end = match.end()
+            if match[0] == MARK:
+                cuts.append(len(places))
+            else:
+                written.append(MARK + match[0])
+                places += [match.start()] * len(MARK) + list(range(match.start(), end))
+        whole = "".join([*written, text[end:]])
+        places += range(end, len(text) + 1)
+        found = self._backend.encode(whole, add_special_tokens=add_special_tokens)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for token_id, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            place = (places[start], places[stop - 1] + 1) if stop > start else (places[start], places[start])
+            own = self._ids.get(token_id, token_id)
+            known = self._texts.get(own) in self._known
+            if known and MARK in whole[start:stop]:
+                more = [own]
+            elif stop > start and own in self._texts and (known or bisect_right(cuts, start) < bisect_left(cuts, stop)):
+                # The vocabulary itself joined the characters, or the token is found by its own text.
+                letters = [each.id for letter in self._texts[own] for each in self._backend.model.tokenize(letter)]
+                more = [each for each in letters if each not in self._texts]
+            else:
+                more = [own]
+            ids += more
+            offsets += [place] * len(more)
+        return _Encoding(ids, offsets)
 
 
 class TextStream:
@@ -214,12 +324,15 @@ def _class_of(settings: dict[str, Any]) -> str:
 
 def _from_json(file: Path) -> Backend:
     check_size(file)
+    check_strings(file)
     with library_errors(f"{file} is broken"):
         backend = Backend.from_file(str(file))
     if len(backend.get_added_tokens_decoder()) > MOST_ADDED:
         raise CheckpointError(f"{file} adds more than {MOST_ADDED:,} tokens to its vocabulary")
     for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
         check_patterns(part, file)
+    for part in (backend.normalizer, backend.decoder, backend.post_processor):
+        check_growth(part, file)
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -242,6 +355,8 @@ def _from_sentencepiece(folder: Path, settings: dict[str, Any], special: dict[st
             "tokenizer.json with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     model = read_sentencepiece(file)
+    if longest_replacement(model.charsmap) > LONGEST_TOKEN:
+        raise CheckpointError(f"{file} puts more than {LONGEST_TOKEN:,} bytes in place of a character")
     added = settings.get("added_tokens_decoder") or {}
     names = {int(token_id): _text_of(entry) for token_id, entry in added.items()}
     legacy = settings.get("legacy") is not False
@@ -250,6 +365,10 @@ def _from_sentencepiece(folder: Path, settings: dict[str, Any], special: dict[st
     backend = build_backend(model, prefix=prefix, names={i: name for i, name in names.items() if isinstance(name, str)})
     for key, text in _CLASS_DEFAULTS["LlamaTokenizer"].items():
         special.setdefault(key, text)
+    if (
+        backend.token_to_id(special["unk_token"]) is not None
+    ):  # a token in texts, as in transformers' and in tokenizer.json
+        backend.add_special_tokens([special["unk_token"]])
     before = [special["bos_token"]] if settings.get("add_bos_token") is not False else []
     behind = [special["eos_token"]] if settings.get("add_eos_token") else []
     backend.add_special_tokens([text for text in (*before, *behind) if backend.token_to_id(text) is None])

@@ -83,7 +83,7 @@ def test_bandwidth_is_a_plausible_number():
 
 def test_errors_are_one_line():
     for code, text, arguments in (
-        (1, "nowhere", ["nowhere/at/all", *QUICK]),
+        (1, "nowhere", ["./nowhere/at/all", *QUICK]),
         (1, "image not found: nowhere.jpg", [PLAIN, "-i", "nowhere.jpg", *QUICK]),
         (2, "600,4000", [PLAIN, "--context", "six"]),
         (2, "--bandwidth", [PLAIN, "--bandwidth", "0"]),

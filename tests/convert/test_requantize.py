@@ -58,6 +58,16 @@ def test_dequantized_weights_are_what_mlx_gives(tmp_path, wide):
     assert mx.array_equal(mx.load(str(tmp_path / "large" / "model.safetensors"))[f"{UP}.weight"], expected)
 
 
+@pytest.mark.parametrize("method", [{}, {"quant_method": "mlx"}])
+def test_the_settings_may_stand_under_quantization_config_alone(tmp_path, wide, method):
+    convert(wide, tmp_path / "small", bits=4, group_size=32)
+    expected = logits(tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    settings = {**config["quantization_config"], **method}
+    edit_json(tmp_path / "small" / "config.json", quantization=..., quantization_config=settings)
+    assert np.array_equal(logits(tmp_path / "small"), expected)
+
+
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_quantized_again_in_the_same_way_nothing_changes(tmp_path, wide, packing):
     """Rounding twice is left out where once is enough."""

@@ -65,7 +65,7 @@ def test_the_environment_leaves_it_out_and_info_says_what_computes():
         if sys.platform != "linux" or choice == "0":
             assert found is False
         if sys.platform == "linux":
-            assert timeout == (None if choice == "0" else "18")
+            assert timeout is None  # the environment is as it was
             assert ("OpenBLAS" in device) is found and device.startswith("CPU, ")
 
 

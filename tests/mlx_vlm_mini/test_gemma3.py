@@ -261,10 +261,9 @@ def test_the_prompt_with_and_without_crops():
 def test_typed_image_tokens_hold_no_place():
     model, processor = load(HUB)
     inputs = processor(["A <image_soft_token>", PHOTO])
-    assert inputs.slots.sum() == 9 and (np.array(inputs.input_ids[0]) == processor.image_token_id).sum() == 10
+    assert inputs.slots.sum() == 9 and (np.array(inputs.input_ids[0]) == processor.image_token_id).sum() == 9
     assert len(model.read(inputs).visible.blocks) == 1
-    with pytest.raises(PromptError, match="1 places for an image .<start_of_image>., the messages hold 0 images"):
-        processor("What is <start_of_image>?")
+    assert not processor("What is <start_of_image>?").slots.any()
 
 
 def test_a_folder_without_a_chat_template_gets_the_familys():

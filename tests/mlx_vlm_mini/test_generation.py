@@ -1,5 +1,7 @@
 """Generation: chunks, seeds, stops, end tokens, processors; and text as it streams."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -79,13 +81,16 @@ def test_every_end_token_ends_the_answer(llava):
     assert "".join(chunk.text for chunk in chunks) == processor.tokenizer.decode(tokens[:3])
 
 
-def test_end_tokens_come_from_the_files(copy_of):
+@pytest.mark.parametrize(
+    ("listed", "ends"),
+    [([7, 9], {2, 7, 9}), (7, {2, 7}), (2, {2}), ([], {2}), (-1, {2}), ([7, -1], {2, 7}), (None, {2})],
+)
+def test_the_tokenizers_end_and_those_of_the_files(copy_of, listed, ends):
+    """A chat model ends a turn with its eos_token, and some files list only what ends a document, or nothing."""
     folder = copy_of()
     assert load(folder)[1].eos_token_ids == {2}
-    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert load(folder)[1].eos_token_ids == {7, 9}
-    (folder / "generation_config.json").unlink()
-    assert load(folder)[1].eos_token_ids == {2}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    assert load(folder)[1].eos_token_ids == ends
 
 
 def test_stop_strings_end_the_answer_before_them(llava):

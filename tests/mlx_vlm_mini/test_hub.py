@@ -1,6 +1,7 @@
 """Hub names, against a stand-in of the Hub's HTTP interface on loopback."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -76,6 +77,16 @@ def test_no_network(hub):
         assert "nor in the Hub's cache, and the Hub cannot be reached" in failed.stderr
 
 
+def test_no_network_and_half_of_a_model(hub):
+    _, run = hub
+    assert run("info", NAME).returncode == 0
+    for command in (["generate", NAME, "-p", "x"], ["info", NAME, "--check"]):
+        failed = run(*command, HF_HUB_OFFLINE="1")
+        assert failed.returncode == 1 and failed.stderr == (
+            f"Error: {NAME} is in the Hub's cache in part alone, and the Hub cannot be reached for the rest\n"
+        )
+
+
 def test_one_file_by_its_address(hub, tmp_path):
     """The mask decoder, of a Space; asked for in a process of its own, whose Hub is the stand-in."""
     kind, run = hub
@@ -101,3 +112,88 @@ def test_the_second_tokenizer_of_instructblip_is_fetched(hub):
     assert said.returncode == 0, said.stderr
     assert json.loads(said.stdout)["token_ids"] == tokens
     assert run("info", "tiny/instructblip", "--check").returncode == 0
+
+
+@pytest.mark.parametrize("shards", ["weights.safetensors", "model.safetensors", "model-00001-of-00001.safetensors"])
+def test_an_index_on_the_hub_that_is_stale_or_names_other_files(hub, tmp_path, shards):
+    kind, run = hub
+    folder = kind.folders["tiny/other"] = tmp_path / "other"
+    shutil.copytree(PLAIN, folder)
+    (folder / "model.safetensors").rename(folder / shards)
+    named = shards if shards.startswith("weights") else "model-00001-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": named}}))
+    assert run("info", "tiny/other", "--check").returncode == 0
+    assert not list((tmp_path / "cache").rglob(shards))
+    said = run("generate", "tiny/other", *ASK)
+    assert said.returncode == 0, said.stderr
+    again = run("generate", "tiny/other", *ASK, HF_HUB_OFFLINE="1")
+    assert json.loads(again.stdout)["token_ids"] == json.loads(said.stdout)["token_ids"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny/many/4bit",
+        "https://huggingface.co/tiny/many/tree/main/4bit",
+        f"https://hf.co/tiny/many/tree/{COMMIT}/4bit",
+    ],
+)
+def test_a_folder_inside_a_repository(hub, tmp_path, name):
+    kind, run = hub
+    kind.folders["tiny/many"] = tmp_path / "many"
+    shutil.copytree(PLAIN, tmp_path / "many" / "4bit")
+    shutil.copytree(PLAIN, tmp_path / "many" / "8bit")
+    assert run("info", name, "--check").returncode == 0
+    said, same = run("generate", name, *ASK), run("generate", NAME, *ASK)
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout)["token_ids"] == json.loads(same.stdout)["token_ids"]
+    assert run("convert", name, "out").returncode == 0
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["source"]["revision"] == COMMIT
+    assert not [path for _, path, _ in kind.requests if "8bit" in path and "/resolve/" in path]
+
+
+def test_the_address_of_a_page(hub):
+    _kind, run = hub
+    said, same = (run("generate", name, *ASK) for name in (f"https://huggingface.co/{NAME}", NAME))
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout)["token_ids"] == json.loads(same.stdout)["token_ids"]
+    failed = run("generate", f"https://huggingface.co/{NAME}/blob/main/config.json", *ASK)
+    assert failed.returncode == 1 and "is no model's page: give owner/model" in failed.stderr
+
+
+def test_small_files_are_fetched_by_name_and_up_to_a_size(hub, tmp_path):
+    """A repository may hold as many files as it likes, and of any size."""
+    kind, run = hub
+    folder = kind.folders[NAME]
+    for number in range(20):
+        (folder / f"results-{number}.json").write_text("{}")
+    assert run("info", NAME).returncode == 0
+    assert not [path for _, path, _ in kind.requests if "results-" in path and "/resolve/" in path]
+    kind.folders["tiny/huge"] = tmp_path / "huge"
+    shutil.copytree(PLAIN, tmp_path / "huge")
+    with (tmp_path / "huge" / "vocab.txt").open("wb") as stream:
+        stream.truncate(200 * 2**20)
+    kind.requests.clear()
+    failed = run("info", "tiny/huge")
+    assert failed.returncode == 1 and failed.stderr == (
+        "Error: tiny/huge: vocab.txt has 200 MB on the Hub, at most 128 MB are read: it was not fetched\n"
+    )
+    assert not [path for _, path, _ in kind.requests if "/resolve/" in path]
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("llava-Q4_K.gguf", "holds a GGUF model (llava-Q4_K.gguf)"),
+        ("adapter_config.json", "holds adapters alone (LoRA)"),
+        ("README.md", "has no config.json on the Hub"),
+    ],
+)
+def test_repositories_that_hold_no_checkpoint(hub, tmp_path, file, message):
+    kind, run = hub
+    kind.folders["tiny/part"] = tmp_path / "part"
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / file).write_text("{}")
+    for command in (["info", "tiny/part"], ["generate", "tiny/part", "-p", "x"]):
+        failed = run(*command)
+        assert failed.returncode == 1 and failed.stderr.startswith(f"Error: tiny/part {message}"), failed.stderr

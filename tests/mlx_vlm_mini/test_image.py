@@ -208,6 +208,11 @@ def test_class_defaults_and_old_forms():
     assert siglip.size == {"height": 224, "width": 224} and siglip.crop_size is None and siglip.image_mean == (0.5,) * 3
 
 
+def test_filters_go_by_their_number_or_their_name():
+    for name, number in (("bicubic", 3), ("LANCZOS", 1), ("bilinear", 2), (3, 3)):
+        assert image_settings({"resample": name}, "CLIP").resample == number
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -216,6 +221,8 @@ def test_class_defaults_and_old_forms():
         ({"size": {"shortest_edge": -3}}, "is not an image size"),
         ({"image_mean": [0.5, 0.5]}, "image_mean has 3 channels, not 2"),
         ({"resample": 99}, "resample 99"),
+        ({"resample": "nearest neighbour"}, "resample 'nearest neighbour' is none of Pillow's filters"),
+        ({"resample": [3]}, r"resample \[3\] is none"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):

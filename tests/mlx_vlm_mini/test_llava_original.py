@@ -234,7 +234,7 @@ def test_configs_that_make_no_model(hf, message):
 
 def test_every_prescription_has_a_reader():
     package = Path(llava_original.__file__).parents[1]
-    code = "".join((package / name).read_text() for name in ("loading.py", "processor.py"))
+    code = "".join((package / name).read_text() for name in ("checkpoints/load.py", "processor.py"))
     assert [field.name for field in fields(Prescribed) if f"prescribed.{field.name}" not in code] == []
 
 
@@ -556,8 +556,7 @@ def test_text_is_cut_at_images():
     first, second = np.flatnonzero(slots)[0], np.flatnonzero(slots)[16]
     between = processor.tokenizer.encode("\nb", add_special_tokens=False)
     assert ids[first + 16 : second].tolist() == between
-    with pytest.raises(PromptError, match="has 1 places for an image .<image>., the messages hold 0 images"):
-        processor("What is <image>?")
+    assert not processor("What is <image>?").slots.any()
     said = [
         {"role": "user", "content": [{"type": "image", "image": PHOTO}, {"type": "text", "text": "?"}]},
         {"role": "assistant", "content": "An <image> of a cat."},

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.text.patterns import is_bounded
+from mlx_vlm_mini.text.patterns import is_bounded, longest_replacement
 from mlx_vlm_mini.text.tokenizer import load_tokenizer
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -58,3 +58,50 @@ def test_many_tokens_are_added_at_once(copy_of):
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     with pytest.raises(CheckpointError, match=f"gives '<far>' the id {first + 7000}, the next free one"):
         load_tokenizer(folder)
+
+
+DOUBLED = [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 18
+_MANY = {"<s>": {"id": "<s>", "ids": [1] * 101, "tokens": ["<s>"] * 101}}
+_AROUND = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+_TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+_PAIR = [_TEXT, {"Sequence": {"id": "B", "type_id": 1}}]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Sequence", "normalizers": DOUBLED}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": DOUBLED[:9]}]}},
+        {"normalizer": {"type": "Prepend", "prepend": "a" * 101}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "(?=.)"}, "content": "a" * 256}},
+        {"decoder": {"type": "Sequence", "decoders": DOUBLED}},
+        {"decoder": {"type": "WordPiece", "prefix": "#" * 101, "cleanup": False}},
+        {"post_processor": {"type": "TemplateProcessing", "single": [_AROUND, _TEXT], "pair": _PAIR, "special_tokens": _MANY}},
+        {"post_processor": {"type": "TemplateProcessing", "single": [_TEXT] * 300, "pair": _PAIR, "special_tokens": {}}},
+    ],
+)  # fmt: skip
+def test_much_of_little_text(copy_of, change):
+    with pytest.raises(CheckpointError, match=r"makes every text .*(times as long|longer by)"):
+        load_tokenizer(edited(copy_of, **change))
+
+
+def test_long_strings(copy_of):
+    folder = copy_of()
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in ("a" * 20_001, '"' * 20_001):
+        content["added_tokens"] = [{**content["added_tokens"][0], "content": token}]
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match="has a string of more than 20,000 bytes: no token is so long"):
+            load_tokenizer(folder)
+
+
+def test_what_published_tokenizers_do_to_texts(copy_of):
+    """Gemma's, Llama's and CLIP's steps, and a table of SentencePiece's: a trie and what it puts in."""
+    metaspace = [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ]
+    spaces = [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}, {"type": "Lowercase"}]
+    steps = {"type": "Sequence", "normalizers": [*metaspace, *spaces]}
+    assert load_tokenizer(edited(copy_of, normalizer=steps)).encode("a b")
+    assert longest_replacement(b"\4\0\0\0" + b"tree" + b"ab\0" + b"abc\0") == 3

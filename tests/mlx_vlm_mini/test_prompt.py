@@ -125,8 +125,10 @@ def test_more_images_than_the_template_has_room_for():
 
 def test_an_image_token_in_the_text_is_no_image(llava):
     _, processor = llava
-    with pytest.raises(PromptError, match="1 places for an image .*0 images"):
-        processor("What does <image> mean?")
+    assert not processor("What does <image> mean?").slots.any()
+    inputs = processor("What does <image> mean?", [PHOTO])
+    assert inputs.slots.sum() == (np.array(inputs.input_ids) == processor.image_token_id).sum()
+    assert inputs.slots.sum() == processor("What?", [PHOTO]).slots.sum()
 
 
 def test_text_that_is_no_text(llava):
@@ -163,6 +165,10 @@ def test_the_files_a_template_can_come_from(copy_of):
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     edit_json(folder / "tokenizer_config.json", chat_template=named)
     assert find_chat_template(folder) == "yes"
+    for names in (("rag", "chat"), ("chat", "rag"), ("rag",)):
+        named = {name: f"for {name}" for name in names}
+        edit_json(folder / "tokenizer_config.json", chat_template=named)
+        assert find_chat_template(folder) == ("for chat" if "chat" in names else "for rag")
     edit_json(folder / "tokenizer_config.json", chat_template=...)
     assert find_chat_template(folder) is None
 

@@ -31,6 +31,7 @@ def render(source, content="Hi", times=1):
         ("{% generation %}{{ 'a'|upper|trim|replace('A', 'bb')|indent }}{% endgeneration %}", "bb"),
         ("{{ messages|selectattr('role', 'equalto', 'x')|list|length }}{% if messages|map('upper') %}yes{% endif %}", "0yes"),
         ("{% filter upper %}a{% endfilter %}{% set x %}b{% endset %}{{ x }}{{ strftime_now('%Y')|length }}", "Ab4"),
+        ("{% for m in messages %}{% set ns = namespace(a=1) %}{{ m.role.upper() ~ m.get('role') ~ ns.a }}{% endfor %}", "USERuser1"),
         ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}", "user"),
     ],
 )  # fmt: skip

@@ -9,7 +9,8 @@ from checkpoints import edit_json
 from pieces import FOLDER
 
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.text.sentencepiece import build_backend, read_sentencepiece
+from mlx_vlm_mini.text import sentencepiece as room
+from mlx_vlm_mini.text.sentencepiece import Piece, SentencePiece, build_backend, read_sentencepiece
 from mlx_vlm_mini.text.tokenizer import TextStream, load_tokenizer
 
 EXPECTED = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))
@@ -21,6 +22,34 @@ def test_ids_equal_sentencepiece(name):
     backend = build_backend(model, prefix="each" if model.add_dummy_prefix else "none")
     for text, ids in EXPECTED[name]:
         assert backend.encode(text).ids == ids, text
+
+
+@pytest.mark.parametrize("name", ["llama", "spaces", "yi"])
+def test_ids_by_the_joining_of_our_own_equal_sentencepiece_too(name, monkeypatch):
+    """As for a model whose pieces have equal scores."""
+    monkeypatch.setattr(room, "_has_ties", lambda usable: True)
+    model = read_sentencepiece(FOLDER / f"{name}.model")
+    backend = build_backend(model, prefix="each" if model.add_dummy_prefix else "none")
+    for text, ids in EXPECTED[name]:
+        assert backend.encode(text).ids == ids, text
+
+
+@pytest.mark.parametrize("prefix", ["each", "first"])
+def test_of_pieces_of_one_score_the_leftmost_are_joined_first(prefix):
+    """A merged Chinese Llama's have all one score; the ids are what SentencePiece 0.2.3 gives."""
+    letters = [Piece(letter, -10.0 - number, 1) for number, letter in enumerate("▁345了他们的")]
+    joined = [Piece(text, 0.0, 1) for text in ("45", "34", "们的", "他们")]
+    model = SentencePiece(
+        pieces=(Piece("<unk>", 0, 2), Piece("<s>", 0, 3), Piece("</s>", 0, 3), *letters, *joined),
+        model_type="bpe", byte_fallback=False, unk_id=0, charsmap=b"", add_dummy_prefix=True, remove_extra_whitespaces=False,
+    )  # fmt: skip
+    backend = build_backend(model, prefix=prefix)
+    for text, tokens in (
+        ("345", "▁ 34 5"), ("他们的", "▁ 他们 的"), ("34", "▁ 34"), ("345了", "▁ 34 5 了"), ("xy345", "▁ <unk> 34 5"),
+        ("3</s>4", "▁ 3 </s> ▁ 4" if prefix == "each" else "▁ 3 </s> 4"),
+    ):  # fmt: skip
+        assert backend.encode(text).tokens == tokens.split(), text
+    assert backend.decode(backend.encode("345 他们的").ids) == "345 他们的"
 
 
 def test_what_a_model_says():
@@ -53,6 +82,11 @@ def test_a_folder_with_tokenizer_model_alone(folder):
     assert tokenizer.decode(tokenizer.encode(text)) == text
     stream = TextStream(tokenizer)
     assert "".join(map(stream.add, tokenizer.encode(text)[1:])) + stream.finish() == text
+
+
+def test_the_unknown_token_is_one_in_texts(folder):
+    """As in transformers' and in a tokenizer.json; what people type of it is text, which the processor sees to."""
+    assert tokens(folder, "an<unk>an") == ["<s>", "▁an", "<unk>", "▁an"]
 
 
 def test_legacy_decides_about_spaces_behind_special_tokens(folder):
@@ -108,7 +142,7 @@ WHOLE = (FOLDER / "spaces.model").read_bytes()
     ("data", "message"),
     [
         (b"", "is no SentencePiece model"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is no SentencePiece model"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         (WHOLE[:-3], "is no SentencePiece model"),
         (WHOLE[:700], "is no SentencePiece model"),
         (b"\x0a\x05\x0a\x03\xff\xfe\xfd", "is no SentencePiece model"),  # a piece that is no UTF-8
