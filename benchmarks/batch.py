@@ -2,9 +2,9 @@
 
     python benchmarks/batch.py MODEL [--rows 1,4,8,16] [--context 600] [--rounds 5]
 
-MODEL is a checkpoint folder, e.g. M of workloads.py. Rows are copies of one prompt of `context` tokens, read once; what is
-timed are steps of decoding, with all the work that an answer does for a token. Ratios are of wall time and of the
-processor's time, which other programs on the machine disturb less.
+MODEL is a checkpoint folder, e.g. M of workloads.py. Rows are copies of one prompt of `context` tokens, read once.
+Timed are steps of decoding, with all the work that an answer does for a token. Ratios are of wall time and of the processor's
+time, which other programs on the machine disturb less.
 """
 
 import argparse
@@ -19,9 +19,9 @@ import mlx.core as mx
 
 from mlx_vlm_mini import load, stream_generate
 from mlx_vlm_mini.generation.batch import Batch, Job
+from mlx_vlm_mini.generation.cache import Prefixes
 from mlx_vlm_mini.generation.features import Features
 from mlx_vlm_mini.generation.options import Options
-from mlx_vlm_mini.generation.prefixes import Prefixes
 
 STEPS = 24
 

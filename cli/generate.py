@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,11 +111,8 @@ def command(
     if prompt is None or pictures is not None or output is not None:
         if draw is not None or videos or "-" in images:
             raise click.UsageError("--draw, --video, and an image on stdin, go with one answer on stdout")
-        most = pages.get("most_pages")
-        items = [ask(prompt, [], system)] if prompt is not None else read_prompts(str(prompt_file), system, most)
+        items = _questions(prompt, prompt_file, system, pages)
         items = ask_about(items, pictures or [images], system) if images else items
-        if "dpi" in pages:
-            items = [replace(item, dpi=pages["dpi"]) for item in items]
         _answer_many(ctx, model, items, output, loading, options)
         return
     # Opened first: a wrong path should not cost the time that loading takes.
@@ -166,6 +163,15 @@ def command(
         Look.of_terminal().note(cost_of(chunks[-1].stats))
     if interrupted:
         ctx.exit(INTERRUPTED)
+
+
+def _questions(prompt: str | None, prompt_file: str | None, system: str | None, pages: Mapping[str, Any]) -> list[Item]:
+    """The one question, or those of a file."""
+    if prompt is not None:
+        items = [ask(prompt, [], system)]
+    else:
+        items = read_prompts(str(prompt_file), system, pages.get("most_pages"))
+    return [replace(item, dpi=pages["dpi"]) for item in items] if "dpi" in pages else items
 
 
 def _open(

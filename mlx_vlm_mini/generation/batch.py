@@ -22,10 +22,10 @@ from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
 
 from .answering import Answering, Chunk
+from .cache import Prefixes
 from .decode import checked, read_in_chunks, wired_memory
 from .features import Features
 from .options import Options
-from .prefixes import Prefixes
 
 
 def can_be_row(model: VLM) -> bool:

@@ -21,10 +21,10 @@ from mlx_vlm_mini.text.messages import Prompt
 
 from .answering import Chunk, FinishReason, Stats
 from .batch import Batch, Job, Said
+from .cache import Prefixes
 from .decode import one_at_a_time
 from .features import FEATURE_MEMORY, Features
 from .options import Options
-from .prefixes import Prefixes
 
 SHARE = 0.5  # of the memory that is free, for keys and values
 PREFIX_SHARE = 0.25  # of these, for states of prompts that may come again
@@ -177,7 +177,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="mlx-vlm-mini-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt: Prompt, *, images: Sequence[ImageSource] = (), **options: Any) -> Request:
+    def submit(self, prompt: Prompt, *, images: ImageSource | Sequence[ImageSource] = (), **options: Any) -> Request:
         """Have a prompt answered; returns at once.
 
         Args:
@@ -209,7 +209,7 @@ class Engine:
         self._opening.submit(self._prepare, prompt, images).add_done_callback(arrive)
         return request
 
-    def _prepare(self, prompt: Prompt, images: Sequence[ImageSource]) -> Inputs:
+    def _prepare(self, prompt: Prompt, images: ImageSource | Sequence[ImageSource]) -> Inputs:
         inputs = self.processor(prompt, images)
         mx.eval(inputs.input_ids)
         return inputs
@@ -318,7 +318,9 @@ def batch_generate(
         while batch.waiting < 2 and (following := next(coming, None)) is not None:  # pictures are opened when needed
             number, prompt = following
             begin = time.perf_counter()
-            own = dict(prompt) if isinstance(prompt, Mapping) and "prompt" in prompt else {"prompt": prompt}
+            own: dict[str, Any] = (
+                dict(prompt) if isinstance(prompt, Mapping) and "prompt" in prompt else {"prompt": prompt}
+            )
             try:
                 asked, images = own.pop("prompt"), own.pop("images", ())
                 job = Job(processor(asked, images), Options(**{**options, **own}), begin)

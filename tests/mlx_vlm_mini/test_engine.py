@@ -15,9 +15,9 @@ from reference import CASES, GOLDEN
 from mlx_vlm_mini import Chat, Engine, batch_generate, load, stream_generate
 from mlx_vlm_mini.errors import PromptError, VLMError
 from mlx_vlm_mini.generation.batch import Batch, Job, bytes_per_token, can_be_row
+from mlx_vlm_mini.generation.cache import Prefixes
 from mlx_vlm_mini.generation.features import Features
 from mlx_vlm_mini.generation.options import Options
-from mlx_vlm_mini.generation.prefixes import Prefixes
 
 SHAPES = GOLDEN / "shapes.png"
 
@@ -50,13 +50,7 @@ def test_rows_of_every_family_equal_their_prompts_alone(name):
 def test_which_families_are_rows():
     """Not those whose layers attend to images, nor those whose positions depend on the length."""
     found = {name for name in SPECS if not can_be_row(load(GOLDEN / name)[0])}
-    assert found == {
-        "internvl-chat-internlm2",
-        "internvl-chat-phi3",
-        "mllama-meta",
-        "mllama-transformers",
-        "qwen-vl-chat",
-    }
+    assert found == {"internvl-chat-internlm2", "mllama-meta", "mllama-transformers", "qwen-vl-chat"}
 
 
 def test_sampling_seeds_stops_and_processors_are_each_rows_own(llava):
