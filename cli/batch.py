@@ -167,12 +167,11 @@ def ask_about(items: Sequence[Item], pictures: Sequence[str | Sequence[str]], sy
 
 
 def _from_json(line: str, where: str, folder: Path, system: str | None, most_pages: int | None) -> Item:
-    from mlx_vlm_mini.text.messages import check_beside, images_of, to_messages
+    from mlx_vlm_mini.text.messages import images_of, take_beside, to_messages
 
     try:
         entry = json.loads(line)
-        check_beside(entry)
-        messages = to_messages(entry["messages"])
+        messages = to_messages(take_beside(entry))
         pictures = images_of(messages)
         if not all(isinstance(part["image"], str) for part in pictures):
             raise PromptError("an image is not a path or a URL")

@@ -17,7 +17,7 @@ from mlx_vlm_mini.errors import PromptError, VLMError
 from mlx_vlm_mini.images.names import local_path
 from mlx_vlm_mini.images.source import image_size
 from mlx_vlm_mini.processor import Processor
-from mlx_vlm_mini.text.messages import Message, check_beside, images_of, to_messages
+from mlx_vlm_mini.text.messages import Message, images_of, take_beside, to_messages
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,10 @@ def read_examples(file: Path) -> list[Example]:
 def _messages(entry: Any, folder: Path) -> list[Message]:
     if "conversations" in entry:
         entry = {"messages": _from_llava(entry)}
-    check_beside(entry)
     said = entry["messages"]
     if not isinstance(said, list) or not all(isinstance(each, dict) and "role" in each for each in said):
         raise PromptError("its messages are no list of objects with a role and a content")
-    messages = to_messages(said)
+    messages = to_messages(take_beside(entry))
     for part in images_of(messages):
         if not isinstance(part["image"], str):
             raise PromptError("an image is not a path")

@@ -91,11 +91,35 @@ def _check_keys(what: str, given: Mapping[str, Any], known: set[str]) -> None:
         raise PromptError(f"{what} has {unknown[0]!r}, which is not known: it takes {', '.join(sorted(known))}")
 
 
-def check_beside(entry: Mapping[str, Any]) -> None:
-    """Raises PromptError where a line {"messages": [...]} has pictures beside them, which have no place there."""
-    for key in ("images", "image", "videos", "video"):
+def take_beside(entry: Mapping[str, Any]) -> Any:
+    """The messages of a line {"messages": [...], "images": [...]}, with these images in them.
+
+    They fill the image parts that name none, in order; where there are no such parts the first user message shows them.
+
+    Raises:
+        PromptError: there are more or fewer of them than parts, or videos stand beside the messages.
+    """
+    for key in ("videos", "video"):
         if entry.get(key):
             raise PromptError(f"its {key!r} stand beside the messages: put them into the message that shows them")
+    messages, images = entry["messages"], entry.get("images") or entry.get("image")
+    if not images:
+        return messages
+    images = [images] if isinstance(images, str) else [*images]
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    empty = [part for part in parts if part.get("type") == "image" and len(part) == 1]
+    if empty and len(empty) != len(images):
+        raise PromptError(
+            f"its messages have {len(empty)} places for an image, and {len(images)} images stand beside them"
+        )
+    for part, image in zip(empty, images, strict=False):
+        part["image"] = image
+    if not empty:
+        first = next((number for number, message in enumerate(messages) if message.get("role") == "user"), 0)
+        messages = [*messages]
+        messages[first] = {**messages[first], "images": [*images, *(messages[first].get("images") or [])]}
+    return messages
 
 
 def _message(item: Mapping[str, Any], waiting: list[ImageSource]) -> Message:

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.data.examples import read_examples
 from mlx_vlm_mini.errors import PromptError
+from mlx_vlm_mini.text.messages import images_of
 
 PROGRAM = Path(sys.executable).with_name("mlx-vlm-mini")
 MARK = b"\xef\xbb\xbf"
@@ -87,9 +88,28 @@ def test_a_separator_in_a_text_ends_no_line_of_a_data_file(tmp_path):
     file = tmp_path / "d.jsonl"
     file.write_bytes(MARK + (json.dumps({"messages": said}, ensure_ascii=False) + "\r\n").encode() * 2)
     assert [example.messages[0]["content"] for example in read_examples(file)] == ["one\u2028two"] * 2
-    file.write_text(json.dumps({"messages": said, "images": ["a.png"]}))
-    with pytest.raises(PromptError, match=r"d\.jsonl:1: its 'images' stand beside the messages"):
-        read_examples(file)
+
+
+def test_images_beside_the_messages_of_a_line_are_taken(tmp_path):
+    said = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A house."}]
+    file, other = tmp_path / "d.jsonl", Path(shutil.copy(PHOTO, tmp_path / "b.jpg"))
+    shutil.copy(PHOTO, tmp_path / "a.jpg")
+    parts = [{"type": "text", "text": "Of"}, {"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
+    lines = [
+        {"messages": said, "images": ["a.jpg", "b.jpg"]},
+        {"messages": said, "image": "b.jpg"},
+        {"messages": [{"role": "user", "content": parts}, said[1]], "images": ["a.jpg", "b.jpg"]},
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = [[part["image"].name for part in images_of(example.messages)] for example in read_examples(file)]
+    assert found == [["a.jpg", "b.jpg"], ["b.jpg"], ["a.jpg", "b.jpg"]] and other.exists()
+    for line, message in (
+        ({**lines[2], "images": ["a.jpg"]}, "2 places for an image, and 1 images stand beside them"),
+        ({"messages": said, "videos": ["a.mp4"]}, "its 'videos' stand beside the messages"),
+    ):
+        file.write_text(json.dumps(line))
+        with pytest.raises(PromptError, match=message):
+            read_examples(file)
 
 
 def test_draw_replaces_no_picture_that_came_by_stdin(tmp_path):

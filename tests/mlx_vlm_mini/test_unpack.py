@@ -1,7 +1,5 @@
 """Quantized layers on a CPU: unpacked, once or for each product, they give what packed ones give."""
 
-import sys
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -11,8 +9,8 @@ from quantized import load_packed
 
 from mlx_vlm_mini import load
 from mlx_vlm_mini.convert import convert
-
-unpack = sys.modules["mlx_vlm_mini.layers.cpu.unpack"]  # the package has a function of that name
+from mlx_vlm_mini.layers import memory
+from mlx_vlm_mini.layers.cpu import unpack
 
 
 @pytest.mark.parametrize("free", [1 << 40, 0])
@@ -20,7 +18,7 @@ unpack = sys.modules["mlx_vlm_mini.layers.cpu.unpack"]  # the package has a func
 def test_unpacked_models_answer_as_packed_ones(wide, tmp_path, monkeypatch, free, mode):
     convert(wide, tmp_path / "out", bits=4, mode=mode, group_size=32, part_bits={"vision": 4})
     packed = load_packed(tmp_path / "out")
-    monkeypatch.setattr(unpack, "free_memory", lambda: free)
+    monkeypatch.setattr(memory, "free_memory", lambda: free)
     model, processor = load(tmp_path / "out")
     kinds = {type(layer) for _, layer in model.named_modules()}
     assert (unpack.UnpackingLinear in kinds) == (free == 0) and nn.QuantizedLinear not in kinds
@@ -45,6 +43,6 @@ def test_a_tied_head_is_unpacked_with_the_embeddings_and_others_stay_packed():
 
 
 def test_free_memory_is_the_systems(monkeypatch):
-    assert 1 << 20 < unpack.free_memory() < 1 << 50
-    monkeypatch.setattr(unpack, "_memory_lines", lambda: iter(["MemTotal: 9 kB", "MemAvailable:  12 kB"]))
-    assert unpack.free_memory() == 12 * 1024
+    assert 1 << 20 < memory.free_memory() < 1 << 50
+    monkeypatch.setattr(memory, "_memory_lines", lambda: iter(["MemTotal: 9 kB", "MemAvailable:  12 kB"]))
+    assert memory.free_memory() == 12 * 1024

@@ -13,10 +13,10 @@ import pytest
 from checkpoints import PLAIN
 from click.testing import CliRunner
 
+from mlx_vlm_mini import files
 from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.files import one_process, write_text, written_whole
-from mlx_vlm_mini.train import save
 from mlx_vlm_mini.train.save import save_tensors
 
 
@@ -79,7 +79,7 @@ def test_what_is_there_is_replaced_file_by_file_and_strangers_stay(tmp_path, mon
 
 def test_one_process_at_a_time(tmp_path, monkeypatch):
     naps: list[float] = []
-    monkeypatch.setattr(save.time, "sleep", naps.append)
+    monkeypatch.setattr(files.time, "sleep", naps.append)
     with one_process(tmp_path / "run"):
         with (
             pytest.raises(CheckpointError, match="another process is writing to .*run right now"),
