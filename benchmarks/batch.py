@@ -3,8 +3,8 @@
     python benchmarks/batch.py MODEL [--rows 1,4,8,16] [--context 600] [--rounds 5]
 
 MODEL is a checkpoint folder, e.g. M of workloads.py. Rows are copies of one prompt of `context` tokens, read once.
-Timed are steps of decoding, with all the work that an answer does for a token. Ratios are of wall time and of the processor's
-time, which other programs on the machine disturb less.
+Timed are steps of decoding, with all the work that an answer does for a token. Ratios are of wall time and of the
+processor's time, which other programs on the machine disturb less.
 """
 
 import argparse
