@@ -37,6 +37,15 @@ from mlx_vlm_mini.generation import step
 from mlx_vlm_mini.generation.step import COMPILE
 from mlx_vlm_mini.layers import kernels
 
+INTERPRETED = os.environ.get(kernels.CHOICE) == "mlx"  # a Mac's kernels on a CPU, where MLX would call a C++ compiler
+if INTERPRETED:
+    mx.disable_compile()
+
+
+def _enable_compile() -> None:
+    if not INTERPRETED:
+        mx.enable_compile()
+
 
 def _is_number(host: str) -> bool:
     with suppress(OSError):
@@ -67,7 +76,7 @@ def traced_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(step, "BUILT_FIRST", 0)
     mx.disable_compile()
     yield
-    mx.enable_compile()
+    _enable_compile()
 
 
 @pytest.fixture
@@ -83,7 +92,7 @@ def mac_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(kernels._chosen, mx.default_device().type, kernels.MLX)
     mx.disable_compile()
     yield
-    mx.enable_compile()
+    _enable_compile()
 
 
 @pytest.fixture(params=["cpu", "mac"])
