@@ -111,8 +111,8 @@ def command(
     if prompt is None or pictures is not None or output is not None:
         if draw is not None or videos or "-" in images:
             raise click.UsageError("--draw, --video, and an image on stdin, go with one answer on stdout")
-        items = _questions(prompt, prompt_file, system, pages)
-        items = ask_about(items, pictures or [images], system) if images else items
+        about = (pictures or [images]) if images else None
+        items = _questions(prompt, prompt_file, about, system, pages)
         _answer_many(ctx, model, items, output, loading, options)
         return
     # Opened first: a wrong path should not cost the time that loading takes.
@@ -165,12 +165,19 @@ def command(
         ctx.exit(INTERRUPTED)
 
 
-def _questions(prompt: str | None, prompt_file: str | None, system: str | None, pages: Mapping[str, Any]) -> list[Item]:
-    """The one question, or those of a file."""
+def _questions(
+    prompt: str | None,
+    prompt_file: str | None,
+    about: Sequence[str | Sequence[str]] | None,
+    system: str | None,
+    pages: Mapping[str, Any],
+) -> list[Item]:
+    """The one question, or those of a file, about each of some pictures where there are any."""
     if prompt is not None:
         items = [ask(prompt, [], system)]
     else:
         items = read_prompts(str(prompt_file), system, pages.get("most_pages"))
+    items = items if about is None else ask_about(items, about, system)
     return [replace(item, dpi=pages["dpi"]) for item in items] if "dpi" in pages else items
 
 
