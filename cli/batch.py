@@ -7,11 +7,11 @@ import json
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -338,22 +338,51 @@ def left_to_do(items: Sequence[Item], output: Output, settings: dict[str, Any]) 
     return todo
 
 
-def answer_all(todo: Sequence[tuple[str, Item]], output: Output, answer: Callable[[Item], dict[str, Any]]) -> int:
-    """Answer one after the other; what cannot be answered is written with its error, and counted."""
+def answer_all(
+    todo: Sequence[tuple[str, Item]],
+    output: Output,
+    ask: Callable[[Item], Callable[[], dict[str, Any]]],
+    together: int,
+) -> int:
+    """Answer all in their order; what cannot be answered is written with its error, and counted.
+
+    Args:
+        ask: has an item answered, and gives what waits for its answer.
+        together: items that are being answered at a time; as many again are asked ahead.
+    """
     failed = 0
+    waiting: deque[tuple[str, Item, Callable[[], dict[str, Any]]]] = deque()
+
+    def settle(key: str, item: Item, wait: Callable[[], dict[str, Any]]) -> None:
+        nonlocal failed
+        try:
+            entry = wait()
+        except (VLMError, MemoryError) as error:
+            failed += 1
+            entry = {"error": " ".join(str(error).split()) or "out of memory"}
+            over = "\r\x1b[2K" if sys.stderr.isatty() else ""  # the bar is drawn again below
+            click.echo(f"{over}Error: {entry['error']}", err=True)
+        output.write(key, item.named | entry)
+        bar.update(1, (key, item))
+
     with click.progressbar(
-        todo, label="answering", file=sys.stderr, hidden=not sys.stderr.isatty(), show_pos=True, item_show_func=_show,
+        length=len(todo), label="answering", file=sys.stderr, hidden=not sys.stderr.isatty(), show_pos=True,
+        item_show_func=_show,
     ) as bar:  # fmt: skip
-        for key, item in bar:
+        for key, item in todo:
             try:
-                entry = answer(item)
+                waiting.append((key, item, ask(item)))
             except (VLMError, MemoryError) as error:
-                failed += 1
-                entry = {"error": " ".join(str(error).split()) or "out of memory"}
-                over = "\r\x1b[2K" if sys.stderr.isatty() else ""  # the bar is drawn again below
-                click.echo(f"{over}Error: {entry['error']}", err=True)
-            output.write(key, item.named | entry)
+                waiting.append((key, item, partial(_fail, error)))
+            if len(waiting) >= (1 if together == 1 else 2 * together):
+                settle(*waiting.popleft())
+        while waiting:
+            settle(*waiting.popleft())
     return failed
+
+
+def _fail(error: Exception) -> dict[str, Any]:
+    raise error
 
 
 def _show(todo: tuple[str, Item] | None) -> str:

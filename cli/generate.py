@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,13 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Append a line of JSON an answer; what the file holds already is not asked again.",
 )
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Of many prompts, those that are answered together at most; fewer where memory does not allow it.",
+)
 @drawing_options
 @click.pass_context
 def command(
@@ -76,6 +83,7 @@ def command(
     system: str | None,
     as_json: bool,
     output: Path | None,
+    batch_size: int,
     draw: Path | None,
     mask_decoder: str | None,
     loading: dict[str, Any],
@@ -111,9 +119,9 @@ def command(
     if prompt is None or pictures is not None or output is not None:
         if draw is not None or videos or "-" in images:
             raise click.UsageError("--draw, --video, and an image on stdin, go with one answer on stdout")
-        about = (pictures or [images]) if images else None
+        about: Sequence[str | Sequence[str]] | None = (pictures or [images]) if images else None
         items = _questions(prompt, prompt_file, about, system, pages)
-        _answer_many(ctx, model, items, output, loading, options)
+        _answer_many(ctx, model, items, output, loading, options, batch_size)
         return
     # Opened first: a wrong path should not cost the time that loading takes.
     names, opened = _open(images, pages, draw, mask_decoder)
@@ -205,6 +213,7 @@ def _answer_many(
     path: Path | None,
     loading: dict[str, Any],
     options: dict[str, Any],
+    batch_size: int,
 ) -> None:
     """Answer all items into a file or onto stdout, and end with exit code 1 where some could not be."""
     from mlx_vlm_mini.errors import PromptError
@@ -218,25 +227,37 @@ def _answer_many(
         if not todo:
             return
 
-        from mlx_vlm_mini import Chat, load
+        from mlx_vlm_mini import Engine, load
+        from mlx_vlm_mini.generation.features import Features
         from mlx_vlm_mini.text.messages import images_of
 
         status.show(f"loading {model}")
-        chat = Chat(*load(model, **loading), **options)
+        vlm, processor = load(model, **loading)
         status.clear()
+        pixels = Features()
 
-        def answer(item: Item) -> dict[str, Any]:
-            chat.messages = []  # the cache stays: questions about the same picture share how they begin
-            chunks = []
-            for chunk in chat.send(item.opened()):
-                chunks.append(chunk)
-                interrupts.check()
-            check_pictures(item, [part["image"].origin.sha256 for part in images_of(chat.messages)])
-            return _as_object(chunks, {}, False)
+        def ask_engine(item: Item) -> Callable[[], dict[str, Any]]:
+            messages = [
+                message
+                if isinstance(message["content"], str)
+                else {**message, "content": [pixels.prepare_part(processor, part) for part in message["content"]]}
+                for message in item.opened()
+            ]
+            check_pictures(item, [part["image"].origin.sha256 for part in images_of(messages)])
+            request = engine.submit(messages)
+
+            def wait() -> dict[str, Any]:
+                chunks = []
+                for chunk in request:
+                    chunks.append(chunk)
+                    interrupts.check()
+                return _as_object(chunks, {}, False)
+
+            return wait
 
         try:
-            with Interrupts() as interrupts:
-                failed = answer_all(todo, output, answer)
+            with Interrupts() as interrupts, Engine(vlm, processor, batch_size=batch_size, **options) as engine:
+                failed = answer_all(todo, output, ask_engine, batch_size)
         except KeyboardInterrupt:
             if path is not None:
                 click.echo(f"\nstopped: the same command goes on with {path}", err=True)

@@ -45,6 +45,10 @@ class Features:
         found = self._find(key, lambda: processor.prepare(picture), lambda image: image.nbytes)
         return found if found.origin.path == picture.path else replace(found, origin=without_data(picture))
 
+    def prepare_part(self, processor: Processor, part: Any) -> Any:
+        """A part of a message, its image or video prepared."""
+        return {**part, "image": self.prepare(processor, part["image"])} if part["type"] in ("image", "video") else part
+
     def encode(self, image: InputImage, encode: Callable[[InputImage], mx.array]) -> mx.array:
         """`encode(image)`, which encodes no picture twice: float[tokens, C]."""
         return self._find(image.digest, lambda: encode(image), lambda features: features.nbytes)

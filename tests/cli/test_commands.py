@@ -18,6 +18,7 @@ from reference import GOLDEN
 
 import mlx_vlm_mini
 from mlx_vlm_mini.cli.main import main
+from mlx_vlm_mini.generation.engine import Request
 
 ASK = ["generate", str(PLAIN), "-p", "What is in this image?"]
 
@@ -34,7 +35,7 @@ def expected(case: str) -> tuple[list[int], np.ndarray]:
         return arrays[f"{case}/token_ids"].tolist(), arrays[f"{case}/logprobs"]
 
 
-@pytest.mark.parametrize(("owner", "name"), [(mlx_vlm_mini, "stream_generate"), (mlx_vlm_mini.Chat, "send")])
+@pytest.mark.parametrize(("owner", "name"), [(mlx_vlm_mini, "stream_generate"), (Request, "__iter__")])
 def test_ctrl_c_counts_where_its_error_is_lost(owner, name, monkeypatch, tmp_path):
     """As in `mx.array` of an array of numpy's, which drops what is raised meanwhile: for one answer, and for many."""
     begin = getattr(owner, name)
