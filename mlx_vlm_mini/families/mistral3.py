@@ -1,6 +1,7 @@
-"""Mistral 3 (Mistral Small 3.1 and 3.2): Pixtral's tower, squares of 2 x 2 features merged channel by channel, Mistral.
+"""Mistral 3: Pixtral's tower, squares of 2 x 2 features merged channel by channel, Mistral or Ministral 3.
 
-Source: models/mistral3 of huggingface/transformers.
+Mistral Small 3.1 and 3.2 have the first; Ministral 3, Devstral Small 2 and Mistral Medium 3.5 the second: YaRN, and
+queries that grow with their place. Source: models/mistral3 and ministral3 of huggingface/transformers.
 """
 
 from collections.abc import Mapping
@@ -37,7 +38,9 @@ _VISION = {"patch_size": 14}  # of a config without vision_config
 def config(hf: Mapping[str, Any]) -> VLMConfig:
     text, vision = hf.get("text_config"), hf.get("vision_config")
     text, vision = {"model_type": "mistral", **(_TEXT if text is None else text)}, _VISION if vision is None else vision
-    decoder = text_decoder(text, proven=("mistral",), tie_word_embeddings=hf.get("tie_word_embeddings", True))
+    decoder = text_decoder(
+        text, proven=("mistral", "ministral3"), tie_word_embeddings=hf.get("tie_word_embeddings", True)
+    )
     shuffle = ShuffleConfig(factor=hf.get("spatial_merge_size", 2), transposed=False)
     tower = pixtral_tower(vision, hf.get("vision_feature_layer", -1), merge=shuffle.factor)
     if len(tower.feature_layers) > 1:

@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from float8_reference import decoded, is_float8, to_float8
 from mllama_reference import TEMPLATE as MLLAMA
 from mllama_reference import compute_as_meta, is_meta, tiles_of
 from PIL import Image
-from pixtral_reference import MISTRAL3, PIXTRAL, as_on_the_hub, is_pixtral
+from pixtral_reference import MINISTRAL3, MISTRAL3, PIXTRAL, as_on_the_hub, is_pixtral, tie_in_text, untied
 from pixtral_reference import ImagesOnly as PixtralImages
 from pixtral_reference import add_tokens as add_pixtral
 from pixtral_reference import pixels_of as pixels_of_pixtral
@@ -151,6 +153,7 @@ class Spec:
     config: Callable[[dict[str, Any]], None] = lambda config: None
     seed: int = 0
     family: str = "llava"
+    finish: Callable[[Path], None] = lambda folder: None
     cases: tuple[str, ...] = USUAL
 
 
@@ -619,6 +622,34 @@ SPECS = {
         image_processor=("Pixtral", dict(patch_size={"height": 6, "width": 6}, size={"longest_edge": 96})),
         tokenizer="llama3", chat_template=MISTRAL3, template_file="chat_template.jinja",
         rename=memory_names, shards=2, seed=41, family="mistral3", cases=tuple(CASES)),
+    "ministral3": Spec(  # queries of tokens 24 and further are scaled; photo.jpg: 6 x 5 tokens
+        vision=("pixtral", dict(
+            hidden_size=30, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3, patch_size=6, image_size=72,
+            hidden_act="silu")),
+        text=("ministral3", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, max_position_embeddings=512, sliding_window=None, tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "yarn", "type": "yarn", "rope_theta": 1000.0, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                "original_max_position_embeddings": 24, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1})),
+        llava=dict(tie_word_embeddings=True, spatial_merge_size=2),
+        image_processor=("Pixtral", dict(patch_size={"height": 6, "width": 6}, size={"longest_edge": 72})),
+        tokenizer="llama3", chat_template=MINISTRAL3, template_file="chat_template.jinja",
+        config=tie_in_text, seed=51, family="mistral3", cases=(*USUAL, "strip", "side_by_side")),
+    "ministral3-float8": Spec(  # untied; the weights of the decoder's layers in float8
+        vision=("pixtral", dict(
+            hidden_size=30, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3, patch_size=6, image_size=72,
+            hidden_act="silu")),
+        text=("ministral3", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, max_position_embeddings=512, sliding_window=None, tie_word_embeddings=False,
+            rope_parameters={
+                "rope_type": "yarn", "type": "yarn", "rope_theta": 1000.0, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1})),
+        llava=dict(tie_word_embeddings=False, spatial_merge_size=2),
+        image_processor=("Pixtral", dict(patch_size={"height": 6, "width": 6}, size={"longest_edge": 72})),
+        tokenizer="llama3", chat_template=MINISTRAL3, template_file="chat_template.jinja", shards=2,
+        config=untied, seed=52, family="mistral3", finish=to_float8),
 }  # fmt: skip
 CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and for a reference that encodes a message by itself
     "long_text": [user(text_part(" ".join(CORPUS[:3])))],
@@ -932,6 +963,7 @@ def save(spec: Spec, folder: Path) -> None:
         (folder / "processor_config.json").write_text(json.dumps(content, indent=1))
     if spec.config is flatten:
         limits_by_their_names(folder)
+    spec.finish(folder)
 
 
 def write_tensors(spec: Spec, folder: Path, tensors: dict[str, Any]) -> None:
@@ -1160,6 +1192,9 @@ def open_reference(folder: Path, chat_template: str | None = None) -> Any:
         from internvl_reference import ChatReference
 
         return ChatReference(folder)
+    if is_float8(folder):
+        with tempfile.TemporaryDirectory() as place:
+            return Reference(decoded(folder, Path(place) / "decoded"), chat_template)
     return Reference(folder, chat_template)
 
 

@@ -151,7 +151,7 @@ def test_rows_of_a_batch_equal_the_rows_alone(golden):
     for case, state in zip(cases, states, strict=True):
         mx.eval(prefill(model.decoder, model.read(processor(with_paths(CASES[case]))), state))
     kept = model.decoder
-    lengths = any(rope.depends_on != "nothing" for rope in kept.ropes.values()) or kept.config.scales.logn_length
+    lengths = any(rope.depends_on != "nothing" for rope in kept.ropes.values())
     if kept.config.cross_attention is not None or lengths:
         with pytest.raises(ValueError, match="cannot be"):
             kept(kept.read(mx.zeros((len(cases), 1), dtype=mx.int32)), State.merge(states))
@@ -176,8 +176,6 @@ def test_rows_of_a_batch_equal_the_rows_alone(golden):
     one = batch.extract(0)
     assert one.length == states[rows[0]].start
     np.testing.assert_allclose(step(one, 0, rows[:1])[0], step(states[rows[0]], 0, rows[:1])[0], atol=TOLERANCE)
-
-
 
 
 def test_the_image_matters(golden):
