@@ -61,6 +61,9 @@ VARIANTS = {  # the model's config, text config, vision config, image processor
     "queries that never grow": ("ministral3", {}, {"rope_parameters": {"original_max_position_embeddings": 300}}, {}, {}),
     "plain rotary positions": ("ministral3", {}, {"rope_parameters": {"rope_type": "default", "type": "default"}}, {}, {}),
     "a window in Ministral 3": ("ministral3", {}, {"sliding_window": 9}, {}, {}),
+    "LightOnOCR, patches that are tokens": ("lighton-ocr", {}, {}, {}, {"patch_size": {"height": 12, "width": 12}}),
+    "LightOnOCR, larger pictures": ("lighton-ocr", {}, {}, {}, {"size": {"longest_edge": 90}}),
+    "LightOnOCR, eps of decoder and merger": ("lighton-ocr", {}, {"rms_norm_eps": 0.1}, {}, {}),
     "other means": ("mistral3", {}, {}, {}, {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}),
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from float8_reference import decoded, is_float8, to_float8
+from lighton_reference import CHAT as LIGHTON
 from mllama_reference import TEMPLATE as MLLAMA
 from mllama_reference import compute_as_meta, is_meta, tiles_of
 from PIL import Image
@@ -650,6 +651,18 @@ SPECS = {
         image_processor=("Pixtral", dict(patch_size={"height": 6, "width": 6}, size={"longest_edge": 72})),
         tokenizer="llama3", chat_template=MINISTRAL3, template_file="chat_template.jinja", shards=2,
         config=untied, seed=52, family="mistral3", finish=to_float8),
+    "lighton-ocr": Spec(  # patches: photo.jpg 11 x 8, shapes.png 7 x 11, strip.png 3 x 11; the last odd one is no token's
+        vision=("pixtral", dict(
+            hidden_size=30, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3, patch_size=6, image_size=66,
+            hidden_act="silu")),
+        text=("qwen3", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=12, max_position_embeddings=512, rms_norm_eps=1e-4, sliding_window=None, tie_word_embeddings=True,
+            rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+        llava=dict(tie_word_embeddings=True, spatial_merge_size=2),
+        image_processor=("Pixtral", dict(patch_size={"height": 6, "width": 6}, size={"longest_edge": 66})),
+        tokenizer="qwen2", chat_template=LIGHTON, template_file="chat_template.jinja",
+        seed=53, family="lighton_ocr", cases=(*USUAL, "strip", "side_by_side", "picture")),
 }  # fmt: skip
 CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and for a reference that encodes a message by itself
     "long_text": [user(text_part(" ".join(CORPUS[:3])))],
@@ -658,6 +671,7 @@ CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and f
 }
 
 
+CASES["picture"] = [user(image_part("photo.jpg"))]  # a page to be read, without words
 CASES["asked_twice"] = [  # stands here because families above take all cases above
     user(image_part("shapes.png"), text_part("Describe the photo.")),
     {"role": "assistant", "content": [text_part("A red circle and a blue square.")]},
@@ -817,7 +831,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
     return classes[kind](**options)
 
 
-BY_ID = ("internvl", "idefics3", "smolvlm")  # whose configs call the image token so
+BY_ID = ("internvl", "idefics3", "smolvlm", "lighton_ocr")  # whose configs call the image token so
 
 
 def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
@@ -880,11 +894,15 @@ def save(spec: Spec, folder: Path) -> None:
         tokenizer = name_image_tokens(tokenizer)
     if spec.family in QWEN:
         tokenizer = add_tokens(tokenizer)
-    pixtral = spec.vision[0] == "pixtral"
+    pixtral = spec.vision[0] == "pixtral" and spec.family != "lighton_ocr"
+    if spec.family == "lighton_ocr":
+        from lighton_reference import add_tokens as add_lighton
+
+        tokenizer = add_lighton(tokenizer)
     if pixtral:
         tokenizer = add_pixtral(tokenizer)
     own = {"internvl": "<IMG_CONTEXT>", "mllama": "<|image|>", "gemma3": "<image_soft_token>"}
-    image_token = {**own, **dict.fromkeys(QWEN, "<|image_pad|>")}.get(spec.family, "[IMG]" if pixtral else "<image>")
+    image_token = {**own, **dict.fromkeys([*QWEN, "lighton_ocr"], "<|image_pad|>")}.get(spec.family, "[IMG]" if pixtral else "<image>")
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     # Of Llama 3.2 Vision the image token is the first that has an embedding and no score.
     model = make_model(spec, image_token_id if spec.family == "mllama" else len(tokenizer) + 5, image_token_id)
@@ -909,6 +927,13 @@ def save(spec: Spec, folder: Path) -> None:
         processor = PixtralImages(
             make_image_processor(kind, options), tokenizer, patch_size=spec.vision[1]["patch_size"],
             spatial_merge_size=spec.llava.get("spatial_merge_size", 1), chat_template=spec.chat_template,
+        )  # fmt: skip
+    elif spec.family == "lighton_ocr":
+        from lighton_reference import ImagesOnly as LightOnImages
+
+        processor = LightOnImages(
+            make_image_processor(kind, options), tokenizer, patch_size=spec.vision[1]["patch_size"],
+            spatial_merge_size=2, chat_template=spec.chat_template,
         )  # fmt: skip
     elif spec.family == "llava_onevision":
         from onevision_reference import StillImages
@@ -1083,6 +1108,10 @@ class Reference:
             self.processor = StillImages.from_pretrained(folder, backend="pil")
         elif self.model.config.model_type in QWEN:
             self.processor = images_only(self.model.config.model_type).from_pretrained(folder, backend="pil")
+        elif self.model.config.model_type == "lighton_ocr":
+            from lighton_reference import ImagesOnly as LightOnImages
+
+            self.processor = LightOnImages.from_pretrained(folder, backend="pil")
         elif is_pixtral(self.model.config):
             self.processor = PixtralImages.from_pretrained(folder, backend="pil")
         else:
