@@ -85,6 +85,7 @@ ONEVISION = (
     "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 INTERNVL = CHATML.replace("'<image>'", "'<IMG_CONTEXT>\\n'")
+QIANFAN = CHATML.replace("'<image>'", "'<image>\\n'")  # which is no token
 INSTRUCT = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
     "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<image>\n' }}{% else %}"
@@ -175,6 +176,11 @@ def memory_names(name: str) -> str:
 def older_memory_names(name: str) -> str:
     """Layout L2, transformers 4.52 in memory: as L2b, with `vision_model.` inside the tower."""
     return memory_names(name).replace("model.vision_tower.", "model.vision_tower.vision_model.", 1)
+
+
+def qianfan_names(name: str) -> str:
+    """Qianfan-OCR's names on the Hub; transformers 5.23 writes the decoder's layers into an `encoder`."""
+    return name.replace("language_model.model.encoder.", "language_model.model.")
 
 
 def mllama_memory_names(name: str) -> str:
@@ -663,6 +669,18 @@ SPECS = {
         image_processor=("Pixtral", dict(patch_size={"height": 6, "width": 6}, size={"longest_edge": 66})),
         tokenizer="qwen2", chat_template=LIGHTON, template_file="chat_template.jinja",
         seed=53, family="lighton_ocr", cases=(*USUAL, "strip", "side_by_side", "picture")),
+    "qianfan-ocr": Spec(  # photo.jpg: 2 x 3 tiles; shapes.png: 3 x 2; strip.png: 5 x 1; a thumbnail behind them
+        vision=("qianfan_ocr_vision", dict(
+            hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, image_size=[24, 24],
+            patch_size=[6, 6])),
+        text=("qwen3", dict(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=12, max_position_embeddings=512, rms_norm_eps=1e-4,
+            rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+        llava=dict(tie_word_embeddings=False, image_seq_length=4),
+        image_processor=("GotOcr2", dict(size={"height": 24, "width": 24}, max_patches=6, **GOTOCR)),
+        tokenizer="qwen2 plain", chat_template=QIANFAN, template_file="chat_template.jinja", rename=qianfan_names,
+        seed=54, family="qianfan_ocr", cases=(*USUAL, "strip")),
 }  # fmt: skip
 CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and for a reference that encodes a message by itself
     "long_text": [user(text_part(" ".join(CORPUS[:3])))],
@@ -798,7 +816,7 @@ def make_tokenizer(kind: str) -> Any:
             tokenizer_object=words, bos_token="<|im_start|>", eos_token="<end_of_utterance>", pad_token="<|im_end|>"
         )
     words.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=360, initial_alphabet=alphabet))
-    words.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"])
+    words.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *([] if "plain" in kind else ["<image>"])])
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
@@ -831,7 +849,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
     return classes[kind](**options)
 
 
-BY_ID = ("internvl", "idefics3", "smolvlm", "lighton_ocr")  # whose configs call the image token so
+BY_ID = ("internvl", "idefics3", "smolvlm", "lighton_ocr", "qianfan_ocr")  # whose configs call the image token so
 
 
 def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
@@ -888,7 +906,7 @@ def save(spec: Spec, folder: Path) -> None:
         return save_chat(spec, folder)
     folder.mkdir(parents=True)
     tokenizer = make_tokenizer(spec.tokenizer)
-    if spec.family == "internvl":
+    if spec.family in ("internvl", "qianfan_ocr"):
         from internvl_reference import name_image_tokens
 
         tokenizer = name_image_tokens(tokenizer)
@@ -901,7 +919,7 @@ def save(spec: Spec, folder: Path) -> None:
         tokenizer = add_lighton(tokenizer)
     if pixtral:
         tokenizer = add_pixtral(tokenizer)
-    own = {"internvl": "<IMG_CONTEXT>", "mllama": "<|image|>", "gemma3": "<image_soft_token>"}
+    own = {**dict.fromkeys(["internvl", "qianfan_ocr"], "<IMG_CONTEXT>"), "mllama": "<|image|>", "gemma3": "<image_soft_token>"}
     image_token = {**own, **dict.fromkeys([*QWEN, "lighton_ocr"], "<|image_pad|>")}.get(spec.family, "[IMG]" if pixtral else "<image>")
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     # Of Llama 3.2 Vision the image token is the first that has an embedding and no score.
@@ -957,6 +975,12 @@ def save(spec: Spec, folder: Path) -> None:
         patches = spec.vision[1]["image_size"] // spec.vision[1]["patch_size"] // spec.llava["scale_factor"]
         processor = Idefics3Processor(
             make_image_processor(kind, options), tokenizer, image_seq_len=patches**2, chat_template=spec.chat_template
+        )
+    elif spec.family == "qianfan_ocr":
+        from transformers import QianfanOCRProcessor
+
+        processor = QianfanOCRProcessor(
+            make_image_processor(kind, options), tokenizer, spec.llava["image_seq_length"], spec.chat_template
         )
     elif spec.family == "internvl":
         from internvl_reference import ImagesOnly
