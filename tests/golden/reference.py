@@ -84,6 +84,13 @@ ONEVISION = (
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}{% endfor %}"
     "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+GRANITE = (
+    "{% for message in messages %}{{ '<|start_of_role|>' + message['role'] + '<|end_of_role|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|end_of_text|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+)
 INTERNVL = CHATML.replace("'<image>'", "'<IMG_CONTEXT>\\n'")
 QIANFAN = CHATML.replace("'<image>'", "'<image>\\n'")  # which is no token
 INSTRUCT = (
@@ -669,6 +676,17 @@ SPECS = {
         image_processor=("Pixtral", dict(patch_size={"height": 6, "width": 6}, size={"longest_edge": 66})),
         tokenizer="qwen2", chat_template=LIGHTON, template_file="chat_template.jinja",
         seed=53, family="lighton_ocr", cases=(*USUAL, "strip", "side_by_side", "picture")),
+    "granite-docling": Spec(  # as Granite-Docling-258M, an Idefics3: 4 x 4 patches are a token; photo.jpg: 2 x 2 tiles
+        vision=("idefics3_vision", dict(
+            hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4)),
+        text=("llama", dict(
+            hidden_size=36, intermediate_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+            head_dim=8, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True,
+            rope_parameters={"rope_theta": 1e5, "rope_type": "default"})),
+        llava=dict(scale_factor=4, tie_word_embeddings=True),
+        image_processor=("Idefics3", dict(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})),
+        tokenizer="smol markers granite", chat_template=GRANITE, template_file="chat_template.jinja",
+        seed=55, family="idefics3", cases=(*USUAL, "strip")),
     "qianfan-ocr": Spec(  # photo.jpg: 2 x 3 tiles; shapes.png: 3 x 2; strip.png: 5 x 1; a thumbnail behind them
         vision=("qianfan_ocr_vision", dict(
             hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, image_size=[24, 24],
@@ -809,11 +827,14 @@ def make_tokenizer(kind: str) -> Any:
         words.add_special_tokens(
             ["<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
         )
-        if kind == "smol markers":
+        if "granite" in kind:
+            words.add_special_tokens(["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"])
+        if "markers" in kind:
             places = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
             words.add_special_tokens(["<global-img>", *places])
+        end = "<|end_of_text|>" if "granite" in kind else "<end_of_utterance>"
         return PreTrainedTokenizerFast(
-            tokenizer_object=words, bos_token="<|im_start|>", eos_token="<end_of_utterance>", pad_token="<|im_end|>"
+            tokenizer_object=words, bos_token="<|im_start|>", eos_token=end, pad_token="<|im_end|>"
         )
     words.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=360, initial_alphabet=alphabet))
     words.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *([] if "plain" in kind else ["<image>"])])
