@@ -69,6 +69,8 @@ def are_equal(checkpoint: Checkpoint, name: str, other: str) -> bool:
         return False
     if isinstance(one, Pickled) or isinstance(two, Pickled):
         return one == two
+    if one.factor != two.factor:
+        return False
     if not one.file.is_file():
         return True
     left, right = (np.memmap(each.file, mode="r", offset=each.start, shape=(each.nbytes,)) for each in (one, two))

@@ -16,6 +16,7 @@ from parity import check_answer
 from reference import CASES, GOLDEN, SPECS, Reference
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.checkpoints.float8 import NUMBERS
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.errors import ImageError
 from mlx_vlm_mini.preprocessing.grid import EdgeGrid
@@ -53,6 +54,16 @@ VARIANTS = {  # the model's config, text config, vision config, image processor
     "an earlier layer of Mistral 3": ("mistral3", {"vision_feature_layer": 1}, {}, {}, {}),
     "eps of decoder and merger": ("mistral3", {}, {"rms_norm_eps": 0.1}, {}, {}),
     "silu in the projector": ("mistral3", {"projector_hidden_act": "silu"}, {}, {}, {}),
+    "Ministral 3 without mscale": ("ministral3", {}, {"rope_parameters": {"mscale": None, "mscale_all_dim": None}}, {}, {}),
+    "Ministral 3, other turns of YaRN": ("ministral3", {}, {"rope_parameters": {"beta_fast": 2.0, "beta_slow": 0.5}}, {}, {}),
+    "queries that grow faster": ("ministral3", {}, {"rope_parameters": {
+        "llama_4_scaling_beta": 0.7, "original_max_position_embeddings": 7}}, {}, {}),
+    "queries that never grow": ("ministral3", {}, {"rope_parameters": {"original_max_position_embeddings": 300}}, {}, {}),
+    "plain rotary positions": ("ministral3", {}, {"rope_parameters": {"rope_type": "default", "type": "default"}}, {}, {}),
+    "a window in Ministral 3": ("ministral3", {}, {"sliding_window": 9}, {}, {}),
+    "LightOnOCR, patches that are tokens": ("lighton-ocr", {}, {}, {}, {"patch_size": {"height": 12, "width": 12}}),
+    "LightOnOCR, larger pictures": ("lighton-ocr", {}, {}, {}, {"size": {"longest_edge": 90}}),
+    "LightOnOCR, eps of decoder and merger": ("lighton-ocr", {}, {"rms_norm_eps": 0.1}, {}, {}),
     "other means": ("mistral3", {}, {}, {}, {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}),
 }  # fmt: skip
 
@@ -69,7 +80,8 @@ def test_variants(kind, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(GOLDEN / name, folder)
     config = json.loads((folder / "config.json").read_text()) | changes
-    config["text_config"].update(text)
+    rope = {**config["text_config"].get("rope_parameters", {}), **text.get("rope_parameters", {})}
+    config["text_config"].update(text | ({"rope_parameters": rope} if "rope_parameters" in text else {}))
     config["vision_config"].update(vision)
     (folder / "config.json").write_text(json.dumps(config))
     file = folder / ("preprocessor_config.json" if name == "pixtral" else "processor_config.json")
@@ -77,6 +89,13 @@ def test_variants(kind, tmp_path):
     content.get("image_processor", content).update(image)
     file.write_text(json.dumps(content))
     check_folder(folder, name)
+
+
+def test_numbers_in_float8_are_torchs():
+    import torch
+
+    theirs = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(NUMBERS, theirs)
 
 
 def test_a_folder_that_transformers_saves_tied(tmp_path):
@@ -101,7 +120,7 @@ def test_a_folder_that_transformers_saves_tied(tmp_path):
     check_folder(folder, "mistral3")
 
 
-@pytest.mark.parametrize("name", ["pixtral", "mistral3"])
+@pytest.mark.parametrize("name", ["pixtral", "mistral3", "ministral3"])
 def test_what_is_converted_transformers_reads(name, tmp_path):
     """Written back in torch's form; names are the source's."""
     from safetensors.torch import load_file, save_file

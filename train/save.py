@@ -54,7 +54,7 @@ def save_trained(planned: Plan, folder: Path, dtype: mx.Dtype | None = None) -> 
         CheckpointError: the source is quantized.
     """
     source: Checkpoint = planned.checkpoint
-    if source.quantization is not None:
+    if source.quantization is not None or any(getattr(info, "factor", None) for info in source.tensors.values()):
         raise CheckpointError(f"{source.folder} is quantized: train the original weights")
     trained = dict(tree_flatten(planned.model.parameters()))
     names = {theirs: ours for ours, theirs in planned.ours.items()}

@@ -8,7 +8,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import pairwise
@@ -21,6 +21,7 @@ import mlx.core as mx
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.files import _LARGEST, _check_size, check_pointer, read_json
 
+from .float8 import FACTOR, FLOAT8, UNREAD, decode, is_float8
 from .pickled import MOST_AXES, Pickled, read_pickled
 
 DTYPES: dict[str, tuple[mx.Dtype, int]] = {  # safetensors' name -> MLX's type, bytes an element
@@ -32,13 +33,17 @@ DTYPES: dict[str, tuple[mx.Dtype, int]] = {  # safetensors' name -> MLX's type, 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `start` and `end` are bytes from the start of the file."""
+    """Where a tensor lies: `start` and `end` are bytes from the start of the file.
+
+    `factor` is the file and the name of what a tensor in float8 is multiplied by; its `dtype` is then the factor's.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    factor: tuple[Path, str] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +76,7 @@ def parse_header(header: bytes, file: Path, data_start: int) -> tuple[dict[str, 
                 raise ValueError("no whole numbers of 63 bits")
             dtype = str(entry["dtype"])
             check_dtype(dtype, name, file)
-            if end - start != prod(shape) * DTYPES[dtype][1]:
+            if end - start != prod(shape) * (1 if dtype == FLOAT8 else DTYPES[dtype][1]):
                 raise CheckpointError(f"{file}: the header gives {name} another size than its shape {list(shape)}")
             tensors[name] = TensorInfo(file, dtype, shape, data_start + start, data_start + end)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -88,7 +93,7 @@ def parse_header(header: bytes, file: Path, data_start: int) -> tuple[dict[str, 
 
 def check_dtype(dtype: str, name: str, file: Path) -> None:
     """Raises CheckpointError where MLX has no such type."""
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and dtype != FLOAT8:
         raise CheckpointError(f"{file}: tensor {name} has type {dtype}; MLX reads {', '.join(DTYPES)}")
 
 
@@ -239,10 +244,10 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo | Pickled]:
-        """Every tensor by its name in the checkpoint.
+        """Every tensor by its name in the checkpoint; factors of tensors in float8 are no tensors of their own.
 
         Raises:
-            CheckpointError: a file is missing or broken, or two files hold one name.
+            CheckpointError: a file is missing or broken, two files hold one name, or a tensor in float8 has no factor.
         """
         found: dict[str, TensorInfo | Pickled] = {}
         for tensors, _ in self._headers:
@@ -250,7 +255,7 @@ class Checkpoint:
                 if name in found:
                     raise CheckpointError(f"{info.file} and {found[name].file.name} both hold {name}")
                 found[name] = info
-        return found
+        return _with_factors(found)
 
     @cached_property
     def is_mlx(self) -> bool:
@@ -267,7 +272,7 @@ class Checkpoint:
         quantization, other = self.config.get("quantization"), self.config.get("quantization_config")
         if not isinstance(quantization, Mapping | None) or not isinstance(other, Mapping | None):
             raise CheckpointError(f"{self.folder}/config.json: quantization must be an object")
-        if quantization is None and other is not None:
+        if quantization is None and other is not None and not is_float8(other):
             if other.get("quant_method", "mlx") == "mlx" and {"bits", "group_size"} <= other.keys():
                 return other
             method = other.get("quant_method", "unknown")
@@ -295,7 +300,12 @@ class Checkpoint:
         info = self.tensors[name]
         if isinstance(info, Pickled):
             return info.read()
-        file = info.file
+        array = self._take(info.file, name)
+        if info.factor is None:
+            return array
+        return decode(array) * self._take(*info.factor).astype(mx.float32).reshape(())
+
+    def _take(self, file: Path, name: str) -> mx.array:
         if name not in self._arrays.get(file, {}):
             try:
                 self._arrays[file] = cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
@@ -304,6 +314,21 @@ class Checkpoint:
         if name not in self._arrays[file]:
             raise CheckpointError(f"{file} no longer holds {name}: it was changed while it was read")
         return self._arrays[file].pop(name)
+
+
+def _with_factors(tensors: dict[str, TensorInfo | Pickled]) -> dict[str, TensorInfo | Pickled]:
+    """Tensors, those in float8 with their factors, which are then no tensors of their own."""
+    found = {name: info for name, info in tensors.items() if isinstance(info, TensorInfo) and info.dtype == FLOAT8}
+    if not found:
+        return tensors
+    kept, beside = dict(tensors), set()
+    for name, info in found.items():
+        factor = tensors.get(name + FACTOR)
+        if not isinstance(factor, TensorInfo) or not factor.is_float or prod(factor.shape) != 1:
+            raise CheckpointError(f"{info.file}: {name} has type {FLOAT8} and no single {name}{FACTOR} beside it")
+        kept[name] = replace(info, dtype=factor.dtype, factor=(factor.file, name + FACTOR))
+        beside |= {name + FACTOR, *(f"{name.rpartition('.')[0]}.{other}" for other in UNREAD)}
+    return {name: info for name, info in kept.items() if name not in beside}
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

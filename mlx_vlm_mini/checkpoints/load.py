@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_vlm_mini.config import VLMConfig, check_layers
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families import Family, find_family, qwen_vl
+from mlx_vlm_mini.families.parts.configs import side
 from mlx_vlm_mini.files import read_json
 from mlx_vlm_mini.images.source import ACCESS, Access
 from mlx_vlm_mini.layers.kernels import claim_process, kernels
@@ -139,7 +140,8 @@ def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> Imag
         if expected is EdgeGrid:  # the whole processor's patches count, whatever its part for images says
             patch, vision = content.get("patch_size"), config.vision
             merge = content.get("spatial_merge_size") or vision.image_size // vision.patch_size
-            settings = {**settings, "patch_size": patch or vision.patch_size, "merge_size": merge}
+            step = _own_patch(settings) if getattr(family, "WHOLE_PATCHES", False) else None
+            settings = {**settings, "patch_size": patch or vision.patch_size, "merge_size": merge, "step": step}
         found = image_settings(settings, default_type=family.IMAGE_PROCESSOR)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder}: the image processor's settings are malformed: {error!r}") from None
@@ -151,6 +153,12 @@ def find_image_settings(folder: Path, family: Family, config: VLMConfig) -> Imag
             "preprocessor_config.json from the original repository"
         )
     return found
+
+
+def _own_patch(settings: Mapping[str, Any]) -> int:
+    """The patches of an image processor of Pixtral's."""
+    found = settings.get("patch_size") or 16  # the class's default
+    return side([found["height"], found["width"]] if isinstance(found, Mapping) else found, "patch_size")
 
 
 def find_video_settings(folder: Path, family: Family, config: VLMConfig) -> VideoSettings | None:

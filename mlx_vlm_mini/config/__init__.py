@@ -21,6 +21,8 @@ from .decoder import (
     LayerType,
     MLPType,
     NormConfig,
+    QueryScale,
+    QueryScaleType,
     ScaleConfig,
     TwoWay,
     WindowConfig,
@@ -34,8 +36,8 @@ __all__ = [
     "MOST_TILES", "Activation", "AttentionShape", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig",
     "CrossAttentionConfig", "DecoderConfig", "GridConfig", "InstructionConfig", "LayerType", "MLPType",
     "MergerConfig", "NormConfig", "NormType", "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig",
-    "QueryConfig", "ResamplerConfig", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay",
-    "VLMConfig", "VisionConfig", "WindowConfig", "check_layers",
+    "QueryConfig", "QueryScale", "QueryScaleType", "ResamplerConfig", "ScaleConfig", "ShuffleConfig", "TileMerge",
+    "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "WindowConfig", "check_layers",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]

@@ -13,6 +13,7 @@ LayerType = Literal["full_attention", "sliding_attention", "cross_attention", "q
 BlindRows = Literal["zero", "attend"]
 TwoWay = Literal["nothing", "prompt", "images"]
 MLPType = Literal["gated", "plain"]
+QueryScaleType = Literal["log", "log_steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,25 @@ class NormConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryScale:
+    """What queries are multiplied by, which grows with the tokens before them (`decoder/sharpness.py`)."""
+
+    kind: QueryScaleType
+    length: int
+    """Tokens so many from the first are not yet scaled."""
+    beta: float = 1.0
+    """Growth for each step of the logarithm (`log_steps`)."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "length")
+        check_positive(self, "beta")
+        if self.kind == "log" and self.length == 1:
+            raise CheckpointError("config.json: queries cannot grow by a logarithm to the base 1")
+        if self.kind not in get_args(QueryScaleType):
+            raise CheckpointError(f"config.json: unknown query_scale {self.kind!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScaleConfig:
     """Fixed factors and caps that keep a decoder's numbers in range; a cap c turns x into c tanh(x / c)."""
 
@@ -46,14 +66,13 @@ class ScaleConfig:
     """Attention scores are divided by its root; None: by that of `head_dim`."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
-    logn_length: int | None = None
-    """Tokens n behind so many have their queries multiplied by log n to this base (Qwen); None: no query is."""
+    query_scale: QueryScale | None = None
+    """Of tokens far from the first; None: no query is scaled by its place."""
     fits_float16: bool = True
     """Whether no activation exceeds 65504, float16's largest number: Gemma's do."""
 
     def __post_init__(self) -> None:
         check_flags(self, "fits_float16")
-        check_sizes(self, *(["logn_length"] if self.logn_length is not None else []))
         optional = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
         check_positive(self, "embed_scale", *(name for name in optional if getattr(self, name) is not None))
 

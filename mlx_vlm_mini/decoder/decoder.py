@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_vlm_mini.borrow import borrow
 from mlx_vlm_mini.config import DecoderConfig
@@ -26,6 +25,7 @@ from .masks import Rows
 from .positions import Counting
 from .reading import Pass, Reading
 from .rope import depends_on_length, make_ropes, prompt_step
+from .sharpness import sharpness
 from .state import State
 
 
@@ -111,8 +111,7 @@ class Decoder(nn.Module):
             if rope not in made:
                 made[rope] = self._rotate(rope, run, offset, prompt)
             run.ropes[kind] = made[rope]
-        if self.config.scales.logn_length is not None:
-            run.sharpness = logn_factors(offset, length, self.config.scales.logn_length)
+        run.sharpness = sharpness(self.config.scales.query_scale, offset, length)
         return run
 
     @staticmethod
@@ -179,18 +178,3 @@ class Decoder(nn.Module):
         logits = self.lm_head(hidden) if "lm_head" in self else self.embed_tokens.as_linear(hidden)
         cap = self.config.scales.final_logit_softcapping
         return logits if cap is None else cap * mx.tanh(logits / cap)
-
-
-def logn_factors(offset: int | mx.array, length: int, base: int) -> mx.array | None:
-    """Of `length` tokens after `offset` others log n to this base, n counted from 1, at least 1: float[L, 1].
-
-    None where that is 1 for all.
-
-    So that attention to more keys than in pretraining stays as sharp (Qwen; Su Jianlin, spaces.ac.cn/archives/8823).
-    """
-    if isinstance(offset, mx.array):
-        raise ValueError("queries whose length depends on their place cannot be those of a batch")
-    if offset + length <= base:
-        return None
-    n = np.arange(offset + 1, offset + length + 1, dtype=np.float64)
-    return mx.array(np.maximum(np.log(n) / np.log(base), 1).astype(np.float32))[:, None]

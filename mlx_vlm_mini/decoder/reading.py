@@ -85,7 +85,7 @@ class Pass:
         spans: of all images that layers of their own attend to, the new ones last.
         masks: by kind of layer, what its attention may look at.
         ropes: by kind of layer, what rotates its queries and keys.
-        sharpness: float[L, 1] that queries are multiplied by; None: nothing.
+        sharpness: float[L, 1], of rows float[B, 1, L, 1], that queries are multiplied by; None: nothing.
         attentions: takes each layer's weights.
     """
 

@@ -157,7 +157,7 @@ def make_rope(config: DecoderConfig, kind: LayerType = "full_attention") -> Rota
     if not scaling.get("truncate", True):
         raise CheckpointError("config.json: truncate=false is not supported in rope scaling")
     scaling.pop("type", None)
-    scaling["rope_type"] = name
+    scaling = {key: value for key, value in scaling.items() if value is not None} | {"rope_type": name}
     original = scaling.get("original_max_position_embeddings") or longest
     scaling["original_max_position_embeddings"] = original
     kinds: dict[str, Callable[[], Scaling]] = {

@@ -18,6 +18,7 @@ from . import (
     idefics3,
     internvl,
     internvl_chat,
+    lighton_ocr,
     llava,
     llava_next,
     llava_normed,
@@ -27,6 +28,7 @@ from . import (
     mllama,
     paligemma,
     pixtral,
+    qianfan_ocr,
     qllama,
     qwen2_5_vl,
     qwen2_vl,
@@ -68,6 +70,7 @@ FAMILIES: dict[str, Family] = {
     "idefics3": idefics3,
     "internvl": internvl,
     "internvl_chat": internvl_chat,
+    "lighton_ocr": lighton_ocr,
     "llava": llava,
     "llava_llama": llava_original,
     "llava_mistral": llava_original,
@@ -77,6 +80,7 @@ FAMILIES: dict[str, Family] = {
     "mllama": mllama,
     "paligemma": paligemma,
     "pixtral": pixtral,
+    "qianfan_ocr": qianfan_ocr,
     "qwen": qwen_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
@@ -98,6 +102,8 @@ def find_family(hf: Mapping[str, Any]) -> Family:
         return qllama
     if pixtral.is_pixtral(hf):
         return pixtral
+    if lighton_ocr.is_lighton(hf):
+        return lighton_ocr
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         if model_type in ("clip", "vilt"):
             raise CheckpointError(f"config.json says model_type '{model_type}', for which there is mlx-vlm-mini score")

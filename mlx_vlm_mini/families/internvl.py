@@ -47,7 +47,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-_VISION = {
+VISION = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 448, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "norm_type": "layer_norm",
     "attention_bias": False, "use_qk_norm": False, "use_mean_pooling": True,
@@ -55,9 +55,29 @@ _VISION = {
 
 
 def config(hf: Mapping[str, Any]) -> VLMConfig:
+    known = ("llama", "qwen2", "qwen3")
+    # The class's tie; a head in the files counts.
+    return native_model(hf, "internvl", VISION, {"model_type": "qwen2"}, proven=known, tie_word_embeddings=True)
+
+
+def native_model(
+    hf: Mapping[str, Any],
+    family: str,
+    vision: Mapping[str, Any],
+    text: Mapping[str, Any],
+    *,
+    proven: tuple[str, ...],
+    tie_word_embeddings: bool,
+) -> VLMConfig:
+    """The whole model by transformers' keys.
+
+    Args:
+        vision, text, tie_word_embeddings: what config.json may leave out.
+        proven: kinds of decoders.
+    """
     if hf.get("vision_feature_select_strategy", "default") != "default":
         raise CheckpointError("config.json: vision_feature_select_strategy must be 'default' for a pixel shuffle")
-    values = {**_VISION, **(hf.get("vision_config") or {})}
+    values = {**vision, **(hf.get("vision_config") or {})}
     if values.get("use_absolute_position_embeddings", True) is not True:
         raise CheckpointError("config.json: an InternViT without position embeddings is not supported")
     tower = intern_vit(
@@ -68,13 +88,13 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
         post_norm=not values["use_mean_pooling"],
     )
     decoder = text_decoder(
-        {"model_type": "qwen2", **(hf.get("text_config") or {})},
-        proven=("llama", "qwen2", "qwen3"),
-        tie_word_embeddings=hf.get("tie_word_embeddings", True),  # the class's default; a head in the files counts
+        {**text, **(hf.get("text_config") or {})},
+        proven=proven,
+        tie_word_embeddings=hf.get("tie_word_embeddings", tie_word_embeddings),
     )
     act = hf.get("projector_hidden_act", "gelu")
     return VLMConfig(
-        family="internvl",
+        family=family,
         vision=tower,
         projector=shuffle_projector(hf, tower, decoder, tower.image_size, act=act, transposed=False),
         decoder=decoder,

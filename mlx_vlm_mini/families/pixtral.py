@@ -41,12 +41,19 @@ def is_pixtral(hf: Mapping[str, Any]) -> bool:
     return hf.get("model_type") == "llava" and isinstance(vision, dict) and vision.get("model_type") == "pixtral"
 
 
-def pixtral_weights(projector: Mapping[str, str]) -> Weights:
-    """Names of a whole model in all layouts; `projector`: its modules' to ours."""
+def pixtral_weights(
+    projector: Mapping[str, str], *, tower: str = "vision_tower.", before: str = "multi_modal_projector."
+) -> Weights:
+    """Names of a whole model in all layouts.
+
+    Args:
+        projector: its modules' names to ours.
+        tower, before: what stands before the names of the tower and of the projector.
+    """
     names = {theirs: ours for theirs, ours in vlm_weights().items() if "vision_tower." not in theirs}
     for whole in ("", "model."):
-        names |= {f"{whole}multi_modal_projector.{name}": f"projector.{ours}" for name, ours in projector.items()}
-        for prefix in (f"{whole}vision_tower.", f"{whole}vision_tower.vision_model."):
+        names |= {f"{whole}{before}{name}": f"projector.{ours}" for name, ours in projector.items()}
+        for prefix in (f"{whole}{tower}", f"{whole}{tower}vision_model."):
             block, ours = prefix + "transformer.layers.{}.", "vision.blocks.{}."
             names |= {prefix + "patch_conv": "vision.patch_embed", prefix + "ln_pre": "vision.norm_pre"}
             names |= {block + "attention_norm": ours + "norm1", block + "ffn_norm": ours + "norm2"}

@@ -21,6 +21,7 @@ from mlx_vlm_mini.config import (
     DecoderConfig,
     Prescribed,
     ProjectorConfig,
+    QueryScale,
     ResamplerConfig,
     VisionConfig,
     VLMConfig,
@@ -143,7 +144,9 @@ def _decoder(values: Mapping[str, Any]) -> DecoderConfig:
     return replace(
         decoder,
         biases=BiasConfig(qkv_bias=True, o_bias=not values["no_bias"], mlp_bias=not values["no_bias"]),
-        scales=replace(decoder.scales, logn_length=length if values["use_logn_attn"] else None),
+        scales=replace(
+            decoder.scales, query_scale=QueryScale(kind="log", length=length) if values["use_logn_attn"] else None
+        ),
         rope_scaling=scaling if values["use_dynamic_ntk"] else None,
     )
 

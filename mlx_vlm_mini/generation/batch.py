@@ -31,12 +31,11 @@ from .options import Options
 def can_be_row(model: VLM) -> bool:
     """Whether a model's sequences can be rows of a batch.
 
-    Those cannot whose layers attend to images (Llama 3.2 Vision), or whose rotary positions or queries depend on how
-    long the sequence is (dynamic NTK, LongRoPE, Qwen's prompt NTK and log n).
+    Those cannot whose layers attend to images (Llama 3.2 Vision), or whose rotary positions depend on how long the
+    sequence is (dynamic NTK, LongRoPE, Qwen's prompt NTK).
     """
-    decoder = model.decoder
-    by_length = any(rope.depends_on != "nothing" for rope in decoder.ropes.values())
-    return decoder.config.cross_attention is None and not by_length and decoder.config.scales.logn_length is None
+    by_length = any(rope.depends_on != "nothing" for rope in model.decoder.ropes.values())
+    return model.decoder.config.cross_attention is None and not by_length
 
 
 def bytes_per_token(config: DecoderConfig, dtype: mx.Dtype) -> int:

@@ -15,6 +15,7 @@ from mlx_vlm_mini.borrow import borrow
 from mlx_vlm_mini.decoder.decoder import Decoder
 from mlx_vlm_mini.decoder.masks import Causal, Rows
 from mlx_vlm_mini.decoder.reading import Pass
+from mlx_vlm_mini.decoder.sharpness import sharpness
 from mlx_vlm_mini.decoder.state import State
 
 COMPILE = "MLX_VLM_MINI_COMPILE"
@@ -84,7 +85,6 @@ def _is_plain(decoder: Decoder, state: State) -> bool:
         decoder.config.learned_positions is None
         and {*decoder.config.layer_types} <= _TEXT
         and all(rope.depends_on == "nothing" for rope in decoder.ropes.values())
-        and decoder.config.scales.logn_length is None
         and all(type(entry) is plain for entry in state.layers)
     )
 
@@ -101,6 +101,7 @@ def _trace(decoder: Decoder) -> Callable[..., Any]:
         if window is not None:
             run.masks["sliding_attention"] = seen & (stored > place - window)
         run.ropes = {kind: rope.at(position, 1) for kind, rope in decoder.ropes.items()}
+        run.sharpness = sharpness(decoder.config.scales.query_scale, place, 1)
         hidden = decoder.run(run, slots)
         return decoder.logits(hidden)[:, 0], [(slot.keys, slot.values) for slot in slots]
 

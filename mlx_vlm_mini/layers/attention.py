@@ -163,7 +163,7 @@ class Attention(nn.Module):
             memory: what is attended to in place of `x`, float[B, S, C'], or its keys and values as `keys_values` gives
                 them.
             rope: rotates queries and keys.
-            sharpness: float[L, 1] that queries are multiplied by.
+            sharpness: float[L, 1] or float[B, 1, L, 1] that queries are multiplied by.
             cache: keeps keys and values, in mlx-lm's form.
             attentions: see `attend`.
         """

@@ -25,6 +25,8 @@ class PatchGrid(ABC):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
             if type(value) is not int or not 1 <= value < 1 << 31:
                 raise CheckpointError(f"images in patches need a whole number above 0 as {field.name}, not {value!r}")
 
@@ -97,10 +99,18 @@ class EdgeGrid(PatchGrid):
 
     max_height: int
     max_width: int
+    step: int | None = None
+    """Pixels to multiples of which sides are rounded up, where these are no whole tokens (LightOnOCR): what is left
+    over goes through the tower and into no token."""
 
     @property
     def max_tokens(self) -> int:
-        return ceil(self.max_height / self.factor) * ceil(self.max_width / self.factor)
+        down, across = (self._up(side) // self.factor for side in (self.max_height, self.max_width))
+        return down * across
+
+    def _up(self, side: int) -> int:
+        step = self.step or self.factor
+        return ceil(side / step) * step
 
     def fit(self, size: tuple[int, int]) -> tuple[int, int]:
         """The shrunken sides lose their fractions before they are rounded up, as in the reference."""
@@ -113,7 +123,13 @@ class EdgeGrid(PatchGrid):
                 f"an image of {size[1]}x{size[0]} pixels is too long and narrow for one of {self.max_width}x"
                 f"{self.max_height}: crop it first"
             )
-        return ceil(height / self.factor) * self.factor, ceil(width / self.factor) * self.factor
+        height, width = self._up(height), self._up(width)
+        if min(height, width) < self.factor:
+            raise ImageError(
+                f"an image of {size[1]}x{size[0]} pixels becomes one of {width}x{height}, of which a token would show "
+                f"{self.factor}x{self.factor}: take a larger one"
+            )
+        return height, width
 
 
 def edge_grid(size: Mapping[str, int], values: Mapping[str, Any]) -> EdgeGrid:
@@ -125,5 +141,5 @@ def edge_grid(size: Mapping[str, int], values: Mapping[str, Any]) -> EdgeGrid:
     frame = [size.get("longest_edge", size.get(key, 0)) for key in ("height", "width")]
     if 0 in frame:
         raise CheckpointError(f"preprocessor_config.json: {dict(size)} names no longest_edge")
-    patches = {"patch_size": values["patch_size"], "merge": values["merge_size"]}
+    patches = {"patch_size": values["patch_size"], "merge": values["merge_size"], "step": values.get("step")}
     return EdgeGrid(**patches, max_height=frame[0], max_width=frame[1])

@@ -18,14 +18,15 @@ def join_squares(features: mx.array, n: int) -> mx.array:
     """Join each square of n x n neighbouring features, row by row within it.
 
     Args:
-        features: float[B, rows, columns, C], multiples of n of each.
+        features: float[B, rows, columns, C]; rows and columns that make no whole square are left out.
 
     Returns:
-        float[B, rows / n, columns / n, n * n * C].
+        float[B, rows // n, columns // n, n * n * C].
     """
     B, rows, columns, C = features.shape
-    x = features.reshape(B, rows // n, n, columns // n, n, C)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows // n, columns // n, n * n * C)
+    down, across = rows // n, columns // n
+    x = features[:, : down * n, : across * n].reshape(B, down, n, across, n, C)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, down, across, n * n * C)
 
 
 def pixel_shuffle(features: mx.array, shuffle: ShuffleConfig) -> mx.array:

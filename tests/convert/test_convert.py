@@ -35,7 +35,8 @@ def logprobs(folder: Path) -> np.ndarray:
 @pytest.mark.parametrize("name", sorted({**SPECS, **ORIGINALS, **QWEN}))
 def test_converted_equals_the_reference(name, tmp_path):
     """And converted again: a folder in MLX's format is a source like any other."""
-    convert(GOLDEN / name, tmp_path / "once")
+    # Weights in float8 get their factors' type, bfloat16, unless another is asked for.
+    convert(GOLDEN / name, tmp_path / "once", dtype="float32" if "float8" in name else None)
     convert(tmp_path / "once", tmp_path / "twice")
     with np.load(GOLDEN / name / "expected.npz") as expected:
         for folder in (tmp_path / "once", tmp_path / "twice"):
@@ -54,7 +55,7 @@ def test_names_stay_and_the_format_is_mlx(name, tmp_path):
     before, after = open_checkpoint(GOLDEN / name), open_checkpoint(tmp_path / "out")
     assert set(after.tensors) == set(before.tensors)
     assert after.is_mlx and not before.is_mlx
-    assert after.config == before.config
+    assert after.config == {key: value for key, value in before.config.items() if key != "quantization_config"}
     files = {file.name for file in (tmp_path / "out").iterdir()}
     others = {file.name for file in (GOLDEN / name).iterdir() if not file.name.startswith(("model", "expected"))}
     assert files == others | {"model.safetensors", "conversion.json"}

@@ -458,7 +458,7 @@ def twice(header: bytes) -> bytes:
         (lambda data: b"", False, "is truncated"),
         (lambda data: data + b"1234", False, "has 4 bytes behind its last tensor; download it again"),
         (twice, True, "holds language_model.model.norm.weight twice; download it again"),
-        (lambda data: data.replace(b'"F32"', b'"F8_E4M3"', 1), True, "has type F8_E4M3; MLX reads F32, "),
+        (lambda data: data.replace(b'"F32"', b'"F8_E5M2"', 1), True, "has type F8_E5M2; MLX reads F32, "),
         (lambda data: data.replace(b"[", b"[1e9,", 1), True, "has a broken safetensors header; download it again"),
         (lambda data: data[:-20], True, "has a broken safetensors header; download it again"),
     ],

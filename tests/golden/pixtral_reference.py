@@ -40,6 +40,19 @@ MISTRAL3 = (
     "{{ eos_token }}{% endif %}{% endfor %}"
 )  # fmt: skip
 
+MINISTRAL3 = (  # a system prompt of its own, and pictures before words where a message has one of each
+    "{% set own = 'You are a model.' %}{{ bos_token }}"
+    "{% if messages[0]['role'] != 'system' %}{{ '[SYSTEM_PROMPT]' + own + '[/SYSTEM_PROMPT]' }}{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST]' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% if message['content'] | length == 2 %}{% set parts = message['content'] | sort(attribute='type') %}"
+    "{% else %}{% set parts = message['content'] %}{% endif %}{% for part in parts %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] in ['image', 'image_url'] %}{{ '[IMG]' }}"
+    "{% endif %}{% endfor %}{% endif %}{{ '[/INST]' }}"
+    "{% elif message['role'] == 'system' %}[SYSTEM_PROMPT]" + SAID + "[/SYSTEM_PROMPT]{% else %}" + SAID +
+    "{{ eos_token }}{% endif %}{% endfor %}"
+)  # fmt: skip
+
 
 class ImagesOnly(PixtralProcessor):  # type: ignore[misc]
     """The processor by its own name, so that what it saves says so."""
@@ -79,6 +92,17 @@ def as_on_the_hub(config: dict[str, Any]) -> None:
     for part in (config, text, vision):
         part.pop("dtype", None)
     config["torch_dtype"] = "float32"
+
+
+def tie_in_text(config: dict[str, Any]) -> None:
+    """A config as Ministral 3's: the tie stands in the text's part alone."""
+    config.pop("tie_word_embeddings", None)
+    config["text_config"]["tie_word_embeddings"] = True
+
+
+def untied(config: dict[str, Any]) -> None:
+    """A config as Ministral 3 8B's: the outer part says nothing of a tie, which its class takes for one."""
+    config.pop("tie_word_embeddings", None)
 
 
 def pixels_of(inputs: Any) -> np.ndarray:

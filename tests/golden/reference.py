@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from float8_reference import decoded, is_float8, to_float8
+from lighton_reference import CHAT as LIGHTON
 from mllama_reference import TEMPLATE as MLLAMA
 from mllama_reference import compute_as_meta, is_meta, tiles_of
 from PIL import Image
-from pixtral_reference import MISTRAL3, PIXTRAL, as_on_the_hub, is_pixtral
+from pixtral_reference import MINISTRAL3, MISTRAL3, PIXTRAL, as_on_the_hub, is_pixtral, tie_in_text, untied
 from pixtral_reference import ImagesOnly as PixtralImages
 from pixtral_reference import add_tokens as add_pixtral
 from pixtral_reference import pixels_of as pixels_of_pixtral
@@ -81,7 +84,15 @@ ONEVISION = (
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}{% endfor %}"
     "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+GRANITE = (
+    "{% for message in messages %}{{ '<|start_of_role|>' + message['role'] + '<|end_of_role|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|end_of_text|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+)
 INTERNVL = CHATML.replace("'<image>'", "'<IMG_CONTEXT>\\n'")
+QIANFAN = CHATML.replace("'<image>'", "'<image>\\n'")  # which is no token
 INSTRUCT = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
     "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<image>\n' }}{% else %}"
@@ -151,6 +162,7 @@ class Spec:
     config: Callable[[dict[str, Any]], None] = lambda config: None
     seed: int = 0
     family: str = "llava"
+    finish: Callable[[Path], None] = lambda folder: None
     cases: tuple[str, ...] = USUAL
 
 
@@ -171,6 +183,11 @@ def memory_names(name: str) -> str:
 def older_memory_names(name: str) -> str:
     """Layout L2, transformers 4.52 in memory: as L2b, with `vision_model.` inside the tower."""
     return memory_names(name).replace("model.vision_tower.", "model.vision_tower.vision_model.", 1)
+
+
+def qianfan_names(name: str) -> str:
+    """Qianfan-OCR's names on the Hub; transformers 5.23 writes the decoder's layers into an `encoder`."""
+    return name.replace("language_model.model.encoder.", "language_model.model.")
 
 
 def mllama_memory_names(name: str) -> str:
@@ -619,6 +636,69 @@ SPECS = {
         image_processor=("Pixtral", dict(patch_size={"height": 6, "width": 6}, size={"longest_edge": 96})),
         tokenizer="llama3", chat_template=MISTRAL3, template_file="chat_template.jinja",
         rename=memory_names, shards=2, seed=41, family="mistral3", cases=tuple(CASES)),
+    "ministral3": Spec(  # queries of tokens 24 and further are scaled; photo.jpg: 6 x 5 tokens
+        vision=("pixtral", dict(
+            hidden_size=30, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3, patch_size=6, image_size=72,
+            hidden_act="silu")),
+        text=("ministral3", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, max_position_embeddings=512, sliding_window=None, tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "yarn", "type": "yarn", "rope_theta": 1000.0, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                "original_max_position_embeddings": 24, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1})),
+        llava=dict(tie_word_embeddings=True, spatial_merge_size=2),
+        image_processor=("Pixtral", dict(patch_size={"height": 6, "width": 6}, size={"longest_edge": 72})),
+        tokenizer="llama3", chat_template=MINISTRAL3, template_file="chat_template.jinja",
+        config=tie_in_text, seed=51, family="mistral3", cases=(*USUAL, "strip", "side_by_side")),
+    "ministral3-float8": Spec(  # untied; the weights of the decoder's layers in float8
+        vision=("pixtral", dict(
+            hidden_size=30, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3, patch_size=6, image_size=72,
+            hidden_act="silu")),
+        text=("ministral3", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, max_position_embeddings=512, sliding_window=None, tie_word_embeddings=False,
+            rope_parameters={
+                "rope_type": "yarn", "type": "yarn", "rope_theta": 1000.0, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1})),
+        llava=dict(tie_word_embeddings=False, spatial_merge_size=2),
+        image_processor=("Pixtral", dict(patch_size={"height": 6, "width": 6}, size={"longest_edge": 72})),
+        tokenizer="llama3", chat_template=MINISTRAL3, template_file="chat_template.jinja", shards=2,
+        config=untied, seed=52, family="mistral3", finish=to_float8),
+    "lighton-ocr": Spec(  # patches: photo.jpg 11 x 8, shapes.png 7 x 11, strip.png 3 x 11; the last odd one is no token's
+        vision=("pixtral", dict(
+            hidden_size=30, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3, patch_size=6, image_size=66,
+            hidden_act="silu")),
+        text=("qwen3", dict(
+            hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=12, max_position_embeddings=512, rms_norm_eps=1e-4, sliding_window=None, tie_word_embeddings=True,
+            rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+        llava=dict(tie_word_embeddings=True, spatial_merge_size=2),
+        image_processor=("Pixtral", dict(patch_size={"height": 6, "width": 6}, size={"longest_edge": 66})),
+        tokenizer="qwen2", chat_template=LIGHTON, template_file="chat_template.jinja",
+        seed=53, family="lighton_ocr", cases=(*USUAL, "strip", "side_by_side", "picture")),
+    "granite-docling": Spec(  # as Granite-Docling-258M, an Idefics3: 4 x 4 patches are a token; photo.jpg: 2 x 2 tiles
+        vision=("idefics3_vision", dict(
+            hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4)),
+        text=("llama", dict(
+            hidden_size=36, intermediate_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+            head_dim=8, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True,
+            rope_parameters={"rope_theta": 1e5, "rope_type": "default"})),
+        llava=dict(scale_factor=4, tie_word_embeddings=True),
+        image_processor=("Idefics3", dict(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})),
+        tokenizer="smol markers granite", chat_template=GRANITE, template_file="chat_template.jinja",
+        seed=55, family="idefics3", cases=(*USUAL, "strip")),
+    "qianfan-ocr": Spec(  # photo.jpg: 2 x 3 tiles; shapes.png: 3 x 2; strip.png: 5 x 1; a thumbnail behind them
+        vision=("qianfan_ocr_vision", dict(
+            hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, image_size=[24, 24],
+            patch_size=[6, 6])),
+        text=("qwen3", dict(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=12, max_position_embeddings=512, rms_norm_eps=1e-4,
+            rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+        llava=dict(tie_word_embeddings=False, image_seq_length=4),
+        image_processor=("GotOcr2", dict(size={"height": 24, "width": 24}, max_patches=6, **GOTOCR)),
+        tokenizer="qwen2 plain", chat_template=QIANFAN, template_file="chat_template.jinja", rename=qianfan_names,
+        seed=54, family="qianfan_ocr", cases=(*USUAL, "strip")),
 }  # fmt: skip
 CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and for a reference that encodes a message by itself
     "long_text": [user(text_part(" ".join(CORPUS[:3])))],
@@ -627,6 +707,7 @@ CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and f
 }
 
 
+CASES["picture"] = [user(image_part("photo.jpg"))]  # a page to be read, without words
 CASES["asked_twice"] = [  # stands here because families above take all cases above
     user(image_part("shapes.png"), text_part("Describe the photo.")),
     {"role": "assistant", "content": [text_part("A red circle and a blue square.")]},
@@ -746,14 +827,17 @@ def make_tokenizer(kind: str) -> Any:
         words.add_special_tokens(
             ["<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
         )
-        if kind == "smol markers":
+        if "granite" in kind:
+            words.add_special_tokens(["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"])
+        if "markers" in kind:
             places = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
             words.add_special_tokens(["<global-img>", *places])
+        end = "<|end_of_text|>" if "granite" in kind else "<end_of_utterance>"
         return PreTrainedTokenizerFast(
-            tokenizer_object=words, bos_token="<|im_start|>", eos_token="<end_of_utterance>", pad_token="<|im_end|>"
+            tokenizer_object=words, bos_token="<|im_start|>", eos_token=end, pad_token="<|im_end|>"
         )
     words.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=360, initial_alphabet=alphabet))
-    words.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"])
+    words.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *([] if "plain" in kind else ["<image>"])])
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
@@ -786,7 +870,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
     return classes[kind](**options)
 
 
-BY_ID = ("internvl", "idefics3", "smolvlm")  # whose configs call the image token so
+BY_ID = ("internvl", "idefics3", "smolvlm", "lighton_ocr", "qianfan_ocr")  # whose configs call the image token so
 
 
 def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
@@ -843,17 +927,27 @@ def save(spec: Spec, folder: Path) -> None:
         return save_chat(spec, folder)
     folder.mkdir(parents=True)
     tokenizer = make_tokenizer(spec.tokenizer)
-    if spec.family == "internvl":
+    if spec.family in ("internvl", "qianfan_ocr"):
         from internvl_reference import name_image_tokens
 
         tokenizer = name_image_tokens(tokenizer)
     if spec.family in QWEN:
         tokenizer = add_tokens(tokenizer)
-    pixtral = spec.vision[0] == "pixtral"
+    pixtral = spec.vision[0] == "pixtral" and spec.family != "lighton_ocr"
+    if spec.family == "lighton_ocr":
+        from lighton_reference import add_tokens as add_lighton
+
+        tokenizer = add_lighton(tokenizer)
     if pixtral:
         tokenizer = add_pixtral(tokenizer)
-    own = {"internvl": "<IMG_CONTEXT>", "mllama": "<|image|>", "gemma3": "<image_soft_token>"}
-    image_token = {**own, **dict.fromkeys(QWEN, "<|image_pad|>")}.get(spec.family, "[IMG]" if pixtral else "<image>")
+    own = {
+        **dict.fromkeys(["internvl", "qianfan_ocr"], "<IMG_CONTEXT>"),
+        "mllama": "<|image|>",
+        "gemma3": "<image_soft_token>",
+    }
+    image_token = {**own, **dict.fromkeys([*QWEN, "lighton_ocr"], "<|image_pad|>")}.get(
+        spec.family, "[IMG]" if pixtral else "<image>"
+    )
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     # Of Llama 3.2 Vision the image token is the first that has an embedding and no score.
     model = make_model(spec, image_token_id if spec.family == "mllama" else len(tokenizer) + 5, image_token_id)
@@ -879,6 +973,13 @@ def save(spec: Spec, folder: Path) -> None:
             make_image_processor(kind, options), tokenizer, patch_size=spec.vision[1]["patch_size"],
             spatial_merge_size=spec.llava.get("spatial_merge_size", 1), chat_template=spec.chat_template,
         )  # fmt: skip
+    elif spec.family == "lighton_ocr":
+        from lighton_reference import ImagesOnly as LightOnImages
+
+        processor = LightOnImages(
+            make_image_processor(kind, options), tokenizer, patch_size=spec.vision[1]["patch_size"],
+            spatial_merge_size=2, chat_template=spec.chat_template,
+        )  # fmt: skip
     elif spec.family == "llava_onevision":
         from onevision_reference import StillImages
 
@@ -901,6 +1002,12 @@ def save(spec: Spec, folder: Path) -> None:
         patches = spec.vision[1]["image_size"] // spec.vision[1]["patch_size"] // spec.llava["scale_factor"]
         processor = Idefics3Processor(
             make_image_processor(kind, options), tokenizer, image_seq_len=patches**2, chat_template=spec.chat_template
+        )
+    elif spec.family == "qianfan_ocr":
+        from transformers import QianfanOCRProcessor
+
+        processor = QianfanOCRProcessor(
+            make_image_processor(kind, options), tokenizer, spec.llava["image_seq_length"], spec.chat_template
         )
     elif spec.family == "internvl":
         from internvl_reference import ImagesOnly
@@ -932,6 +1039,7 @@ def save(spec: Spec, folder: Path) -> None:
         (folder / "processor_config.json").write_text(json.dumps(content, indent=1))
     if spec.config is flatten:
         limits_by_their_names(folder)
+    spec.finish(folder)
 
 
 def write_tensors(spec: Spec, folder: Path, tensors: dict[str, Any]) -> None:
@@ -1051,6 +1159,10 @@ class Reference:
             self.processor = StillImages.from_pretrained(folder, backend="pil")
         elif self.model.config.model_type in QWEN:
             self.processor = images_only(self.model.config.model_type).from_pretrained(folder, backend="pil")
+        elif self.model.config.model_type == "lighton_ocr":
+            from lighton_reference import ImagesOnly as LightOnImages
+
+            self.processor = LightOnImages.from_pretrained(folder, backend="pil")
         elif is_pixtral(self.model.config):
             self.processor = PixtralImages.from_pretrained(folder, backend="pil")
         else:
@@ -1160,6 +1272,9 @@ def open_reference(folder: Path, chat_template: str | None = None) -> Any:
         from internvl_reference import ChatReference
 
         return ChatReference(folder)
+    if is_float8(folder):
+        with tempfile.TemporaryDirectory() as place:
+            return Reference(decoded(folder, Path(place) / "decoded"), chat_template)
     return Reference(folder, chat_template)
 
 

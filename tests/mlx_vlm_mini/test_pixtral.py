@@ -305,7 +305,7 @@ def test_how_a_pixtral_is_told():
         ("pixtral", {"vision_feature_select_strategy": "default"}, "no class token"),
         ("pixtral", {"vision_feature_layer": 7}, "vision feature layer 7 does not exist"),
         ("mistral3", {"vision_feature_layer": [-1, -2]}, "must be one layer"),
-        ("mistral3", {"text_config": {"model_type": "ministral3"}}, "decoder 'ministral3' is not supported"),
+        ("mistral3", {"text_config": {"model_type": "ministral"}}, "decoder 'ministral' is not supported"),
         ("mistral3", {"spatial_merge_size": 0}, "factor must be a whole number from 1"),
     ],
 )

@@ -24,10 +24,10 @@ from mlx_vlm_mini import Chat, attend, draw_detections, find_detections, load
 from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.checkpoints.load import plan, read_config
 from mlx_vlm_mini.cli.main import main
-from mlx_vlm_mini.config import ProjectorConfig, ResamplerConfig
+from mlx_vlm_mini.config import ProjectorConfig, QueryScale, ResamplerConfig
 from mlx_vlm_mini.convert import convert
-from mlx_vlm_mini.decoder.decoder import logn_factors
 from mlx_vlm_mini.decoder.rope import make_rope, prompt_step
+from mlx_vlm_mini.decoder.sharpness import sharpness
 from mlx_vlm_mini.errors import CheckpointError, PromptError, VLMError
 from mlx_vlm_mini.families import llava, qwen_vl
 from mlx_vlm_mini.generation.options import Options
@@ -145,7 +145,7 @@ def test_the_published_config():
         "decoder.vocab_size": 151936, "decoder.hidden_size": 4096, "decoder.intermediate_size": 11008,
         "decoder.num_key_value_heads": 32, "decoder.head_dim": 128, "decoder.norms.rms_norm_eps": 1e-6,
         "decoder.biases.qkv_bias": True, "decoder.biases.o_bias": False, "decoder.biases.mlp_bias": False,
-        "decoder.rope_theta": 10000, "decoder.scales.logn_length": 2048, "decoder.tie_word_embeddings": False,
+        "decoder.rope_theta": 10000, "decoder.scales.query_scale": QueryScale(kind="log", length=2048), "decoder.tie_word_embeddings": False,
         "decoder.max_position_embeddings": 8192, "image_token_id": 151859,
         "prescribed.end_token": ("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
     })  # fmt: skip
@@ -210,7 +210,9 @@ def test_what_is_off_is_off(copy_of):
 
 
 def test_queries_are_scaled_by_their_place():
-    found = np.array(logn_factors(82, 4, STEP))[:, 0]
+    scale = QueryScale(kind="log", length=STEP)
+    assert sharpness(scale, 0, STEP) is sharpness(None, 200, 9) is None
+    found = np.array(sharpness(scale, 82, 4))[:, 0]
     np.testing.assert_allclose(found, [1, 1, log(85, STEP), log(86, STEP)], rtol=1e-6)
 
 

@@ -148,7 +148,7 @@ CASES: dict[str, Change] = {
     "safetensors: bytes behind the last tensor": header(one(), b"\0" * 16),
     "safetensors: one name twice": header(_TWICE, b"\0"),
     "safetensors: a name that moves the cursor": header({"a\n\x1b[2Jb": one()["x"]}, b"\0" * 8),
-    "safetensors: an unknown type": header(one(dtype="F8_E4M3"), b"\0" * 8),
+    "safetensors: an unknown type": header(one(dtype="F8_E5M2"), b"\0" * 8),
     "index: a file above the folder": index({"x": "../model.safetensors"}),
     "index: a file from the root": index({"x": "/etc/passwd"}),
     "index: a name with a zero byte": index({"x": "model.safetensors\0"}),

@@ -15,6 +15,7 @@ from mlx_vlm_mini.config import (
     LayerType,
     NormConfig,
     ProjectorConfig,
+    QueryScale,
     ScaleConfig,
     TwoWay,
     VisionConfig,
@@ -45,6 +46,14 @@ _LLAMA = {
 _MISTRAL = {
     **_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
     "sliding_window": 4096,
+}  # fmt: skip
+_MINISTRAL3: dict[str, Any] = {
+    **_LLAMA, "vocab_size": 131072, "intermediate_size": 14336, "num_hidden_layers": 34, "num_key_value_heads": 8,
+    "head_dim": 128, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5, "sliding_window": None,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    },
 }  # fmt: skip
 _QWEN2 = {
     **_LLAMA, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
@@ -78,7 +87,7 @@ _MLLAMA = {
 _GEMMA2_SCALES = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _DECODERS = {
     "llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "qwen3": _QWEN3, "phi3": _PHI3, "internlm2": _INTERNLM2,
-    "gemma": _GEMMA, "gemma2": _GEMMA2, "gemma3_text": _GEMMA3, "mllama_text_model": _MLLAMA,
+    "gemma": _GEMMA, "gemma2": _GEMMA2, "gemma3_text": _GEMMA3, "mllama_text_model": _MLLAMA, "ministral3": _MINISTRAL3,
 }  # fmt: skip
 _BIAS_KEYS = {  # what says whether queries, keys, values and their output have biases
     "llama": "attention_bias", "qwen3": "attention_bias", "gemma": "attention_bias", "gemma2": "attention_bias",
@@ -160,6 +169,8 @@ def text_decoder(
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise CheckpointError(f"config.json: a decoder of {layers} layers is not supported (at most {MOST_LAYERS})")
     rope = _rope(values)
+    if model_type != "ministral3":
+        rope.pop("llama_4_scaling_beta", None)  # which no other reads
     theta = rope.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
     layer_types = _layer_types(model_type, values)
     sliding = "sliding_attention" in layer_types
@@ -187,6 +198,7 @@ def text_decoder(
         scales=ScaleConfig(
             embed_scale=values["hidden_size"] ** 0.5 if gemma else 1.0,
             fits_float16=not gemma,
+            query_scale=_query_scale(rope),
             **({key: values[key] for key in _GEMMA2_SCALES} if sandwich else {}),
         ),
         max_position_embeddings=values["max_position_embeddings"],
@@ -215,9 +227,16 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
+def _query_scale(rope: Mapping[str, Any]) -> QueryScale | None:
+    beta = rope.get("llama_4_scaling_beta")
+    if not beta:
+        return None
+    return QueryScale(kind="log_steps", length=rope["original_max_position_embeddings"], beta=beta)
+
+
 def _layer_types(model_type: str, values: Mapping[str, Any]) -> tuple[LayerType, ...]:
     layers, window = values["num_hidden_layers"], values.get("sliding_window")
-    if model_type in ("mistral", "phi3") and window is not None:
+    if model_type in ("mistral", "ministral3", "phi3") and window is not None:
         return ("sliding_attention",) * layers
     if model_type == "gemma3_text":
         return tuple(values["layer_types"])

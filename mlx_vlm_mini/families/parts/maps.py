@@ -40,9 +40,9 @@ def intern_vit(prefix: str) -> Weights:
     }
 
 
-def native_intern_vit(prefix: str) -> Weights:
-    """An InternViT as transformers writes it."""
-    block, ours = prefix + "encoder.layer.{}.", "vision.blocks.{}."
+def native_intern_vit(prefix: str, *, layers: str = "encoder.layer") -> Weights:
+    """An InternViT as transformers writes it; `layers`: where its blocks are."""
+    block, ours = f"{prefix}{layers}.{{}}.", "vision.blocks.{}."
     modules = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
     return {
         prefix + "embeddings.cls_token": "vision.class_token",
