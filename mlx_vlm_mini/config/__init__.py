@@ -18,6 +18,7 @@ from .decoder import (
     BlindRows,
     CrossAttentionConfig,
     DecoderConfig,
+    DeltaConfig,
     LayerType,
     MLPType,
     NormConfig,
@@ -32,7 +33,7 @@ from .vision import MOST_TILES, BlockConfig, GridConfig, TiledConfig, VisionConf
 
 __all__ = [
     "MOST_TILES", "Activation", "AttentionShape", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig",
-    "CrossAttentionConfig", "DecoderConfig", "GridConfig", "InstructionConfig", "LayerType", "MLPType",
+    "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "GridConfig", "InstructionConfig", "LayerType", "MLPType",
     "MergerConfig", "NormConfig", "NormType", "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig",
     "QueryConfig", "ResamplerConfig", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay",
     "VLMConfig", "VisionConfig", "WindowConfig", "check_layers",
