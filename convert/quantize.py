@@ -12,8 +12,9 @@ import mlx.nn as nn
 from mlx_vlm_mini.checkpoints.folder import DTYPES, TensorInfo
 from mlx_vlm_mini.checkpoints.load import Plan
 from mlx_vlm_mini.checkpoints.pickled import Pickled
-from mlx_vlm_mini.checkpoints.weights import CONVOLUTIONS, to_mlx_layout
+from mlx_vlm_mini.checkpoints.weights import is_convolution, to_mlx_layout
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.layers.mlp import Narrow
 
 from .read import Reader
 
@@ -115,11 +116,12 @@ def find_parts(plan: Plan) -> dict[str, Part]:
 def find_layers(plan: Plan) -> dict[str, Quantization | None]:
     """Linear layers and embeddings: their weights' names in the checkpoint, to how they are packed there.
 
-    A vision tower's embeddings are positions, which are not to be packed; those that are packed are among the result.
+    A vision tower's embeddings are positions, which are not to be packed, and neither are narrow layers; those that are
+    packed are among the result.
     """
     found: dict[str, Quantization | None] = {}
     for path, module in plan.model.named_modules():
-        if isinstance(module, nn.Embedding) and path.startswith("vision."):
+        if isinstance(module, Narrow) or (isinstance(module, nn.Embedding) and path.startswith("vision.")):
             continue
         if isinstance(module, nn.Linear | nn.Embedding):
             found[plan.ours[f"{path}.weight"]] = None
@@ -221,7 +223,7 @@ def _unpacked(plan: Plan, module: str, packing: Quantization, dtype: mx.Dtype | 
 def _cast(plan: Plan, ours: str, weight: _Weight) -> tuple[Entries, Callable[[], tuple[mx.array, ...]]]:
     shape = weight.shape
     # A patch projection that the model itself does not read has no name of ours and stays as it is.
-    if ours in CONVOLUTIONS and not plan.checkpoint.is_mlx:
+    if is_convolution(ours) and not plan.checkpoint.is_mlx:
         shape = (shape[0], *shape[2:], shape[1])
 
     def make() -> tuple[mx.array, ...]:

@@ -11,17 +11,22 @@ from mlx.utils import tree_flatten
 
 from mlx_vlm_mini.config import VLMConfig, check_layers
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.families.parts.maps import PerHead, Weights
+from mlx_vlm_mini.families.parts.maps import PerHead, Raised, Weights
 from mlx_vlm_mini.model import VLM
 
 from .folder import Checkpoint
 
 CONVOLUTIONS = frozenset({"vision.patch_embed.weight", "patch_embed.weight"})
 """Our names of convolution kernels: (out, in, h, w) on the Hub, (out, h, w, in) here and in MLX's files; of videos
-with time in front of h."""
+with time in front of h. Besides them, those of one axis in layers, see `is_convolution`."""
 
 _BATCHED = frozenset({"vision.class_token", "vision.pos_embed", "query_tokens", "projector.query_tokens"})
 """Our names of tensors that some families store with axes of length 1 in front."""
+
+
+def is_convolution(name: str) -> bool:
+    """Whether one of our names is a convolution kernel's."""
+    return name in CONVOLUTIONS or name.endswith(".conv1d.weight")
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -37,12 +42,19 @@ def _find(name: str, weights: Weights) -> tuple[str | tuple[str, ...] | None, st
     pattern = name if {name, name.rpartition(".")[0]} & weights.keys() else _NUMBER.sub("{}", name)
     module, _, parameter = pattern.rpartition(".")
     whole = pattern in weights
+    if not whole and module not in weights and _is_dropped(name, weights):
+        return None, ""
     target = weights[pattern if whole else module]
     if isinstance(target, tuple):
         target = type(target)(each.format(*numbers) for each in target)
     elif target is not None:
-        target = target.format(*numbers)
+        target = type(target)(target.format(*numbers))
     return target, "" if whole else f".{parameter}"
+
+
+def _is_dropped(name: str, weights: Weights) -> bool:
+    """Whether a map drops all that begins as a name does."""
+    return any(key.endswith("*") and name.startswith(key[:-1]) for key in weights)
 
 
 def rename(name: str, weights: Weights) -> tuple[str, ...]:
@@ -147,11 +159,14 @@ def _least_weights(config: VLMConfig) -> int:
     """Weights that the largest matrices of a model have, whatever its family: it has no fewer."""
     decoder, vision = config.decoder, config.vision
     heads = decoder.num_attention_heads + decoder.num_key_value_heads
-    layer = 2 * decoder.hidden_size * (heads * decoder.head_dim + decoder.intermediate_size)
+    mixed: dict[str, int] = dict.fromkeys(decoder.layer_types, 2 * heads * decoder.head_dim)
+    if decoder.delta is not None:
+        mixed["linear_attention"] = decoder.delta.mixed_size + 2 * decoder.delta.value_size
+    inner = 2 * decoder.intermediate_size
     block = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
     tower = 0 if config.text_alone else vision.depth * block
-    own = [kind for kind in decoder.layer_types if kind != "cross_attention"]
-    return decoder.num_embeddings * decoder.hidden_size + len(own) * layer + tower
+    layers = sum(mixed[kind] + inner for kind in decoder.layer_types if kind != "cross_attention")
+    return decoder.hidden_size * (decoder.num_embeddings + layers) + tower
 
 
 def _check_weights(config: VLMConfig, checkpoint: Checkpoint) -> None:
@@ -223,7 +238,7 @@ def check_tensors(
         names, info = held[theirs], checkpoint.tensors[theirs]
         name, array = names[0], expected[names[0]]
         stored = info.shape
-        if name in CONVOLUTIONS and not checkpoint.is_mlx and len(stored) in (4, 5):
+        if is_convolution(name) and not checkpoint.is_mlx and len(stored) in (3, 4, 5):
             stored = (stored[0], *stored[2:], stored[1])
         if name in _BATCHED:
             stored = stored[-array.ndim :] if set(stored[: -array.ndim]) <= {1} else stored
@@ -249,12 +264,12 @@ def _their_name(name: str, ours: Mapping[str, str]) -> str:
 
 def to_torch_layout(name: str, array: mx.array) -> mx.array:
     """A tensor of the model, by our name, with convolution kernels as (out, in, h, w)."""
-    return mx.moveaxis(array, -1, 1) if name in CONVOLUTIONS else array
+    return mx.moveaxis(array, -1, 1) if is_convolution(name) else array
 
 
 def to_mlx_layout(name: str, array: mx.array, checkpoint: Checkpoint) -> mx.array:
     """A tensor, by our name, with convolution kernels as (out, h, w, in)."""
-    if name in CONVOLUTIONS and not checkpoint.is_mlx:
+    if is_convolution(name) and not checkpoint.is_mlx:
         return mx.moveaxis(array, 1, -1)
     return array
 
@@ -310,6 +325,8 @@ def load_weights(
         if not names[0].startswith(prefixes) or _is_idle(names[0], model.config):
             continue
         array = to_mlx_layout(names[0], checkpoint.read(theirs), checkpoint)
+        if isinstance(_find(theirs, weights)[0], Raised):
+            array = array.astype(mx.float32) - 1  # what was rounded with its 1 loses nothing here
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(dtype)
         if names[0] in _BATCHED:

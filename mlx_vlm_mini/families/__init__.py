@@ -30,6 +30,7 @@ from . import (
     qllama,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_5,
     qwen3_vl,
     qwen_vl,
 )
@@ -77,6 +78,7 @@ FAMILIES: dict[str, Family] = {
     "qwen": qwen_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
+    "qwen3_5": qwen3_5,
     "qwen3_vl": qwen3_vl,
     "smolvlm": idefics3,
 }

@@ -178,8 +178,6 @@ def test_rows_of_a_batch_equal_the_rows_alone(golden):
     np.testing.assert_allclose(step(one, 0, rows[:1])[0], step(states[rows[0]], 0, rows[:1])[0], atol=TOLERANCE)
 
 
-
-
 def test_the_image_matters(golden):
     model, processor, _ = golden
     one, other = (
@@ -199,7 +197,7 @@ def test_explicit_attention_equals_the_fused_one(golden):
     np.testing.assert_allclose(np.array(explicit), np.array(fused), atol=TOLERANCE)
     length, config = reading.length, model.config.decoder
     spans = () if reading.memory is None else reading.memory.spans
-    keys = {"cross_attention": sum(span.held for span in spans)}
+    keys = {"cross_attention": sum(span.held for span in spans), "linear_attention": 0}
     assert [layer.shape for layer in weights] == [
         (1, config.num_attention_heads, length, keys.get(kind, length)) for kind in config.layer_types
     ]

@@ -14,10 +14,17 @@ class PerHead(tuple[str, ...]):
     __slots__ = ()
 
 
+class Raised(str):
+    """A name of a map whose tensor is stored with 1 added: of a norm that adds 1 itself."""
+
+    __slots__ = ()
+
+
 Weights = Mapping[str, str | tuple[str, ...] | None]
 """A checkpoint's names, of tensors or whole modules, to ours.
 
-`{}` is a layer number. None drops on purpose. A tuple cuts a fused tensor by rows, for each module as many as it has.
+`{}` is a layer number. None drops on purpose; where a key ends in `*`, all that begins so. A tuple cuts a fused tensor
+by rows, for each module as many as it has.
 """
 
 _ATTENTION = "decoder.layers.{}.self_attn."
