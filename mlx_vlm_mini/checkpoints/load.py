@@ -82,7 +82,7 @@ def plan(checkpoint: Checkpoint) -> Plan:
     ours, unused = match_names(checkpoint.tensors, family.WEIGHTS, config.family)
     if "decoder.lm_head.weight" in ours:  # a head in the file counts, whatever the flags say
         config = replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
-    return Plan(checkpoint, family, config, ours, tuple(unused), build(config, ours, checkpoint))
+    return Plan(checkpoint, family, config, ours, tuple(unused), build(config, ours, checkpoint, family.WEIGHTS))
 
 
 def eos_token_ids(

@@ -19,6 +19,7 @@ from .decoder import (
     CrossAttentionConfig,
     DecoderConfig,
     DeltaConfig,
+    ExpertConfig,
     LayerType,
     MLPType,
     NormConfig,
@@ -33,10 +34,10 @@ from .vision import MOST_TILES, BlockConfig, GridConfig, TiledConfig, VisionConf
 
 __all__ = [
     "MOST_TILES", "Activation", "AttentionShape", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig",
-    "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "GridConfig", "InstructionConfig", "LayerType", "MLPType",
-    "MergerConfig", "NormConfig", "NormType", "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig",
-    "QueryConfig", "ResamplerConfig", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay",
-    "VLMConfig", "VisionConfig", "WindowConfig", "check_layers",
+    "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "ExpertConfig", "GridConfig", "InstructionConfig",
+    "LayerType", "MLPType", "MergerConfig", "NormConfig", "NormType", "PoolConfig", "Prescribed", "ProjectorConfig",
+    "QFormerConfig", "QueryConfig", "ResamplerConfig", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig",
+    "TwoWay", "VLMConfig", "VisionConfig", "WindowConfig", "check_layers",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]

@@ -12,7 +12,7 @@ from .queries import QueryConfig
 LayerType = Literal["full_attention", "sliding_attention", "cross_attention", "query_attention", "linear_attention"]
 BlindRows = Literal["zero", "attend"]
 TwoWay = Literal["nothing", "prompt", "images"]
-MLPType = Literal["gated", "plain"]
+MLPType = Literal["gated", "plain", "moe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +157,28 @@ class DeltaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """Of feed-forwards of type `moe`: a router chooses a few of many for each token."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool = True
+    """The chosen ones' shares add up to 1: softmax after the choice. Else they are those among all experts."""
+    shared_expert_intermediate_size: int | None = None
+    """Of one that every token has besides, times the sigmoid of a gate of its own; None: there is none."""
+
+    def __post_init__(self) -> None:
+        shared = ["shared_expert_intermediate_size"] if self.shared_expert_intermediate_size is not None else []
+        check_sizes(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size", *shared)
+        check_flags(self, "norm_topk_prob")
+        if self.num_experts_per_tok > self.num_experts:
+            raise CheckpointError(
+                f"config.json: a token cannot have {self.num_experts_per_tok} of {self.num_experts} experts"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A pre-norm decoder with grouped-query attention, rotary positions and a gated MLP."""
 
@@ -190,6 +212,8 @@ class DecoderConfig:
     shapes: Mapping[LayerType, AttentionShape] = field(default_factory=dict)
     """The attention of kinds of layers whose shape is not the one that the fields above say."""
     mlp_type: MLPType = "gated"
+    experts: ExpertConfig | None = None
+    """Of feed-forwards of type `moe`, whose `intermediate_size` is that of an expert. None: there are none."""
     learned_positions: int | None = None
     """Rows of a learned position embedding before the first token's (OPT); None: positions are rotary."""
 
@@ -205,6 +229,8 @@ class DecoderConfig:
             raise CheckpointError(f"config.json: rotary positions need an even head_dim, not {self.head_dim}")
         if self.mlp_type not in get_args(MLPType):
             raise CheckpointError(f"config.json: unknown mlp_type {self.mlp_type!r}")
+        if (self.mlp_type == "moe") != (self.experts is not None):
+            raise CheckpointError("config.json: feed-forwards of experts and their settings go together")
         if len(self.layer_types) != self.num_hidden_layers:
             raise CheckpointError(
                 f"config.json: layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers"

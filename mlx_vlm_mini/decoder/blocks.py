@@ -4,13 +4,14 @@ A layer turns float[B, L, C] into float[B, L, C] by what a `Pass` has prepared f
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vlm_mini.config import DecoderConfig, LayerType, MLPType
+from mlx_vlm_mini.config import DecoderConfig, ExpertConfig, LayerType, MLPType
 from mlx_vlm_mini.layers.attention import Attention
+from mlx_vlm_mini.layers.experts import MoE
 from mlx_vlm_mini.layers.mlp import MLP, GatedMLP
 from mlx_vlm_mini.layers.norms import NORMS, OffsetRMSNorm
 
@@ -24,6 +25,7 @@ MLPS: dict[MLPType, Callable[[DecoderConfig], nn.Module]] = {
         config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.biases.mlp_bias
     ),
     "plain": lambda config: MLP(config.hidden_size, config.intermediate_size, config.hidden_act),
+    "moe": lambda config: MoE(config.hidden_size, cast(ExpertConfig, config.experts), config.hidden_act),
 }
 
 

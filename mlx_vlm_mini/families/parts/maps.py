@@ -20,6 +20,13 @@ class Raised(str):
     __slots__ = ()
 
 
+class Experts(tuple[str, ...]):
+    """A tuple of a map whose tensor holds all experts: (experts, out, in), or (experts, in, out) as some repositories
+    have it. What is written of it in MLX's format, packed, has its name as a module's."""
+
+    __slots__ = ()
+
+
 Weights = Mapping[str, str | tuple[str, ...] | None]
 """A checkpoint's names, of tensors or whole modules, to ours.
 
@@ -30,6 +37,21 @@ by rows, for each module as many as it has.
 _ATTENTION = "decoder.layers.{}.self_attn."
 _MLP = "decoder.layers.{}.mlp."
 _QKV = (_ATTENTION + "q_proj", _ATTENTION + "k_proj", _ATTENTION + "v_proj")
+
+
+def expert_weights(prefix: str) -> Weights:
+    """Feed-forwards of experts: fused, one by one, and stacked as mlx-lm has them; `{}.{}` numbers one of a stack."""
+    theirs, ours = prefix + "layers.{}.mlp.", _MLP + "switch_mlp."
+    parts = ("gate_proj", "up_proj", "down_proj")
+    return {
+        theirs + "gate": _MLP + "gate",
+        theirs + "experts.gate_up_proj": Experts((ours + "gate_proj", ours + "up_proj")),
+        theirs + "experts.down_proj": Experts((ours + "down_proj",)),
+        **{f"{theirs}experts.{{}}.{part}": f"{ours}{{}}.{part}" for part in parts},
+        **{f"{theirs}switch_mlp.{part}": ours + part for part in parts},
+        **{f"{theirs}shared_expert.{part}": f"{_MLP}shared_expert.{part}" for part in parts},
+        theirs + "shared_expert_gate": _MLP + "shared_expert_gate",
+    }
 
 
 def intern_vit(prefix: str) -> Weights:
