@@ -31,7 +31,9 @@ from . import (
     qwen2_5_vl,
     qwen2_vl,
     qwen3_5,
+    qwen3_5_moe,
     qwen3_vl,
+    qwen3_vl_moe,
     qwen_vl,
 )
 
@@ -79,7 +81,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
     "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
     "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
     "smolvlm": idefics3,
 }
 

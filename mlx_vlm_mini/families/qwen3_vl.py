@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from mlx_vlm_mini.config import VLMConfig
+from mlx_vlm_mini.config import DecoderConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families.parts.maps import Weights
 from mlx_vlm_mini.families.parts.patch_grids import (
@@ -50,7 +50,16 @@ VISION = {
 
 
 def config(hf: Mapping[str, Any]) -> VLMConfig:
-    decoder = sectioned_decoder(hf, "qwen3", _TEXT, (24, 20, 20), interleaved=True)
+    return whole(hf, make_decoder(hf, _TEXT), "qwen3_vl")
+
+
+def make_decoder(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder of this config.json; `defaults` are the class's."""
+    return sectioned_decoder(hf, "qwen3", defaults, (24, 20, 20), interleaved=True)
+
+
+def whole(hf: Mapping[str, Any], decoder: DecoderConfig, family: str) -> VLMConfig:
+    """The model with a tower of this config.json."""
     values = {**VISION, **(hf.get("vision_config") or {})}
     taps, places = tuple(values["deepstack_visual_indexes"]), values["num_position_embeddings"]
     if taps != tuple(sorted(set(taps))) or len(taps) > decoder.num_hidden_layers:
@@ -60,7 +69,7 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
     return grid_model(
         hf,
         decoder,
-        "qwen3_vl",
+        family,
         {**values, "width": values["hidden_size"], "out": values["out_hidden_size"]},
         patch_bias=True,
         taps=taps,

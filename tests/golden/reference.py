@@ -610,6 +610,36 @@ SPECS = {
             patch_size=6, size={"shortest_edge": 8200, "longest_edge": 100000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
         tokenizer="qwen2", chat_template=QWEN3, template_file="chat_template.jinja",
         seed=33, family="qwen3_5", cases=(*USUAL, "side_by_side", "chunks")),
+    "qwen3.5-moe": Spec(  # two linear layers and a full one, three heads of values for each of keys
+        vision=("qwen3_5_moe_vision", dict(
+            depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=6, out_hidden_size=16,
+            num_position_embeddings=25)),
+        text=("qwen3_5_moe_text", dict(
+            hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+            max_position_embeddings=1024, linear_num_key_heads=1, linear_num_value_heads=3, linear_key_head_dim=8,
+            linear_value_head_dim=6, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12,
+            shared_expert_intermediate_size=12, layer_types=["linear_attention", "full_attention", "linear_attention"],
+            rope_parameters={
+                "rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True})),
+        llava=dict(tie_word_embeddings=False),
+        image_processor=("Qwen2VL", dict(
+            patch_size=6, size={"shortest_edge": 8200, "longest_edge": 100000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
+        tokenizer="qwen2", chat_template=QWEN3, template_file="chat_template.jinja",
+        shards=2, seed=34, family="qwen3_5_moe", cases=(*USUAL, "chunks")),
+    "qwen3-vl-moe": Spec(  # gate and up together as wide as the hidden size, so that `down_proj` alone says how experts lie
+        vision=("qwen3_vl_moe_vision", dict(
+            depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=6, out_hidden_size=16,
+            num_position_embeddings=25, deepstack_visual_indexes=[0])),
+        text=("qwen3_vl_moe_text", dict(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            max_position_embeddings=512, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=8,
+            rope_parameters={"rope_theta": 1e4, "rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True})),
+        llava=dict(tie_word_embeddings=False),
+        image_processor=("Qwen2VL", dict(
+            patch_size=6, size={"shortest_edge": 8200, "longest_edge": 100000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
+        tokenizer="qwen2", chat_template=QWEN3, template_file="chat_template.jinja",
+        seed=37, family="qwen3_vl_moe", cases=USUAL),
     "pixtral": Spec(  # photo.jpg: 12 x 9 tokens; shapes.png: 7 x 11; strip.png, shrunk: 4 x 13
         vision=("pixtral", dict(
             hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, patch_size=8, image_size=100,
