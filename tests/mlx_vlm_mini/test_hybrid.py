@@ -289,6 +289,7 @@ def test_layers_without_a_list_and_rotary_numbers_beside_the_rope():
         ("text_config", {"layer_types": ["linear_attention"] * 4}, "needs a layer that attends to tokens"),
         ("text_config", {"layer_types": ["full_attention"] * 4}, "go together"),
         ("text_config", {"linear_num_value_heads": 3}, "num_value_heads 3 is not a multiple of num_key_heads 2"),
+        ("text_config", {"hidden_act": "gelu"}, "takes the activation silu, not 'gelu'"),
         ("text_config", {"linear_key_head_dim": 0}, "key_head_dim must be a whole number"),
         ("text_config", {"linear_num_value_heads": 10**9}, "num_value_heads must be a whole number"),
         ("text_config", {"linear_num_value_heads": 10**8}, "the files do not belong together"),

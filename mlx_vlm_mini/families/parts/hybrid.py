@@ -48,6 +48,8 @@ def hybrid_decoder(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> Decode
     rope.setdefault("partial_rotary_factor", text.get("partial_rotary_factor") or 0.25)
     plain = {**text, "rope_parameters": rope, "rope_scaling": None, "use_sliding_window": False}
     decoder = sectioned_decoder({**hf, "text_config": plain}, "qwen3", {}, _SECTIONS, interleaved=True)
+    if decoder.hidden_act != "silu":  # which the reference's two ways to compute a delta net take differently
+        raise CheckpointError(f"config.json: a gated delta net takes the activation silu, not {decoder.hidden_act!r}")
     full = decoder.shape("full_attention")
     return replace(
         decoder,
