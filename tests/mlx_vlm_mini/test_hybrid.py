@@ -1,6 +1,7 @@
 """Qwen3.5: layers with a recurrent state: pieces of a prompt, conversations, snapshots, names, what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -12,10 +13,12 @@ from mlx_vlm_mini import Chat, attend, load
 from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.checkpoints.weights import rename
+from mlx_vlm_mini.convert import convert
 from mlx_vlm_mini.decoder.delta import DeltaCache, Memory
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.families import qwen3_5
 from mlx_vlm_mini.generation.decode import TAIL, prefill
+from mlx_vlm_mini.layers import kernels
 from mlx_vlm_mini.layers.delta import gated_delta, invert_unit_lower
 from mlx_vlm_mini.text.template import ChatTemplate
 
@@ -51,6 +54,25 @@ def test_chunks_equal_the_recurrence(length, either_kernels):
         found = delta(*(mx.array(each.astype(np.float32)) for each in given))
         for own, expected in zip(found, naive(*given), strict=True):
             np.testing.assert_allclose(np.array(own), expected, atol=2e-5)
+
+
+def test_metal_takes_the_kernel_of_mlx_lm(monkeypatch):
+    """With decays as factors; a head whose width its threads cannot share is computed in plain MLX."""
+    asked = []
+
+    def kernel(queries, keys, values, factors, betas, state):
+        asked.append(factors)
+        return gated_delta(queries, keys, values, mx.log(factors), betas, state)
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(kernels, "borrow", lambda module: SimpleNamespace(gated_delta_kernel=kernel))
+    for width in (32, 8):
+        given = [mx.random.normal((1, 3, 2, width)) for _ in range(3)]
+        given += [-mx.ones((1, 3, 2)), mx.ones((1, 3, 2)) / 2, mx.zeros((1, 2, width, width))]
+        found, expected = kernels.MLX.delta(*given), gated_delta(*given)
+        np.testing.assert_allclose(np.array(found[0]), np.array(expected[0]), rtol=1e-4, atol=1e-4)
+    assert len(asked) == 1
 
 
 def test_decays_of_a_whole_chunk_do_not_overflow():
@@ -239,10 +261,13 @@ def last(model, processor, case="two_images"):
     return np.array(logits - mx.logsumexp(logits))
 
 
-def test_mlx_files_have_the_one_in_their_norms(hybrid, copy_of):
+def test_mlx_files_have_the_one_in_their_norms(hybrid, copy_of, tmp_path):
     folder = copy_of(NAME)
     as_mlx(folder)
     np.testing.assert_allclose(last(*load(folder)), last(*hybrid), atol=TOLERANCE)
+    for source, result in ((folder, tmp_path / "from mlx"), (GOLDEN / NAME, tmp_path / "from the Hub")):
+        convert(source, result)
+        np.testing.assert_allclose(last(*load(result)), last(*hybrid), atol=TOLERANCE)
 
 
 def test_a_layer_that_drafts_is_dropped(hybrid, copy_of):
