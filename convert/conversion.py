@@ -24,7 +24,7 @@ from .calibrate import Observed, find_samples
 from .check import Check, compare, look
 from .compensate import compensate_model
 from .parts import Preview, plan_parts
-from .quantize import Output, Packed, Quantization, choose, find_layers, find_parts, plan_outputs, spread
+from .quantize import Output, Packed, Quantization, choose, find_experts, find_layers, find_parts, plan_outputs, spread
 from .read import Reader, are_equal
 from .recipe import MEASURED, Losses, allocate, guess, measure, mixed
 from .settings import Settings
@@ -202,6 +202,11 @@ def prepare(
     wanted = spread(planned, quantizations)
     if settings.is_calibrated and any(each is not None for each in layers.values()):
         raise CheckpointError(f"{checkpoint.folder} is quantized: calibration needs the original weights")
+    experts = next(iter(find_experts(planned).values()), [])
+    if settings.is_calibrated and experts:
+        raise CheckpointError(
+            f"method gptq and recipe auto do not measure experts ({experts[0]}): leave both out, or take recipe mixed"
+        )
     if settings.method == "gptq" and settings.recipe != "auto" and not wanted:
         raise CheckpointError("method gptq needs bits, or recipe auto with bits per weight")
     if settings.recipe == "mixed":

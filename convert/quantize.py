@@ -1,19 +1,22 @@
 """What becomes of each tensor: kept, cast, or quantized."""
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any, Literal, cast, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_vlm_mini.checkpoints.folder import DTYPES, TensorInfo
 from mlx_vlm_mini.checkpoints.load import Plan
 from mlx_vlm_mini.checkpoints.pickled import Pickled
-from mlx_vlm_mini.checkpoints.weights import CONVOLUTIONS, to_mlx_layout
+from mlx_vlm_mini.checkpoints.weights import EXPERT, is_bare, is_convolution, lies_transposed, to_mlx_layout
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.layers.experts import is_stack
+from mlx_vlm_mini.layers.mlp import Narrow
 
 from .read import Reader
 
@@ -115,16 +118,32 @@ def find_parts(plan: Plan) -> dict[str, Part]:
 def find_layers(plan: Plan) -> dict[str, Quantization | None]:
     """Linear layers and embeddings: their weights' names in the checkpoint, to how they are packed there.
 
-    A vision tower's embeddings are positions, which are not to be packed; those that are packed are among the result.
+    A vision tower's embeddings are positions, which are not to be packed, and neither are narrow layers; those that are
+    packed are among the result.
     """
     found: dict[str, Quantization | None] = {}
+    ones = find_experts(plan)
     for path, module in plan.model.named_modules():
-        if isinstance(module, nn.Embedding) and path.startswith("vision."):
+        if path in ones:
+            packing = Quantization(module.bits, module.group_size, module.mode) if "scales" in module else None
+            found |= dict.fromkeys(ones[path], packing)
+        if isinstance(module, Narrow) or (isinstance(module, nn.Embedding) and path.startswith("vision.")):
             continue
         if isinstance(module, nn.Linear | nn.Embedding):
             found[plan.ours[f"{path}.weight"]] = None
         elif isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             found[plan.ours[f"{path}.weight"]] = Quantization(module.bits, module.group_size, module.mode)
+    return found
+
+
+def find_experts(plan: Plan) -> dict[str, list[str]]:
+    """Layers of experts by their paths, to their weights in the checkpoint: one of all experts, or one each."""
+    paths = {path for path, module in plan.model.named_modules() if is_stack(module)}
+    found: dict[str, list[str]] = {}
+    for ours, theirs in plan.ours.items():
+        path = EXPERT.sub("", ours).removesuffix(".weight")
+        if path in paths:
+            found.setdefault(path, []).append(theirs)
     return found
 
 
@@ -156,10 +175,14 @@ def plan_outputs(
         packed: weights that are quantized already, by name.
 
     Returns:
-        The outputs in the source's order; how each quantized layer is quantized, by its name in the checkpoint; and the
+        The outputs in the source's order, of which experts that are one tensor lie (experts, out, in) where they are
+        quantized; how each quantized layer is quantized, by its name in the checkpoint; and the
         names of layers left in floating point, with the reason.
     """
     reader = Reader(plan.checkpoint) if reader is None else reader
+    experts = {name for names in find_experts(plan).values() for name in names if is_bare(name)}
+    shapes = dict(tree_flatten(plan.model.parameters()))
+    transposed = lies_transposed(shapes, plan.ours, plan.checkpoint, plan.family.WEIGHTS)
     layers, parts = find_layers(plan), find_parts(plan)
     names = {theirs: ours for ours, theirs in plan.ours.items()}
     unpacked = set()  # modules whose scales and biases go with their weight
@@ -172,24 +195,29 @@ def plan_outputs(
     skipped: list[tuple[str, str]] = []
     for name, info in plan.checkpoint.tensors.items():
         module, _, parameter = name.rpartition(".")
+        whole = name in experts  # all experts, whose name is that of a module then
+        if whole:
+            module, parameter = name, "weight"
         if name in without or (module in unpacked and parameter in ("scales", "biases")):
             continue
-        packing = layers.get(f"{module}.weight")
+        packing = layers.get(name if whole else f"{module}.weight")
         wanted = quantizations.get(name)
         weight = _Weight(name, info.shape, _float_type(info, dtype), partial(reader.read, name))
         if module in unpacked and packing is not None and parameter == "weight":
             weight = _unpacked(plan, module, packing, dtype, reader)
         elif packing is not None and name in layers:
             quantized[module], wanted = packing, None
+        if wanted is not None and whole and transposed:
+            weight = _swapped(weight)
         if wanted is not None and weight.shape[-1] % wanted.group_size:
             skipped.append((name, f"its width {weight.shape[-1]} is no multiple of {wanted.group_size}"))
-            wanted = None
+            weight, wanted = _swapped(weight) if whole and transposed else weight, None
         if wanted is not None:
             quantized[module] = wanted
             entries, make = _quantized(weight, wanted, (packed or {}).get(name))
         else:
             entries, make = _cast(plan, names.get(name, ""), weight)
-        stored = quantized.get(module) if f"{module}.weight" in layers and parameter != "bias" else None
+        stored = quantized.get(module) if (whole or f"{module}.weight" in layers) and parameter != "bias" else None
         kind = _NAMES_OF_TYPES.get(weight.dtype, "whole numbers") if stored is None else str(stored)
         outputs.append(Output(entries, make, parts.get(name, "unused"), kind, plan.checkpoint.num_weights(name)))
     return outputs, quantized, skipped
@@ -205,23 +233,29 @@ class _Weight:
     read: Callable[[], mx.array]
 
 
+def _swapped(weight: _Weight) -> _Weight:
+    """(experts, in, out) as (experts, out, in), or back."""
+    (count, *sides), read = weight.shape, weight.read
+    return replace(weight, shape=(count, *sides[::-1]), read=lambda: mx.contiguous(read().swapaxes(1, 2)))
+
+
 def _float_type(info: TensorInfo | Pickled, dtype: mx.Dtype | None) -> mx.Dtype:
     return DTYPES[info.dtype][0] if dtype is None or not info.is_float else dtype
 
 
 def _unpacked(plan: Plan, module: str, packing: Quantization, dtype: mx.Dtype | None, reader: Reader) -> _Weight:
-    rows, columns = plan.checkpoint.tensors[f"{module}.weight"].shape
+    *rows, columns = plan.checkpoint.tensors[f"{module}.weight"].shape
     scales = plan.checkpoint.tensors[f"{module}.scales"]
     if dtype is None:  # the floating-point modes' scales are bytes, which do not tell
         dtype = DTYPES[scales.dtype][0] if scales.is_float else mx.bfloat16
     read = partial(reader.unpack, module, packing.as_config(), dtype)
-    return _Weight(f"{module}.weight", (rows, columns * 32 // packing.bits), dtype, read)
+    return _Weight(f"{module}.weight", (*rows, columns * 32 // packing.bits), dtype, read)
 
 
 def _cast(plan: Plan, ours: str, weight: _Weight) -> tuple[Entries, Callable[[], tuple[mx.array, ...]]]:
     shape = weight.shape
     # A patch projection that the model itself does not read has no name of ours and stays as it is.
-    if ours in CONVOLUTIONS and not plan.checkpoint.is_mlx:
+    if is_convolution(ours) and not plan.checkpoint.is_mlx:
         shape = (shape[0], *shape[2:], shape[1])
 
     def make() -> tuple[mx.array, ...]:
@@ -234,9 +268,9 @@ def _quantized(
     weight: _Weight, quantization: Quantization, ready: Packed | None
 ) -> tuple[Entries, Callable[[], tuple[mx.array, ...]]]:
     module = weight.name.removesuffix(".weight")
-    rows, columns = weight.shape
-    groups = (rows, columns // quantization.group_size)
-    packed = (rows, columns * quantization.bits // 32)
+    *rows, columns = weight.shape
+    groups = (*rows, columns // quantization.group_size)
+    packed = (*rows, columns * quantization.bits // 32)
     dtype = _NAMES[weight.dtype]
 
     def make() -> tuple[mx.array, ...]:

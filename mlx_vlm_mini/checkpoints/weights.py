@@ -1,7 +1,7 @@
 """From a checkpoint's tensors to the model's: rename by weight map, split fused ones, check strictly, cast, load."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import accumulate, takewhile
 from typing import Any, TypeVar
 
@@ -11,20 +11,27 @@ from mlx.utils import tree_flatten
 
 from mlx_vlm_mini.config import VLMConfig, check_layers
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.families.parts.maps import PerHead, Weights
+from mlx_vlm_mini.families.parts.maps import Experts, PerHead, Raised, Weights
 from mlx_vlm_mini.model import VLM
 
 from .folder import Checkpoint
 
 CONVOLUTIONS = frozenset({"vision.patch_embed.weight", "patch_embed.weight"})
 """Our names of convolution kernels: (out, in, h, w) on the Hub, (out, h, w, in) here and in MLX's files; of videos
-with time in front of h."""
+with time in front of h. Besides them, those of one axis in layers, see `is_convolution`."""
 
 _BATCHED = frozenset({"vision.class_token", "vision.pos_embed", "query_tokens", "projector.query_tokens"})
 """Our names of tensors that some families store with axes of length 1 in front."""
 
 
+def is_convolution(name: str) -> bool:
+    """Whether one of our names is a convolution kernel's."""
+    return name in CONVOLUTIONS or name.endswith(".conv1d.weight")
+
+
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+EXPERT = re.compile(r"(?<=\.switch_mlp)\.(\d+)(?=\.)")
+"""In our names, the number of an expert where a checkpoint holds experts one by one; the model's are stacked."""
 
 
 def _find(name: str, weights: Weights) -> tuple[str | tuple[str, ...] | None, str]:
@@ -37,12 +44,21 @@ def _find(name: str, weights: Weights) -> tuple[str | tuple[str, ...] | None, st
     pattern = name if {name, name.rpartition(".")[0]} & weights.keys() else _NUMBER.sub("{}", name)
     module, _, parameter = pattern.rpartition(".")
     whole = pattern in weights
+    if not whole and module not in weights and _is_dropped(name, weights):
+        return None, ""
     target = weights[pattern if whole else module]
     if isinstance(target, tuple):
         target = type(target)(each.format(*numbers) for each in target)
     elif target is not None:
-        target = target.format(*numbers)
+        target = type(target)(target.format(*numbers))
+    if whole and isinstance(target, Experts):
+        return target, ".weight"
     return target, "" if whole else f".{parameter}"
+
+
+def _is_dropped(name: str, weights: Weights) -> bool:
+    """Whether a map drops all that begins as a name does."""
+    return any(key.endswith("*") and name.startswith(key[:-1]) for key in weights)
 
 
 def rename(name: str, weights: Weights) -> tuple[str, ...]:
@@ -127,7 +143,7 @@ def quantization_of(
     settings = quantization or {}
 
     def predicate(path: str, _: nn.Module) -> bool | dict[str, Any]:
-        theirs = ours.get(f"{path}.scales")
+        theirs = ours.get(f"{path}.scales", ours.get(f"{path}.scales".replace(".switch_mlp.", ".switch_mlp.0.")))
         if theirs is None:
             return False
         own = settings.get(theirs.removesuffix(".scales"), settings.get(path))
@@ -147,11 +163,16 @@ def _least_weights(config: VLMConfig) -> int:
     """Weights that the largest matrices of a model have, whatever its family: it has no fewer."""
     decoder, vision = config.decoder, config.vision
     heads = decoder.num_attention_heads + decoder.num_key_value_heads
-    layer = 2 * decoder.hidden_size * (heads * decoder.head_dim + decoder.intermediate_size)
+    mixed: dict[str, int] = dict.fromkeys(decoder.layer_types, 2 * heads * decoder.head_dim)
+    if decoder.delta is not None:
+        mixed["linear_attention"] = decoder.delta.mixed_size + 2 * decoder.delta.value_size
+    inner = 2 * decoder.intermediate_size
+    if decoder.experts is not None:
+        inner = 3 * decoder.experts.num_experts * decoder.experts.moe_intermediate_size
     block = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
     tower = 0 if config.text_alone else vision.depth * block
-    own = [kind for kind in decoder.layer_types if kind != "cross_attention"]
-    return decoder.num_embeddings * decoder.hidden_size + len(own) * layer + tower
+    layers = sum(mixed[kind] + inner for kind in decoder.layer_types if kind != "cross_attention")
+    return decoder.hidden_size * (decoder.num_embeddings + layers) + tower
 
 
 def _check_weights(config: VLMConfig, checkpoint: Checkpoint) -> None:
@@ -172,7 +193,7 @@ def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint, we
     """The model with every tensor of the checkpoint's type and shape expected, none of them read.
 
     Args:
-        weights: the family's map, for errors.
+        weights: the family's map.
 
     Raises:
         CheckpointError: a tensor is missing, superfluous or of another shape.
@@ -199,7 +220,9 @@ def build(config: VLMConfig, ours: Mapping[str, str], checkpoint: Checkpoint, we
     if not any(name.endswith(".scales") for name in block):  # quantized ones may each be so in their own way
         for number in range(config.vision.depth, config.vision.num_hidden_layers):
             expected |= {name.replace(".0.", f".{number}.", 1): expected[name] for name in block}
-    check_tensors(expected, ours, checkpoint, weights, is_idle=lambda name: _is_idle(name, config))
+    whole = {theirs for theirs in set(ours.values()) if isinstance(_find(theirs, weights)[0], Experts)}
+    options: dict[str, Any] = {"experts": whole, "transposed": lies_transposed(expected, ours, checkpoint, weights)}
+    check_tensors(expected, ours, checkpoint, weights, is_idle=lambda name: _is_idle(name, config), **options)
     return model
 
 
@@ -210,12 +233,19 @@ def check_tensors(
     weights: Weights,
     *,
     is_idle: Callable[[str], bool] = lambda name: False,
+    experts: Container[str] = (),
+    transposed: bool = False,
 ) -> None:
     """Check that a checkpoint has the tensors that a model expects, of their shapes, and no others but idle ones.
+
+    Args:
+        experts: names in the checkpoint of tensors that hold all experts.
+        transposed: see `lies_transposed`.
 
     Raises:
         CheckpointError: a tensor is missing, superfluous or of another shape.
     """
+    expected = _one_by_one(expected, ours)
     missing = [name for name in expected if name not in ours]
     if missing:
         raise CheckpointError(
@@ -229,11 +259,14 @@ def check_tensors(
         names, info = held[theirs], checkpoint.tensors[theirs]
         name, array = names[0], expected[names[0]]
         stored = info.shape
-        if name in CONVOLUTIONS and not checkpoint.is_mlx and len(stored) in (4, 5):
+        if is_convolution(name) and not checkpoint.is_mlx and len(stored) in (3, 4, 5):
             stored = (stored[0], *stored[2:], stored[1])
         if name in _BATCHED:
             stored = stored[-array.ndim :] if set(stored[: -array.ndim]) <= {1} else stored
         asked = (sum(expected[each].shape[0] for each in names), *array.shape[1:]) if len(names) > 1 else array.shape
+        if theirs in experts:
+            asked = _asked_experts([expected[each].shape for each in names])
+            asked = (asked[0], asked[2], asked[1]) if transposed and is_bare(theirs) else asked
         if stored != asked:
             raise CheckpointError(
                 f"{checkpoint.folder}: {theirs} has shape {list(info.shape)}, config.json asks for {list(asked)}"
@@ -242,6 +275,58 @@ def check_tensors(
         if info.is_float != mx.issubdtype(array.dtype, mx.floating):
             kind = "whole numbers" if array.dtype != mx.float32 else "floating-point numbers"
             raise CheckpointError(f"{checkpoint.folder}: {theirs} has type {info.dtype} instead of {kind}")
+
+
+def _one_by_one(expected: Mapping[str, mx.array], ours: Mapping[str, str]) -> dict[str, mx.array]:
+    """Expected tensors, stacks of experts taken apart where the checkpoint holds these one by one."""
+    stacks, found = {EXPERT.sub("", name) for name in ours if EXPERT.search(name)}, {}
+    for name, array in expected.items():
+        if name not in stacks:
+            found[name] = array
+            continue
+        one = array[0]
+        found |= {name.replace(".switch_mlp.", f".switch_mlp.{place}."): one for place in range(len(array))}
+    return found
+
+
+def is_bare(theirs: str) -> bool:
+    """Whether a tensor that holds all experts is called as repositories call it, not as what is packed of it."""
+    return not theirs.endswith((".weight", ".scales", ".biases"))
+
+
+def _asked_experts(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of a tensor that holds these parts of all experts: (experts, out, in)."""
+    return (shapes[0][0], sum(shape[1] for shape in shapes), shapes[0][2])
+
+
+def lies_transposed(
+    expected: Mapping[str, mx.array], ours: Mapping[str, str], checkpoint: Checkpoint, weights: Weights
+) -> bool:
+    """Whether tensors that hold all experts are (experts, in, out): by their shapes.
+
+    One of a layer's two always tells, since gate and up together cannot be as wide as the hidden size where one is.
+    """
+    for theirs, names in fused(ours).items():
+        if not isinstance(_find(theirs, weights)[0], Experts) or not is_bare(theirs):
+            continue
+        if not all(name in expected and expected[name].ndim == 3 for name in names):
+            continue
+        count, rows, columns = _asked_experts([expected[name].shape for name in names])
+        if rows != columns and checkpoint.tensors[theirs].shape == (count, columns, rows):
+            return True
+    return False
+
+
+def _stack(arrays: Sequence[tuple[str, mx.array]]) -> list[tuple[str, mx.array]]:
+    """Tensors by our names, those of single experts put together."""
+    found, parts = [], dict[str, dict[int, mx.array]]()
+    for name, array in arrays:
+        match = EXPERT.search(name)
+        if match is None:
+            found.append((name, array))
+        else:
+            parts.setdefault(EXPERT.sub("", name), {})[int(match[1])] = array
+    return found + [(name, mx.stack([each[i] for i in range(len(each))])) for name, each in parts.items()]
 
 
 def _their_name(name: str, ours: Mapping[str, str], weights: Weights) -> str:
@@ -270,12 +355,12 @@ def _their_name(name: str, ours: Mapping[str, str], weights: Weights) -> str:
 
 def to_torch_layout(name: str, array: mx.array) -> mx.array:
     """A tensor of the model, by our name, with convolution kernels as (out, in, h, w)."""
-    return mx.moveaxis(array, -1, 1) if name in CONVOLUTIONS else array
+    return mx.moveaxis(array, -1, 1) if is_convolution(name) else array
 
 
 def to_mlx_layout(name: str, array: mx.array, checkpoint: Checkpoint) -> mx.array:
     """A tensor, by our name, with convolution kernels as (out, h, w, in)."""
-    if name in CONVOLUTIONS and not checkpoint.is_mlx:
+    if is_convolution(name) and not checkpoint.is_mlx:
         return mx.moveaxis(array, 1, -1)
     return array
 
@@ -327,19 +412,29 @@ def load_weights(
     """
     arrays: list[tuple[str, mx.array]] = []
     expected = dict(tree_flatten(model.parameters()))
+    transposed = lies_transposed(expected, ours, checkpoint, weights)
     for theirs, names in fused(ours).items():
         if not names[0].startswith(prefixes) or _is_idle(names[0], model.config):
             continue
         array = to_mlx_layout(names[0], checkpoint.read(theirs), checkpoint)
+        target = _find(theirs, weights)[0]
+        if isinstance(target, Raised):
+            array = array.astype(mx.float32) - 1  # what was rounded with its 1 loses nothing here
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(dtype)
         if names[0] in _BATCHED:
             array = array.reshape(expected[names[0]].shape)
+        if isinstance(target, Experts):
+            array = array.swapaxes(1, 2) if transposed and is_bare(theirs) else array
+            parts = mx.split(array, len(names), axis=1)
+            arrays += [(name, mx.contiguous(part)) for name, part in zip(names, parts, strict=True)]
+            continue
         if len(names) == 1:
             arrays.append((names[0], array))
             continue
         blocks = count_blocks(theirs, weights, model.config)
         arrays += zip(names, split_rows(array, [expected[name].shape[0] for name in names], blocks), strict=True)
+    arrays = _stack(arrays)
     model.load_weights(arrays, strict="" in prefixes)
     model.eval()
     try:

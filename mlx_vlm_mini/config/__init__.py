@@ -18,6 +18,8 @@ from .decoder import (
     BlindRows,
     CrossAttentionConfig,
     DecoderConfig,
+    DeltaConfig,
+    ExpertConfig,
     LayerType,
     MLPType,
     NormConfig,
@@ -34,10 +36,10 @@ from .vision import MOST_TILES, BlockConfig, GridConfig, TiledConfig, VisionConf
 
 __all__ = [
     "MOST_TILES", "Activation", "AttentionShape", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig",
-    "CrossAttentionConfig", "DecoderConfig", "GridConfig", "InstructionConfig", "LayerType", "MLPType",
-    "MergerConfig", "NormConfig", "NormType", "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig",
-    "QueryConfig", "QueryScale", "QueryScaleType", "ResamplerConfig", "ScaleConfig", "ShuffleConfig", "TileMerge",
-    "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "WindowConfig", "check_layers",
+    "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "ExpertConfig", "GridConfig", "InstructionConfig",
+    "LayerType", "MLPType", "MergerConfig", "NormConfig", "NormType", "PoolConfig", "Prescribed", "ProjectorConfig",
+    "QFormerConfig", "QueryConfig", "QueryScale", "QueryScaleType", "ResamplerConfig", "ScaleConfig", "ShuffleConfig",
+    "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "WindowConfig", "check_layers",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]

@@ -9,10 +9,10 @@ from mlx_vlm_mini.errors import CheckpointError
 from .checks import Activation, NormType, check_flags, check_multiple, check_positive, check_sizes
 from .queries import QueryConfig
 
-LayerType = Literal["full_attention", "sliding_attention", "cross_attention", "query_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "cross_attention", "query_attention", "linear_attention"]
 BlindRows = Literal["zero", "attend"]
 TwoWay = Literal["nothing", "prompt", "images"]
-MLPType = Literal["gated", "plain"]
+MLPType = Literal["gated", "plain", "moe"]
 QueryScaleType = Literal["log", "log_steps"]
 
 
@@ -143,6 +143,61 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaConfig:
+    """Of the layers of type `linear_attention`: a gated delta net (Qwen3-Next, Qwen3.5)."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel: int
+    """Tokens that the causal convolution before the recurrence sees, a token's own among them."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel")
+        check_multiple(self, "num_value_heads", "num_key_heads")
+        if self.conv_kernel < 2:
+            raise CheckpointError("config.json: the convolution of linear attention needs 2 tokens or more, not 1")
+
+    @property
+    def key_size(self) -> int:
+        """Numbers of all heads' keys of a token, as of its queries."""
+        return self.num_key_heads * self.key_head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Numbers of all heads' values of a token."""
+        return self.num_value_heads * self.value_head_dim
+
+    @property
+    def mixed_size(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.key_size + self.value_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """Of feed-forwards of type `moe`: a router chooses a few of many for each token."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool = True
+    """The chosen ones' shares add up to 1: softmax after the choice. Else they are those among all experts."""
+    shared_expert_intermediate_size: int | None = None
+    """Of one that every token has besides, times the sigmoid of a gate of its own; None: there is none."""
+
+    def __post_init__(self) -> None:
+        shared = ["shared_expert_intermediate_size"] if self.shared_expert_intermediate_size is not None else []
+        check_sizes(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size", *shared)
+        check_flags(self, "norm_topk_prob")
+        if self.num_experts_per_tok > self.num_experts:
+            raise CheckpointError(
+                f"config.json: a token cannot have {self.num_experts_per_tok} of {self.num_experts} experts"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A pre-norm decoder with grouped-query attention, rotary positions and a gated MLP."""
 
@@ -171,9 +226,13 @@ class DecoderConfig:
     """Image embeddings do not enter the sequence: layers of a type of their own read them. None: there are none."""
     queries: QueryConfig | None = None
     """Query tokens stand for an image, and layers of another type let them look at it. None: there are none."""
+    delta: DeltaConfig | None = None
+    """Some layers keep a state in place of keys and values. None: there are none."""
     shapes: Mapping[LayerType, AttentionShape] = field(default_factory=dict)
     """The attention of kinds of layers whose shape is not the one that the fields above say."""
     mlp_type: MLPType = "gated"
+    experts: ExpertConfig | None = None
+    """Of feed-forwards of type `moe`, whose `intermediate_size` is that of an expert. None: there are none."""
     learned_positions: int | None = None
     """Rows of a learned position embedding before the first token's (OPT); None: positions are rotary."""
 
@@ -189,8 +248,8 @@ class DecoderConfig:
             raise CheckpointError(f"config.json: rotary positions need an even head_dim, not {self.head_dim}")
         if self.mlp_type not in get_args(MLPType):
             raise CheckpointError(f"config.json: unknown mlp_type {self.mlp_type!r}")
-        for kind in set(self.layer_types):
-            self.shape(kind)
+        if (self.mlp_type == "moe") != (self.experts is not None):
+            raise CheckpointError("config.json: feed-forwards of experts and their settings go together")
         if len(self.layer_types) != self.num_hidden_layers:
             raise CheckpointError(
                 f"config.json: layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers"
@@ -198,12 +257,18 @@ class DecoderConfig:
         unknown = set(self.layer_types) - set(get_args(LayerType))
         if unknown:
             raise CheckpointError(f"config.json: unknown layer type {unknown.pop()!r}")
+        for kind in set(self.layer_types):
+            self.shape(kind)
         if "sliding_attention" in self.layer_types and self.window is None:
             raise CheckpointError("config.json: sliding layers need a sliding_window")
         if ("cross_attention" in self.layer_types) != (self.cross_attention is not None):
             raise CheckpointError("config.json: cross-attention layers and their settings go together")
         if ("query_attention" in self.layer_types) != (self.queries is not None):
             raise CheckpointError("config.json: query tokens and layers that let them look at an image go together")
+        if ("linear_attention" in self.layer_types) != (self.delta is not None):
+            raise CheckpointError("config.json: linear attention layers and their settings go together")
+        if set(self.layer_types) == {"linear_attention"}:
+            raise CheckpointError("config.json: a decoder needs a layer that attends to tokens")
         if set(self.layer_types) == {"cross_attention"}:
             raise CheckpointError("config.json: a decoder needs a layer that reads text")
         if self.cross_attention is not None and self.tie_word_embeddings:

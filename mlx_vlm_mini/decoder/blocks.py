@@ -4,17 +4,19 @@ A layer turns float[B, L, C] into float[B, L, C] by what a `Pass` has prepared f
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vlm_mini.config import DecoderConfig, LayerType, MLPType
+from mlx_vlm_mini.config import DecoderConfig, ExpertConfig, LayerType, MLPType
 from mlx_vlm_mini.layers.attention import Attention
+from mlx_vlm_mini.layers.experts import MoE
 from mlx_vlm_mini.layers.mlp import MLP, GatedMLP
 from mlx_vlm_mini.layers.norms import NORMS, OffsetRMSNorm
 
 from .cross_attention import CrossAttention, ImageCache, Sight, look
+from .delta import DeltaCache, GatedDeltaNet
 from .query_attention import QueryAttention
 from .reading import Pass
 
@@ -23,6 +25,7 @@ MLPS: dict[MLPType, Callable[[DecoderConfig], nn.Module]] = {
         config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.biases.mlp_bias
     ),
     "plain": lambda config: MLP(config.hidden_size, config.intermediate_size, config.hidden_act),
+    "moe": lambda config: MoE(config.hidden_size, cast(ExpertConfig, config.experts), config.hidden_act),
 }
 
 
@@ -169,15 +172,46 @@ class CrossAttentionLayer(nn.Module):
         return x + mx.tanh(self.cross_attn_mlp_gate) * y
 
 
-LAYERS: dict[LayerType, type[DecoderLayer] | type[CrossAttentionLayer]] = {
+class LinearLayer(nn.Module):
+    """A gated delta net and a feed-forward, each normed before and added to the stream."""
+
+    def __init__(self, config: DecoderConfig, kind: LayerType) -> None:
+        super().__init__()
+        assert config.delta is not None
+        self.kind = kind
+        self.num_heads = config.num_attention_heads
+        self.input_layernorm = make_norm(config)
+        self.linear_attn = GatedDeltaNet(config.hidden_size, config.delta, config.norms.rms_norm_eps)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = MLPS[config.mlp_type](config)
+
+    @classmethod
+    def mask(cls, config: DecoderConfig, kind: LayerType, run: Pass) -> None:
+        """A recurrence sees what stands before a token, and needs no mask."""
+
+    def make_cache(self, make: Callable[[], Any]) -> DeltaCache:
+        """An empty state."""
+        return DeltaCache()
+
+    def __call__(self, x: mx.array, run: Pass, cache: DeltaCache | None) -> mx.array:
+        if run.attentions is not None:  # whoever records counts layers, and here are no keys
+            run.attentions.append(mx.zeros((x.shape[0], self.num_heads, x.shape[1], 0)))
+        x = x + self.linear_attn(self.input_layernorm(x), cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+Layer = DecoderLayer | CrossAttentionLayer | LinearLayer
+
+LAYERS: dict[LayerType, type[Layer]] = {
     "full_attention": DecoderLayer,
     "sliding_attention": DecoderLayer,
     "query_attention": QueryLayer,
     "cross_attention": CrossAttentionLayer,
+    "linear_attention": LinearLayer,
 }
 
 
-def layer_class(config: DecoderConfig, kind: LayerType) -> type[DecoderLayer] | type[CrossAttentionLayer]:
+def layer_class(config: DecoderConfig, kind: LayerType) -> type[Layer]:
     """The class of a kind of layer in a decoder of this config."""
     found = LAYERS[kind]
     return SandwichLayer if found is DecoderLayer and config.norms.sandwich else found

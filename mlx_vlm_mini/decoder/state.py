@@ -1,7 +1,8 @@
 """All that is kept of a sequence, or of the rows of a batch: the layers' caches, and what they all depend on.
 
 A layer's cache is mlx-lm's, an `ImageCache`, or any object that says how far back it can go: `reach(length)`, the
-largest length up to this one that it can go back to, and `rewind(length)`, which goes there.
+largest length up to this one that it can go back to, and `rewind(length)`, which goes there. One that goes to few
+lengths only has `snapshot()`, which makes the present one such a length.
 """
 
 import copy
@@ -93,6 +94,17 @@ class State:
                 entry.trim(entry.offset - length)
         self.start, self.positions = length, self.positions.within(length)
         return length
+
+    @property
+    def needs_snapshots(self) -> bool:
+        """Whether a layer goes back only to lengths that it was told to keep."""
+        return any(hasattr(entry, "snapshot") for entry in self.layers)
+
+    def snapshot(self) -> None:
+        """Keep the present length as one to go back to."""
+        for entry in self.layers:
+            if hasattr(entry, "snapshot"):
+                entry.snapshot()
 
     def fork(self) -> "State":
         """A state of the same tokens that goes on by itself.

@@ -32,7 +32,10 @@ from . import (
     qllama,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_vl,
+    qwen3_vl_moe,
     qwen_vl,
 )
 
@@ -84,7 +87,10 @@ FAMILIES: dict[str, Family] = {
     "qwen": qwen_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
     "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
     "smolvlm": idefics3,
 }
 

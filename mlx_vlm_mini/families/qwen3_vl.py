@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from mlx_vlm_mini.config import VLMConfig
+from mlx_vlm_mini.config import DecoderConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families.parts.maps import Weights
 from mlx_vlm_mini.families.parts.patch_grids import (
@@ -44,7 +44,7 @@ _TEXT = {
     "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 128000,
     "rope_theta": 5e5,
 }  # fmt: skip
-_VISION = {
+VISION = {
     "depth": 27, "hidden_size": 1152, "hidden_act": "gelu_pytorch_tanh", "intermediate_size": 4304, "num_heads": 16,
     "in_channels": 3, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 3584,
     "num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24),
@@ -52,8 +52,17 @@ _VISION = {
 
 
 def config(hf: Mapping[str, Any]) -> VLMConfig:
-    decoder = sectioned_decoder(hf, "qwen3", _TEXT, (24, 20, 20), interleaved=True)
-    values = {**_VISION, **(hf.get("vision_config") or {})}
+    return whole(hf, make_decoder(hf, _TEXT), "qwen3_vl")
+
+
+def make_decoder(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder of this config.json; `defaults` are the class's."""
+    return sectioned_decoder(hf, "qwen3", defaults, (24, 20, 20), interleaved=True)
+
+
+def whole(hf: Mapping[str, Any], decoder: DecoderConfig, family: str) -> VLMConfig:
+    """The model with a tower of this config.json."""
+    values = {**VISION, **(hf.get("vision_config") or {})}
     taps, places = tuple(values["deepstack_visual_indexes"]), values["num_position_embeddings"]
     if taps != tuple(sorted(set(taps))) or len(taps) > decoder.num_hidden_layers:
         raise CheckpointError(f"config.json: deepstack_visual_indexes {list(taps)} do not fit the decoder's layers")
@@ -62,7 +71,7 @@ def config(hf: Mapping[str, Any]) -> VLMConfig:
     return grid_model(
         hf,
         decoder,
-        "qwen3_vl",
+        family,
         {**values, "width": values["hidden_size"], "out": values["out_hidden_size"]},
         patch_bias=True,
         taps=taps,

@@ -71,6 +71,10 @@ def make_state(model: VLM, *, kv_bits: int | None = None, rotate: int | None = N
     if rotate is not None:
         if rotate <= 2 * KEEP:
             raise PromptError(f"rotate must be more than {2 * KEEP} tokens, not {rotate}")
+        if config.delta is not None:
+            raise PromptError(
+                f"family '{model.config.family}' keeps states of all tokens, which give none up: leave rotate out"
+            )
         both = config.prefix_lm or config.queries is not None
         if both or config.two_way != "nothing" or "sliding_attention" in config.layer_types:
             own = "reads a prompt both ways" if both else "has layers with a window of their own"
@@ -182,6 +186,7 @@ class TurnCache:
         if tokens:
             self.held = np.concatenate([prompt, said])
         self._trim(len(self.held))
+        self.state.snapshot()
         self.state.evaluate()
 
     def _trim(self, length: int) -> None:
@@ -200,7 +205,12 @@ class TurnCache:
         return hashlib.sha256(self.held.tobytes()).hexdigest()
 
     def check_plain(self) -> None:
-        """Raises PromptError where the cache cannot be written: it is quantized or rotating."""
+        """Raises PromptError where the cache cannot be written: it is quantized or rotating, or holds states."""
+        if self.state.needs_snapshots:
+            raise PromptError(
+                f"the states that family '{self.model.config.family}' keeps are not saved: save the conversation "
+                "without its cache"
+            )
         if self.kv_bits is not None or self.rotate is not None:
             raise PromptError("a quantized or rotating cache is not saved: save the conversation without its cache")
 

@@ -60,7 +60,8 @@ class Chat:
     where the prompt sees itself both ways (PaliGemma), where what was said before an image depends on it (Llama 3.2
     Vision as transformers computes it), where the conversation is or was longer than its rotary angles are fixed for
     (dynamic and longrope scaling), where the prompt has grown into another step of them (Qwen-VL), where the cache is
-    quantized, and where a full rotating one would have to go back.
+    quantized, and where a full rotating one would have to go back. Where layers keep states (Qwen3.5), what is read
+    again begins at the nearest one that was kept.
 
     Whatever is done while an answer is being given ends it; what was said so far stays, except with `clear`. What
     another thread asks while a token is computed is refused: each thread needs its own Chat, and these take turns.

@@ -24,6 +24,7 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 """(int[L] tokens so far, float[1, vocab_size] logits) -> logits, as mlx-lm's `make_logits_processors` makes them."""
 
 PREFILL_STEP = 512  # prompt tokens a chunk: bounds the activations' memory
+TAIL = 8  # last tokens of a prompt, among which those are that open an answer; thoughts go with it from later prompts
 
 _REMEDIES = {"float16": "its numbers are too large for that type, load it as bfloat16 or float32"}
 
@@ -93,6 +94,9 @@ def read_in_chunks(
 ) -> Generator[int, None, mx.array]:
     """Read a prompt into the state, chunk by chunk.
 
+    Where layers keep states that nothing can be taken out of, the place `TAIL` tokens before the prompt's end is kept
+    as one to go back to: for the same prompt again, and for one that goes on otherwise than its last tokens.
+
     Args:
         reading: the prompt, or the part of it that the state lacks.
         step: tokens a chunk. Not applied where the prompt's keys depend on all of it, nor among tokens that see one
@@ -105,15 +109,26 @@ def read_in_chunks(
         float[1, vocab_size], the logits of the last token; not evaluated.
     """
     total, before = reading.length, state.start
-    step = total if decoder.reads_whole(before + total) else step
+    whole = decoder.reads_whole(before + total)
+    step = total if whole else step
+    tail = total if whole or not state.needs_snapshots or total <= TAIL else total - TAIL
     done = 0
-    while (end := reading.visible.cut(before + done, step, before + total) - before) < total:
+
+    def cut() -> int:
+        length = min(step, tail - done) if done < tail else step
+        return reading.visible.cut(before + done, length, before + total) - before
+
+    while (end := cut()) < total:
         decoder(reading.part(done, end), state)
         state.evaluate()
+        if end == tail:
+            state.snapshot()
         done = end
         yield done
         mx.clear_cache()
     hidden = decoder(reading.part(done, total), state)
+    if tail == total:
+        state.snapshot()
     return decoder.logits(hidden[:, -1:])[:, 0]
 
 

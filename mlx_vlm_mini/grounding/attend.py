@@ -74,6 +74,10 @@ def attend(
         raise PromptError("rollout goes through all layers and heads: leave them out")
     if reduce == "rollout" and config.cross_attention is not None:
         raise PromptError("rollout follows self-attention, and this model looks at images by cross-attention")
+    if reduce == "rollout" and config.delta is not None:
+        raise PromptError(
+            "rollout follows self-attention, and layers of this model have none: choose another reduction"
+        )
     layers = _choose_layers(config, layers)
     heads = choose("head", heads, config.num_attention_heads)
     kept = Features() if features is None else features
@@ -160,13 +164,15 @@ def find_boxes(model: VLM, processor: Processor, image: InputImage) -> np.ndarra
 
 def _choose_layers(config: DecoderConfig, layers: Sequence[int] | None) -> list[int]:
     """Layers to look at, of those that look at images."""
+    kinds = config.layer_types
     if config.cross_attention is None:
-        return choose("layer", layers, config.num_hidden_layers)
-    looking = [number for number, kind in enumerate(config.layer_types) if kind == "cross_attention"]
+        looking, why = [i for i, kind in enumerate(kinds) if kind != "linear_attention"], "has no attention weights"
+    else:
+        looking, why = [i for i, kind in enumerate(kinds) if kind == "cross_attention"], "reads text alone"
     chosen = choose("layer", looking if layers is None else layers, config.num_hidden_layers)
     blind = [number for number in chosen if number not in looking]
     if blind:
-        raise PromptError(f"layer {blind[0]} reads text alone; images are seen by {', '.join(map(str, looking))}")
+        raise PromptError(f"layer {blind[0]} {why}; images are seen by {', '.join(map(str, looking))}")
     return chosen
 
 

@@ -12,10 +12,12 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_vlm_mini.borrow import borrow
 from mlx_vlm_mini.config import Activation
 from mlx_vlm_mini.errors import VLMError
 
 from .cpu.table import CPU
+from .delta import gated_delta
 from .softmax import log_softmax
 from .types import Kernels, Mask, Rope
 
@@ -36,6 +38,19 @@ def _rope(periods: mx.array, scale: float, first: int | mx.array, length: int, d
     return rotate
 
 
+def _delta(
+    queries: mx.array, keys: mx.array, values: mx.array, decays: mx.array, betas: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array]:
+    """On Metal by mlx-lm's kernel, which goes token by token with the state in registers."""
+    metal = mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu
+    if not metal or keys.shape[-1] % 32 or values.shape[-1] % 4:  # what its threads share between them
+        return gated_delta(queries, keys, values, decays, betas, state)
+    found: tuple[mx.array, mx.array] = borrow("models.gated_delta").gated_delta_kernel(
+        queries, keys, values, mx.exp(decays), betas, state
+    )
+    return found
+
+
 MLX = Kernels(
     attend=_attend,
     activations={
@@ -47,6 +62,7 @@ MLX = Kernels(
     },
     rope=_rope,
     log_softmax=log_softmax,
+    delta=_delta,
     unpack=lambda part, dtype: None,
     prepare=lambda model, decoder, dtype, tied: None,
 )

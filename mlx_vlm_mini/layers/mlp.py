@@ -8,6 +8,10 @@ from mlx_vlm_mini.config import Activation
 from .kernels import activation
 
 
+class Narrow(nn.Linear):
+    """A linear layer of a few outputs by which much is decided: conversion does not quantize it."""
+
+
 class MLP(nn.Module):
     """Two layers with biases: of towers, the Q-Former and OPT."""
 

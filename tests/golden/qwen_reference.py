@@ -12,7 +12,10 @@ TOKENS = [
     "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
-FAMILIES = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
+FAMILIES = {
+    "qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor,
+    **dict.fromkeys(["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"], Qwen3VLProcessor),
+}  # fmt: skip
 
 SAID = (
     "<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"

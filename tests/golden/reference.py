@@ -612,6 +612,51 @@ SPECS = {
             patch_size=6, size={"shortest_edge": 8200, "longest_edge": 100000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
         tokenizer="qwen2", chat_template=QWEN3, template_file="chat_template.jinja",
         seed=32, family="qwen3_vl", cases=tuple(CASES)),
+    "qwen3.5": Spec(  # three linear layers and a full one, two heads of values for each of keys; tokens as of qwen3-vl
+        vision=("qwen3_5_vision", dict(
+            depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=6, out_hidden_size=24,
+            num_position_embeddings=25)),
+        text=("qwen3_5_text", dict(
+            hidden_size=24, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=32, max_position_embeddings=1024, linear_num_key_heads=2, linear_num_value_heads=4,
+            linear_key_head_dim=8, linear_value_head_dim=6, tie_word_embeddings=True, rope_parameters={
+                "rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True})),
+        llava=dict(tie_word_embeddings=True),
+        image_processor=("Qwen2VL", dict(
+            patch_size=6, size={"shortest_edge": 8200, "longest_edge": 100000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
+        tokenizer="qwen2", chat_template=QWEN3, template_file="chat_template.jinja",
+        seed=33, family="qwen3_5", cases=(*USUAL, "side_by_side", "chunks")),
+    "qwen3.5-moe": Spec(  # two linear layers and a full one, three heads of values for each of keys
+        vision=("qwen3_5_moe_vision", dict(
+            depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=6, out_hidden_size=16,
+            num_position_embeddings=25)),
+        text=("qwen3_5_moe_text", dict(
+            hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+            max_position_embeddings=1024, linear_num_key_heads=1, linear_num_value_heads=3, linear_key_head_dim=8,
+            linear_value_head_dim=6, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12,
+            shared_expert_intermediate_size=12, layer_types=["linear_attention", "full_attention", "linear_attention"],
+            rope_parameters={
+                "rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True})),
+        llava=dict(tie_word_embeddings=False),
+        image_processor=("Qwen2VL", dict(
+            patch_size=6, size={"shortest_edge": 8200, "longest_edge": 100000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
+        tokenizer="qwen2", chat_template=QWEN3, template_file="chat_template.jinja",
+        shards=2, seed=34, family="qwen3_5_moe", cases=(*USUAL, "chunks")),
+    "qwen3-vl-moe": Spec(  # gate and up together as wide as the hidden size, so that `down_proj` alone says how experts lie
+        vision=("qwen3_vl_moe_vision", dict(
+            depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=6, out_hidden_size=16,
+            num_position_embeddings=25, deepstack_visual_indexes=[0])),
+        text=("qwen3_vl_moe_text", dict(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            max_position_embeddings=512, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=8,
+            rope_parameters={"rope_theta": 1e4, "rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True})),
+        llava=dict(tie_word_embeddings=False),
+        image_processor=("Qwen2VL", dict(
+            patch_size=6, size={"shortest_edge": 8200, "longest_edge": 100000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
+        tokenizer="qwen2", chat_template=QWEN3, template_file="chat_template.jinja",
+        seed=37, family="qwen3_vl_moe", cases=USUAL),
     "pixtral": Spec(  # photo.jpg: 12 x 9 tokens; shapes.png: 7 x 11; strip.png, shrunk: 4 x 13
         vision=("pixtral", dict(
             hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, patch_size=8, image_size=100,
@@ -708,6 +753,8 @@ CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and f
 
 
 CASES["picture"] = [user(image_part("photo.jpg"))]  # a page to be read, without words
+CASES["chunks"] = [user(text_part(" ".join(CORPUS[:5] * 2)))]  # longer than two chunks of a recurrence of 64 tokens
+
 CASES["asked_twice"] = [  # stands here because families above take all cases above
     user(image_part("shapes.png"), text_part("Describe the photo.")),
     {"role": "assistant", "content": [text_part("A red circle and a blue square.")]},
@@ -887,11 +934,11 @@ def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
         **spec.llava,
     )
     model = AutoModelForImageTextToText.from_config(config).eval()
-    return fill(model, spec.seed, gemma=text_type.startswith("gemma"))
+    return fill(model, spec.seed, gemma=text_type.startswith("gemma"), offset=text_type.startswith("qwen3_5"))
 
 
-def fill(model: Any, seed: int, *, gemma: bool = False) -> Any:
-    """Put random numbers into a model, none of them neutral."""
+def fill(model: Any, seed: int, *, gemma: bool = False, offset: bool = False) -> Any:
+    """Put random numbers into a model, none of them neutral. `offset`: its text's norms add 1 to their weights."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -902,12 +949,16 @@ def fill(model: Any, seed: int, *, gemma: bool = False) -> Any:
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             small = gemma and "language_model" in name  # Gemma adds 1 in its norms and scales embeddings
-            if tensor.ndim < 2:
-                tensor.copy_(0.3 * noise(tensor) + ("norm" in name and name.endswith("weight") and not small))
+            around_zero = small or (offset and "language_model" in name and "linear_attn" not in name)
+            if name.endswith("A_log"):  # of memories that fade within some tokens, and within some hundreds
+                tensor.copy_(1.5 * noise(tensor) - 3)
+            elif tensor.ndim < 2:
+                tensor.copy_(0.3 * noise(tensor) + ("norm" in name and name.endswith("weight") and not around_zero))
             elif "embed" in name:
                 tensor.copy_((0.1 if small else 0.7) * noise(tensor))
             else:
-                tensor.copy_(1.4 * noise(tensor) / tensor[0].numel() ** 0.5)
+                inputs = tensor.shape[-1] if ".experts." in name else tensor[0].numel()
+                tensor.copy_(1.4 * noise(tensor) / inputs**0.5)
     return model
 
 

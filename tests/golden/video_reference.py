@@ -138,7 +138,9 @@ class VideoReference:
             step = 4 * seconds[-1] if self.family == "qwen2_5_vl" else 1
             times = [int(np.float32(step) * i) for i in range(steps)]
             whole = [(rows // merge, columns // merge, times)]
-            all_grids += whole if self.family != "qwen3_vl" else [(rows // merge, columns // merge, [0])] * steps
+            all_grids += (
+                whole if not self.family.startswith("qwen3") else [(rows // merge, columns // merge, [0])] * steps
+            )
         text = text.replace("<|VIDEO|>", "<|video_pad|>")
         inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt"))
         ids = inputs["input_ids"]
@@ -150,7 +152,7 @@ class VideoReference:
         return inputs, all_grids
 
     def _said(self, part: dict[str, Any], steps: int, tokens: int) -> str:
-        if self.family != "qwen3_vl":
+        if not self.family.startswith("qwen3"):
             return "<|vision_start|>" + "<|VIDEO|>" * (steps * tokens) + "<|vision_end|>"
         times = [number / part["fps"] for number in range(len(part["video"]))]
         times += times[-1:] * (len(times) % 2)

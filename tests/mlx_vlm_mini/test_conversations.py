@@ -23,7 +23,8 @@ LONG = "llava with longrope"  # whose angles change at 56 tokens, for all positi
 MODELS = (
     "llava-clip-mistral", "llava-next-siglip-qwen2", "internvl-qwen2", "internvl-chat-phi3", "llava-original-v1.6-mistral",
     "llava-onevision", "idefics3-markers", "gemma3-hub", "gemma3-crops", "paligemma2-gemma2", "mllama-meta",
-    "mllama-transformers", "qwen-vl-chat", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "pixtral", "mistral3", LONG,
+    "mllama-transformers", "qwen-vl-chat", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5", "qwen3.5-moe", "pixtral",
+    "mistral3", LONG,
 )  # fmt: skip
 PICTURES = (PHOTO, SHAPES, SHAPES.read_bytes(), Image.new("RGB", (50, 40), "red"), Image.new("RGB", (50, 40), "blue"))
 TEXTS = ("Hi", "What is it? ", " and\n", "Why? Tell me more.", "no")

@@ -22,7 +22,7 @@ from qwen_vl_oracle import shapes_of
 
 from mlx_vlm_mini.checkpoints.folder import Checkpoint, TensorInfo
 from mlx_vlm_mini.checkpoints.load import plan
-from mlx_vlm_mini.checkpoints.weights import CONVOLUTIONS, hub_name
+from mlx_vlm_mini.checkpoints.weights import hub_name, is_convolution
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.convert.quantize import choose, plan_outputs, spread
 from mlx_vlm_mini.families import find_family
@@ -326,7 +326,7 @@ def published(name: str) -> Checkpoint:
     blocks = {}
     for tensor, array in tree_flatten(VLM(ours).parameters()):  # lazy: nothing is computed
         shape = tuple(array.shape)
-        shapes[tensor] = (shape[0], shape[-1], *shape[1:-1]) if tensor in CONVOLUTIONS else shape
+        shapes[tensor] = (shape[0], shape[-1], *shape[1:-1]) if is_convolution(tensor) else shape
         if tensor.startswith("vision.blocks.0."):
             blocks[tensor] = shape
     for number in range(ours.vision.depth, ours.vision.num_hidden_layers):  # in the file, though nothing reads them

@@ -14,15 +14,44 @@ class PerHead(tuple[str, ...]):
     __slots__ = ()
 
 
+class Raised(str):
+    """A name of a map whose tensor is stored with 1 added: of a norm that adds 1 itself."""
+
+    __slots__ = ()
+
+
+class Experts(tuple[str, ...]):
+    """A tuple of a map whose tensor holds all experts: (experts, out, in), or (experts, in, out) as some repositories
+    have it. What is written of it in MLX's format, packed, has its name as a module's."""
+
+    __slots__ = ()
+
+
 Weights = Mapping[str, str | tuple[str, ...] | None]
 """A checkpoint's names, of tensors or whole modules, to ours.
 
-`{}` is a layer number. None drops on purpose. A tuple cuts a fused tensor by rows, for each module as many as it has.
+`{}` is a layer number. None drops on purpose; where a key ends in `*`, all that begins so. A tuple cuts a fused tensor
+by rows, for each module as many as it has.
 """
 
 _ATTENTION = "decoder.layers.{}.self_attn."
 _MLP = "decoder.layers.{}.mlp."
 _QKV = (_ATTENTION + "q_proj", _ATTENTION + "k_proj", _ATTENTION + "v_proj")
+
+
+def expert_weights(prefix: str) -> Weights:
+    """Feed-forwards of experts: fused, one by one, and stacked as mlx-lm has them; `{}.{}` numbers one of a stack."""
+    theirs, ours = prefix + "layers.{}.mlp.", _MLP + "switch_mlp."
+    parts = ("gate_proj", "up_proj", "down_proj")
+    return {
+        theirs + "gate": _MLP + "gate",
+        theirs + "experts.gate_up_proj": Experts((ours + "gate_proj", ours + "up_proj")),
+        theirs + "experts.down_proj": Experts((ours + "down_proj",)),
+        **{f"{theirs}experts.{{}}.{part}": f"{ours}{{}}.{part}" for part in parts},
+        **{f"{theirs}switch_mlp.{part}": ours + part for part in parts},
+        **{f"{theirs}shared_expert.{part}": f"{_MLP}shared_expert.{part}" for part in parts},
+        theirs + "shared_expert_gate": _MLP + "shared_expert_gate",
+    }
 
 
 def intern_vit(prefix: str) -> Weights:

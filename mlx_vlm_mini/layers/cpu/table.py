@@ -4,6 +4,7 @@ MLX's own activations are compiled: on a CPU by the system's C++ compiler, half 
 for it. None of that is called here.
 """
 
+from mlx_vlm_mini.layers.delta import gated_delta
 from mlx_vlm_mini.layers.types import Kernels
 
 from .activations import ACTIVATIONS
@@ -18,6 +19,7 @@ CPU = Kernels(
     activations=ACTIVATIONS,
     rope=rope,
     log_softmax=log_softmax,
+    delta=gated_delta,
     unpack=unpack,
     prepare=prepare,
 )

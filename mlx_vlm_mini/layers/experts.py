@@ -1,0 +1,63 @@
+"""Mixture of experts: of many feed-forwards a router chooses a few for each token.
+
+Source: Switch Transformers (arXiv:2101.03961) and their kin; models/qwen3_5_moe and qwen3_vl_moe of
+huggingface/transformers. Experts lie stacked, as mlx-lm's layers take them.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_vlm_mini.borrow import borrow_uncompiled
+from mlx_vlm_mini.config import Activation, ExpertConfig
+
+from .kernels import activation
+from .mlp import GatedMLP, Narrow
+
+
+class _Gated(nn.Module):
+    """In the form in which mlx-lm's experts call it."""
+
+    def __init__(self, act: Activation) -> None:
+        super().__init__()
+        self._act = activation(act)
+
+    def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
+        return self._act(gate) * x
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of all experts, as it is or quantized."""
+    layers = borrow_uncompiled("models.switch_layers")
+    return isinstance(module, layers.SwitchLinear | layers.QuantizedSwitchLinear)
+
+
+class MoE(nn.Module):
+    """Gated MLPs of which each token has a few, weighed by a softmax; and one of all tokens where the config says so.
+
+    `switch_mlp` holds the experts: its layers' weights are float[experts, out, in], as they are or quantized.
+    """
+
+    def __init__(self, size: int, config: ExpertConfig, act: Activation) -> None:
+        super().__init__()
+        self.count, self.normed = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = Narrow(size, config.num_experts, bias=False)
+        experts = borrow_uncompiled("models.switch_layers").SwitchGLU
+        self.switch_mlp = experts(size, config.moe_intermediate_size, config.num_experts, activation=_Gated(act))
+        if config.shared_expert_intermediate_size is not None:
+            self.shared_expert = GatedMLP(size, config.shared_expert_intermediate_size, act)
+            self.shared_expert_gate = Narrow(size, 1, bias=False)
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """float[..., C] -> which experts, uint32[..., k], in any order, and their shares, float32[..., k]."""
+        shares = mx.softmax(self.gate(x).astype(mx.float32), axis=-1)
+        chosen = mx.argpartition(-shares, self.count - 1, axis=-1)[..., : self.count]
+        shares = mx.take_along_axis(shares, chosen, axis=-1)
+        return chosen, shares / shares.sum(axis=-1, keepdims=True) if self.normed else shares
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """float[..., C] -> float[..., C]."""
+        chosen, shares = self.route(x)
+        y: mx.array = (self.switch_mlp(x, chosen) * shares[..., None].astype(x.dtype)).sum(axis=-2)
+        if "shared_expert" not in self:
+            return y
+        return y + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
