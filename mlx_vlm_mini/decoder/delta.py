@@ -119,6 +119,12 @@ class DeltaCache:
         merged.offset = np.array([cache.offset for cache in caches], dtype=np.int64)
         return merged
 
+    def extend(self, other: "DeltaCache") -> None:
+        """Append the rows of another batch."""
+        assert self.memory is not None and other.memory is not None
+        self.memory = Memory(*(mx.concatenate([*parts]) for parts in zip(self.memory, other.memory, strict=True)))
+        self.offset = np.concatenate([np.atleast_1d(self.offset), np.atleast_1d(other.offset)])
+
     def filter(self, rows: mx.array) -> None:
         """Keep only these rows of a batch, in this order."""
         if self.memory is not None:
