@@ -6,6 +6,7 @@ huggingface/transformers. Experts lie stacked, as mlx-lm's layers take them.
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_vlm_mini.borrow import borrow_uncompiled
 from mlx_vlm_mini.config import Activation, ExpertConfig
@@ -54,10 +55,28 @@ class MoE(nn.Module):
         shares = mx.take_along_axis(shares, chosen, axis=-1)
         return chosen, shares / shares.sum(axis=-1, keepdims=True) if self.normed else shares
 
+    def _run(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """What the chosen experts make of each token: float[..., k, C]."""
+        half = x.dtype != mx.float32 and "scales" not in self.switch_mlp.gate_proj
+        if not half or mx.default_device().type == mx.DeviceType.gpu:
+            found: mx.array = self.switch_mlp(x, chosen)
+            return found
+        # MLX's products by chosen matrices take float32 alone on a CPU, so those that are used are made that.
+        used, places = np.unique(np.array(chosen), return_inverse=True)
+        rows, mlp = mx.array(places.reshape(chosen.shape)), self.switch_mlp
+
+        def product(layer: nn.Module, x: mx.array) -> mx.array:
+            weights = layer.weight[mx.array(used)].astype(mx.float32)
+            return mx.gather_mm(x, weights.swapaxes(-1, -2), rhs_indices=rows)
+
+        inner = x.astype(mx.float32)[..., None, None, :]
+        inner = mlp.activation(product(mlp.up_proj, inner), product(mlp.gate_proj, inner))
+        return product(mlp.down_proj, inner).squeeze(-2).astype(x.dtype)
+
     def __call__(self, x: mx.array) -> mx.array:
         """float[..., C] -> float[..., C]."""
         chosen, shares = self.route(x)
-        y: mx.array = (self.switch_mlp(x, chosen) * shares[..., None].astype(x.dtype)).sum(axis=-2)
+        y: mx.array = (self._run(x, chosen) * shares[..., None].astype(x.dtype)).sum(axis=-2)
         if "shared_expert" not in self:
             return y
         return y + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)

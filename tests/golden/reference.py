@@ -643,7 +643,7 @@ SPECS = {
         image_processor=("Qwen2VL", dict(
             patch_size=6, size={"shortest_edge": 8200, "longest_edge": 100000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
         tokenizer="qwen2", chat_template=QWEN3, template_file="chat_template.jinja",
-        shards=2, seed=34, family="qwen3_5_moe", cases=(*USUAL, "chunks")),
+        shards=2, seed=41, family="qwen3_5_moe", cases=(*USUAL, "chunks")),
     "qwen3-vl-moe": Spec(  # gate and up together as wide as the hidden size, so that `down_proj` alone says how experts lie
         vision=("qwen3_vl_moe_vision", dict(
             depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=6, out_hidden_size=16,
