@@ -17,7 +17,7 @@ from mlx_vlm_mini.families.llava_original import INTERN_VIT, KNOWN_TOWERS, TOWER
 from mlx_vlm_mini.families.parts.conversations import choose_conversation, find_conversation
 from mlx_vlm_mini.files import read_json
 
-from .folder import DTYPES, Checkpoint, TensorInfo, find_tensor_files, open_checkpoint
+from .folder import DTYPES, Checkpoint, TensorInfo, find_tensor_files, is_folder, open_checkpoint
 from .hub import fetch_headers, find_folder, has_weights, is_hub_name
 from .pickled import Pickled, read_pickled
 
@@ -155,7 +155,7 @@ def _open_tower(folder: Path, config: Mapping[str, Any], name: str, need: Need, 
             f"{folder}/config.json names the vision tower '{named}', outside its folder: where that is yours, give it "
             "as vision tower (--vision-tower)"
         )
-    source: str | Path = next((place for place in places if place.is_dir()), given or str(named))
+    source: str | Path = next(filter(is_folder, places), given or str(named))
     try:
         tower = open_checkpoint(find_folder(source, weights=need == "tensors"))
         if isinstance(source, str) and is_hub_name(source) and need == "headers" and not has_weights(tower.folder):

@@ -4,6 +4,7 @@ Format: https://huggingface.co/docs/safetensors: 8 bytes with the header's lengt
 """
 
 import json
+import os
 import re
 import struct
 from collections import Counter
@@ -331,14 +332,19 @@ def _with_factors(tensors: dict[str, TensorInfo | Pickled]) -> dict[str, TensorI
     return {name: info for name, info in kept.items() if name not in beside}
 
 
+def is_folder(path: Path) -> bool:
+    """Whether it is one; not where the name is too long for any, for which Path's own raises."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint from a folder on disk.
 
     Raises:
         CheckpointError: the folder or its config.json is missing or broken.
     """
-    if not folder.is_dir():
-        if not folder.exists():
+    if not is_folder(folder):
+        if not os.path.exists(folder):  # noqa: PTH110 - never raises
             raise CheckpointError(f"folder not found: {folder}")
         raise CheckpointError(f"checkpoint folder {folder} {what_else([folder.name]) or 'is a file, not a folder'}")
     if not (folder / "config.json").is_file():

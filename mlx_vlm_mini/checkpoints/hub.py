@@ -75,7 +75,7 @@ def parse_hub_name(name: str) -> HubName | None:
 
 def is_hub_name(name: str) -> bool:
     """Whether `name` can only be meant as a model on the Hub: of that form, and no folder here."""
-    return parse_hub_name(name) is not None and not Path(name).exists()
+    return parse_hub_name(name) is not None and not os.path.exists(name)  # noqa: PTH110 - never raises
 
 
 def commit_of(folder: Path) -> str | None:

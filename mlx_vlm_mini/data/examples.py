@@ -70,6 +70,8 @@ def read_examples(file: Path) -> list[Example]:
         try:
             entry = json.loads(line)
             messages = _messages(entry, file.parent)
+            if not isinstance(entry.get("kind"), str | None):
+                raise PromptError(f"its kind is {entry['kind']!r:.40}, not a text")
             for part in images_of(messages):
                 if part["image"] not in seen:
                     image_size(part["image"])

@@ -18,7 +18,10 @@ def local_path(name: str | Path) -> Path:
     if isinstance(name, str) and name[:7].lower() == "file://":
         rest = name[7:]
         name = urllib.parse.unquote(rest[max(rest.find("/"), 0) :])
-    return Path(os.path.expanduser(name))  # noqa: PTH111 - never raises
+    try:
+        return Path(os.path.expanduser(name))  # noqa: PTH111 - leaves an unknown user as it is
+    except ValueError:  # no user has a name with a zero or half a character in it
+        return Path(name)
 
 
 def find_file(name: str | Path) -> Path:

@@ -258,8 +258,11 @@ def image_size(path: Path) -> tuple[int, int]:
         ImageError: nothing is there, or it is not an image.
     """
     path = find_file(path)
-    if not path.is_file():  # a device might never end
-        raise ImageError(f"{path} is no file, and no image" if path.exists() else not_found(path))
+    try:
+        if not path.is_file():  # a device might never end
+            raise ImageError(f"{path} is no file, and no image" if path.exists() else not_found(path))
+    except OSError as error:  # a name that is too long
+        raise ImageError(f"cannot read image {unreadable(path, error)}") from None
     try:
         with path.open("rb") as file:
             return size_of(file)

@@ -84,9 +84,13 @@ def _with_pages(content: Any, access: Access) -> Any:
     return parts
 
 
+def _says_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, list | dict | str) and not value)  # arrays compare number by number
+
+
 def _check_keys(what: str, given: Mapping[str, Any], known: set[str]) -> None:
     """Raises PromptError where something is said that would be left out without a word."""
-    unknown = [str(key) for key, value in given.items() if key not in known and value not in (None, [], {}, "")]
+    unknown = [str(key) for key, value in given.items() if key not in known and not _says_nothing(value)]
     if unknown:
         raise PromptError(f"{what} has {unknown[0]!r}, which is not known: it takes {', '.join(sorted(known))}")
 
@@ -116,6 +120,8 @@ def take_beside(entry: Mapping[str, Any]) -> Any:
     for part, image in zip(empty, images, strict=False):
         part["image"] = image
     if not empty:
+        if not messages:
+            raise PromptError("it has images and no message that shows them")
         first = next((number for number, message in enumerate(messages) if message.get("role") == "user"), 0)
         messages = [*messages]
         messages[first] = {**messages[first], "images": [*images, *(messages[first].get("images") or [])]}
@@ -145,7 +151,9 @@ def _part(part: Any, waiting: list[ImageSource]) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    if isinstance(part, Mapping) and isinstance(kind, str) and kind in _PART_KEYS:
+    if not isinstance(kind, str):
+        raise PromptError("a message part has no type that is a text: give text, image, image_url or video parts")
+    if isinstance(part, Mapping) and kind in _PART_KEYS:
         _check_keys(f"the {kind} part", part, {"type", *_PART_KEYS[kind]})
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}

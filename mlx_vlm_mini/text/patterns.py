@@ -35,6 +35,9 @@ _PART = re.compile(
 )
 
 
+_CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*("[^"]*"|[^\s,}]*)')
+
+
 @contextmanager
 def library_errors(what: str, *, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn what the library raises into one line: plain `Exception`, or, where its code gives up, a kind of its own
@@ -62,13 +65,28 @@ def check_size(file: Path) -> None:
 
 def check_strings(file: Path) -> None:
     """Raises CheckpointError where a tokenizer.json holds a string longer than tokens and expressions are, but for
-    SentencePiece's table: each time such a token is written, all of it would be."""
-    content = np.frombuffer(file.read_bytes(), dtype=np.uint8)
+    SentencePiece's table: each time such a token is written, all of it would be. And where that table is none: the
+    library would write of it to stderr by itself."""
+    data = file.read_bytes()
+    for found in _CHARSMAP.finditer(data):
+        if not _is_charsmap(found[1]):
+            raise CheckpointError(f"{file} is broken: its precompiled_charsmap is no table of SentencePiece")
+    content = np.frombuffer(data, dtype=np.uint8)
     quotes = np.flatnonzero(content == ord('"'))
     quotes = quotes[content[np.maximum(quotes - 1, 0)] != ord("\\")]
     for start in quotes[:-1][np.diff(quotes) > _LONGEST_STRING]:
         if b"precompiled_charsmap" not in content[max(start - 40, 0) : start].tobytes():
             raise CheckpointError(f"{file} has a string of more than {_LONGEST_STRING:,} bytes: no token is so long")
+
+
+def _is_charsmap(written: bytes) -> bool:
+    try:
+        table = base64.b64decode(written.strip(b'"').replace(b"\\/", b"/"), validate=True)
+        tree = int.from_bytes(table[:4], "little") // 4 * 4
+        table[4 + tree :].decode()
+    except ValueError:
+        return False
+    return written[:1] == b'"' and 4 <= 4 + tree <= len(table)
 
 
 def check_growth(part: Any, file: Path) -> None:

@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 
 from mlx_vlm_mini.cli.batch import Item, Output, ask, left_to_do, read_prompts, spread
 from mlx_vlm_mini.cli.main import main
-from mlx_vlm_mini.errors import PromptError
+from mlx_vlm_mini.errors import ImageError, PromptError
+from mlx_vlm_mini.images.source import read_image
 
 
 def run(*arguments: object, **options: object) -> Result:
@@ -166,6 +167,7 @@ def test_prompts_as_messages(tmp_path):
         ('{"prompt": "x"}', "prompts.jsonl:2: not a line {\"messages\": [...]}"),
         ("{", "prompts.jsonl:2: not a line"),
         ('{"messages": [{"role": "user"}]}', "prompts.jsonl:2: the user message has no content"),
+        ('{"messages": [], "images": ["a.png"]}', "prompts.jsonl:2: it has images and no message that shows them"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "the assistant has the last word in it"),
         ('{"messages": [{"role": "user", "content": [{"type": "image", "image": 3}]}]}', "an image is not a path or a URL"),
     ],
@@ -176,6 +178,20 @@ def test_a_bad_line_is_named_before_anything_is_loaded(tmp_path, line, message):
     with pytest.raises(PromptError) as raised:
         read_prompts(str(file), None)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["~\0/a.png", "~\ud800", "a" * 300, "\0"])
+def test_names_that_no_file_has_are_told_when_they_are_asked_about(tmp_path, name):
+    file = tmp_path / "prompts.jsonl"
+    part = {"type": "image", "image": name}
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]}))
+    (item,) = read_prompts(str(file), None)
+    assert item.images == [str(tmp_path / name)]
+    assert item.key({}) == item.key({})
+    with pytest.raises(ImageError):
+        read_image(item.images[0])
+    with pytest.raises(ImageError):
+        read_image(name)
 
 
 def test_system_messages():

@@ -271,6 +271,10 @@ def test_a_tower_given_by_hand(copy_of, tmp_path):
         load(folder)
     expected = logits(GOLDEN / V15)
     assert (logits(folder, vision_tower=tmp_path / "elsewhere") == expected).all()
+    for long in ("a" * 300, "~/" + "a" * 300):  # longer than a file system takes
+        edit_json(folder / "config.json", mm_vision_tower=long)
+        with pytest.raises(CheckpointError, match="tower"):
+            open_model(folder)
     for outside in (str(tmp_path / "elsewhere"), "../elsewhere", "tower/../../elsewhere"):
         edit_json(folder / "config.json", mm_vision_tower=outside)
         with pytest.raises(CheckpointError, match="outside its folder: where that is yours, give it as vision tower"):

@@ -95,6 +95,16 @@ def test_long_strings(copy_of):
             load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("table", ["", "AAAA", "////AAAA", "AAAAAP8=", "é", 1e30, None, []])
+def test_tables_that_are_none(copy_of, capfd, table):
+    """The library itself would write to stderr of them."""
+    step = {"type": "Precompiled", "precompiled_charsmap": table}
+    folder = edited(copy_of, normalizer={"type": "Sequence", "normalizers": [step]})
+    with pytest.raises(CheckpointError, match="precompiled_charsmap is no table of SentencePiece"):
+        load_tokenizer(folder)
+    assert capfd.readouterr().err == ""
+
+
 def test_what_published_tokenizers_do_to_texts(copy_of):
     """Gemma's, Llama's and CLIP's steps, and a table of SentencePiece's: a trie and what it puts in."""
     metaspace = [

@@ -224,6 +224,9 @@ def test_images_of_a_message_in_ollamas_form():
             {"role": "user", "content": [{"type": "image", "image": "a", "detail": "low"}]},
             "the image part has 'detail'",
         ),
+        ({"role": "user", "content": "hi", "x": np.zeros(2)}, "the user message has 'x', which is not known"),
+        ({"role": "user", "content": [{"type": np.zeros(2)}]}, "has no type that is a text"),
+        ({"role": "user", "content": [{"type": None}]}, "has no type that is a text"),
     ],
 )
 def test_unknown_keys_are_refused_by_name(message, said):

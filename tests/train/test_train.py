@@ -110,6 +110,10 @@ def test_llavas_own_form_is_read(tmp_path):
         (talk("Hi"), "the assistant says nothing"),
         (talk([{"type": "image", "image": "none.png"}], "x"), "image not found"),
         (talk([{"type": "image", "image": "bad.png"}], "x"), "is not an image"),
+        (talk([{"type": "image", "image": "a" * 300}], "x"), "cannot read image .*: File name too long"),
+        (talk([{"type": "image", "image": "~\0"}], "x"), "image"),
+        ({"messages": [], "images": ["bad.png"]}, "no message that shows them"),
+        ({**talk("Hi", "x"), "kind": ["colour"]}, r"its kind is \['colour'\], not a text"),
         (
             {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]},
             "more <image> than images",
