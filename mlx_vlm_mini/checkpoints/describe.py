@@ -110,6 +110,11 @@ def describe(
         processor = load_processor(checkpoint, planned.family, planned.config)
         described["image_token"] = None if config.text_alone else processor.image_token
         described["tokenizer_size"] = processor.tokenizer.backend.get_vocab_size()
+        rows = decoder.num_embeddings
+        ids = processor.tokenizer.backend.get_vocab().values()
+        beyond = sum(token >= rows and token != processor.image_token_id for token in ids)
+        if beyond:  # prompts with them are refused
+            described["tokens_without_embedding"] = beyond
         described["image_settings"] = processor.image_settings is not None
         described["check"] = "every tensor has its place, name and shape"
     return described

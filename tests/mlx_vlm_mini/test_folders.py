@@ -8,9 +8,10 @@ from checkpoints import PHOTO, PLAIN
 from reference import GOLDEN
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.checkpoints.describe import describe
 from mlx_vlm_mini.checkpoints.folder import choose_tensor_files
 from mlx_vlm_mini.checkpoints.hub import HubName, parse_hub_name
-from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.errors import CheckpointError, PromptError
 
 STALE = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
 
@@ -121,3 +122,24 @@ def test_names_on_the_hub():
 def test_folders_of_the_goldens_are_as_they_were():
     for folder in GOLDEN.glob("*/model.safetensors"):
         assert choose_tensor_files({folder.name}, lambda index: []) == ["model.safetensors"]
+
+
+def test_tokens_without_an_embedding_are_counted_and_refused(copy_of):
+    """Added to a tokenizer without rows for them: looking them up would read past the table."""
+    folder = copy_of()
+    assert "tokens_without_embedding" not in describe(folder, check=True)
+    model, processor = load(folder)
+    rows, first = model.config.decoder.num_embeddings, processor.tokenizer.backend.get_vocab_size()
+    content = json.loads((folder / "tokenizer.json").read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    content["added_tokens"] += [
+        {"id": token, "content": f"<extra{token}>", **plain} for token in range(first, rows + 3)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert describe(folder, check=True)["tokens_without_embedding"] == 3
+    processor = load(folder)[1]
+    with pytest.raises(
+        PromptError, match=f"the token <extra{rows}> with the id {rows}, .* embeddings of {rows} tokens"
+    ):
+        processor(f"What is <extra{rows}>?")
+    assert processor("What?").input_ids.shape[1] > 0
