@@ -401,7 +401,7 @@ TEXT = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "
         ("qwen2-vl", {"vision_config": {"embed_dim": 32, "hidden_size": 48}}, "merger's width 48 differs from the decoder's 40"),
         ("qwen2-vl", {"vision_config": {"in_channels": 1, "hidden_size": 40}}, "in_channels 3"),
         ("qwen2-vl", {"num_experts": 8}, "experts .MoE. is not supported"),
-        ("qwen2-vl", {"model_type": "qwen3_vl_moe"}, "says model_type 'qwen3_vl_moe'; this version knows: "),
+        ("qwen2-vl", {"model_type": "qwen9_vl"}, "says model_type 'qwen9_vl'; this version knows: "),
         ("qwen3-vl", {"vision_config": {"deepstack_visual_indexes": [2, 0], "out_hidden_size": 32}}, "do not fit the decoder's layers"),
         ("qwen3-vl", {"vision_config": {"num_position_embeddings": 24, "out_hidden_size": 32}}, "must be a square, not 24"),
         ("qwen2.5-vl", {"vision_config": {"window_size": 5, "out_hidden_size": 36}}, "a window of 5 pixels holds no token"),
