@@ -149,8 +149,15 @@ def test_variants(kind, tmp_path):
 
 
 TEXTS = (
-    "a", " lead", "trail ", "two\nlines\n", "<loc0012> and <seg001>x", "naïve 日本 🙂", "tab\there", "<bos>typed", "<eos>", "  a   b",
-)  # fmt: skip
+    "a",
+    " lead",
+    "trail ",
+    "two\nlines\n",
+    "<loc0012> and <seg001>x",
+    "naïve 日本 🙂",
+    "tab\there",
+    "  a   b",
+)  # fmt: skip; what is typed of <bos> and <eos> is text here, see test_literal.py
 
 
 @pytest.mark.parametrize("text", TEXTS)
