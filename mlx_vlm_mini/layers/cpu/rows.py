@@ -15,8 +15,8 @@ from .blas import core_name
 MOST = 900_000  # products of numbers a block: above 1,000,000 it is copied
 LEAST = 270_000  # below 262,144 OpenBLAS leaves its other threads out, and blocks cost more than they spare
 NARROW = 1024  # columns, below which nothing is gained
-# Rows up to which blocks are faster, by OpenBLAS's name of the processor. Measured on Zen (OpenBLAS 0.3.21): 2 rows gain,
-# 4 do not. It has kernels of its own for small products where there is AVX-512; those were not measured.
+# Rows up to which blocks are faster, by OpenBLAS's name of the processor. Measured on Zen (OpenBLAS 0.3.21): 2 rows
+# gain, 4 do not. It has kernels of its own for small products where there is AVX-512; those were not measured.
 FEW = {"SkylakeX": 16, "Cooperlake": 16, "SapphireRapids": 16}
 FEW_ELSEWHERE = 3
 
