@@ -438,7 +438,7 @@ def say(*what: object) -> None:
 
 
 def execute(run: Callable[[random.Random], None], rng: random.Random) -> tuple[str, float, str | None]:
-    """What came of it, the seconds it took, and what is wrong with that."""
+    """Run one input: its outcome, the seconds it took, and what is wrong with them, if anything."""
     begun, wrong = time.process_time(), None
     signal.setitimer(signal.ITIMER_REAL, 30)
     try:

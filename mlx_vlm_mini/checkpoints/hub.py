@@ -313,7 +313,7 @@ def fetch_headers(name: str, folder: Path, *, revision: str | None = None) -> li
         headers: list[Header] = []
         for file in _tensor_files(place, sizes, folder):
             shown, there = Path(name) / file, place.inside(file)
-            if fnmatch(file, "*.bin"):  # of which the list of files and the pickle stand at the archive's end
+            if fnmatch(file, "*.bin"):  # a zip archive: its list of files is at the end
                 with HfFileSystem().open(f"{place.repo}/{there}", "rb", revision=revision, block_size=2**20) as stream:
                     headers.append((read_pickled(shown, stream), {"format": "pt"}))
                 continue
