@@ -30,3 +30,7 @@ class ImageError(VLMError):
 
 class PromptError(VLMError):
     """Messages that cannot become a prompt for this model."""
+
+
+class ContextError(PromptError):
+    """A prompt that leaves no room for an answer in the model's context."""

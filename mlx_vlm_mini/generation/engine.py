@@ -5,19 +5,20 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_mini.errors import PromptError, VLMError
+from mlx_vlm_mini.errors import ContextError, PromptError, VLMError
 from mlx_vlm_mini.images.source import ImageSource
 from mlx_vlm_mini.inputs import Inputs
 from mlx_vlm_mini.layers.memory import free_memory
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
-from mlx_vlm_mini.text.messages import Prompt
+from mlx_vlm_mini.text.messages import Prompt, to_messages
 
 from .answering import Chunk, FinishReason, Stats
 from .batch import Batch, Job, Said
@@ -49,6 +50,7 @@ class Request:
     def __init__(self, wake: Callable[[], None]) -> None:
         self._chunks: queue.SimpleQueue[Chunk | VLMError] = queue.SimpleQueue()
         self._wake = wake
+        self._listen: Callable[[], None] = lambda: None
         self._job: Job | None = None
         self._ended = False
         self.cancelled = False
@@ -58,8 +60,12 @@ class Request:
         self.cancelled = True
         if self._job is not None:
             self._job.cancelled = True
-        self._chunks.put(PromptError("the request was cancelled"))
+        self._give(PromptError("the request was cancelled"))
         self._wake()
+
+    def _give(self, found: Chunk | VLMError) -> None:
+        self._chunks.put(found)
+        self._listen()
 
     def __iter__(self) -> Iterator[Chunk]:
         """The chunks of `stream_generate`.
@@ -74,9 +80,21 @@ class Request:
             yield self._take(found)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """The same, in an event loop."""
+        """The same, in an event loop; no thread waits."""
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+
+        def listen() -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(arrived.set)
+
+        self._listen = listen
         while not self._ended:
-            found = await asyncio.get_running_loop().run_in_executor(None, self._chunks.get)
+            arrived.clear()
+            try:
+                found = self._chunks.get_nowait()
+            except queue.Empty:
+                await arrived.wait()
+                continue
             if self.cancelled:
                 return
             yield self._take(found)
@@ -147,14 +165,17 @@ class Engine:
         memory: int | None = None,
         feature_memory: int = FEATURE_MEMORY,
         prefix_memory: int | None = None,
+        context: int | None = None,
         **options: Any,
     ) -> None:
         """
         Args:
             batch_size: answers that are decoded together at most.
             memory: bytes that their keys and values may take; by default half of what is free.
-            feature_memory: bytes of pixels and features that are kept for pictures that come again.
+            feature_memory: bytes of pixels, and bytes of features, that are kept for pictures that come again.
             prefix_memory: bytes of states that are kept for prompts that begin alike; by default a quarter of `memory`.
+            context: tokens that a prompt and its answer may have: a prompt without room for an answer is refused, and
+                an answer ends there with the reason "length". None is no limit.
             options: defaults for every request, see `Options`.
 
         Raises:
@@ -163,10 +184,10 @@ class Engine:
         if type(batch_size) is not int or batch_size < 1:
             raise PromptError(f"batch_size must be a whole number of 1 or more, not {batch_size!r}")
         Options(**options)
-        self.model, self.processor, self.options = model, processor, options
+        self.model, self.processor, self.options, self.context = model, processor, options, context
         budget = memory_budget() if memory is None else memory
         prefixes = Prefixes(int(PREFIX_SHARE * budget) if prefix_memory is None else prefix_memory)
-        self._features = Features(feature_memory)
+        self._features, self._pixels = Features(feature_memory), Features(feature_memory)  # of a thread each
         self._batch = Batch(
             model, processor, size=batch_size, memory=budget, features=self._features, prefixes=prefixes
         )
@@ -196,23 +217,50 @@ class Engine:
 
         def arrive(prepared: "Future[Inputs]") -> None:
             try:
-                job = Job(prepared.result(), chosen, begin, cancelled=request.cancelled)
+                inputs = prepared.result()
+                job = Job(inputs, self._within_context(inputs, chosen), begin, cancelled=request.cancelled)
             except VLMError as error:
-                request._chunks.put(error)
+                request._give(error)
+                return
+            except CancelledError:
+                request._give(PromptError("the engine was closed"))
                 return
             except Exception as error:  # of this request alone: the others go on
-                request._chunks.put(VLMError(f"the prompt cannot be prepared: {error!r}"))
+                request._give(VLMError(f"the prompt cannot be prepared: {error!r}"))
                 return
             request._job = job
             self._arrived.put((request, job))
 
-        self._opening.submit(self._prepare, prompt, images).add_done_callback(arrive)
+        self._opening.submit(self._prepare, request, prompt, images).add_done_callback(arrive)
         return request
 
-    def _prepare(self, prompt: Prompt, images: ImageSource | Sequence[ImageSource]) -> Inputs:
-        inputs = self.processor(prompt, images)
+    def _prepare(self, request: Request, prompt: Prompt, images: ImageSource | Sequence[ImageSource]) -> Inputs:
+        if request.cancelled:
+            raise PromptError("the request was cancelled")
+        messages = [
+            message
+            if isinstance(message["content"], str)
+            else {
+                **message,
+                "content": [self._pixels.prepare_part(self.processor, part) for part in message["content"]],
+            }
+            for message in to_messages(prompt, images, self.processor.access)
+        ]
+        inputs = self.processor(messages)
         mx.eval(inputs.input_ids)
         return inputs
+
+    def _within_context(self, inputs: Inputs, options: Options) -> Options:
+        """Options whose answer ends where the context does."""
+        length = len(inputs.slots)
+        if self.context is None or length + options.max_tokens <= self.context:
+            return options
+        if length >= self.context:
+            raise ContextError(
+                f"the prompt has {length} tokens, and the model's context is {self.context} with the answer: shorten "
+                "the conversation, or send fewer or smaller images"
+            )
+        return replace(options, max_tokens=self.context - length)
 
     def close(self) -> None:
         """End: requests that are not answered yet get an error."""
@@ -222,6 +270,10 @@ class Engine:
         self._opening.shutdown(wait=True, cancel_futures=True)
         self._arrived.put(None)
         self._thread.join()
+        with suppress(queue.Empty):
+            while True:
+                if (arrived := self._arrived.get_nowait()) is not None:  # prepared meanwhile
+                    arrived[0]._give(PromptError("the engine was closed"))
 
     def __enter__(self) -> "Engine":
         return self
@@ -258,14 +310,14 @@ class Engine:
 
     def _hand_over(self, job: Job, found: Chunk | VLMError) -> None:
         request = self._requests[job]
-        request._chunks.put(found)
+        request._give(found)
         if isinstance(found, VLMError) or found.finish_reason is not None:
             del self._requests[job]
 
     def _fail(self, error: VLMError) -> None:
         for job, request in self._requests.items():
             job.cancelled = True
-            request._chunks.put(error)
+            request._give(error)
         self._requests.clear()
         self._batch.clear()
 

@@ -13,11 +13,12 @@ from goldens import SPECS
 from reference import CASES, GOLDEN
 
 from mlx_vlm_mini import Chat, Engine, batch_generate, load, stream_generate
-from mlx_vlm_mini.errors import PromptError, VLMError
+from mlx_vlm_mini.errors import ContextError, PromptError, VLMError
 from mlx_vlm_mini.generation.batch import Batch, Job, bytes_per_token, can_be_row
 from mlx_vlm_mini.generation.cache import Prefixes
 from mlx_vlm_mini.generation.features import Features
 from mlx_vlm_mini.generation.options import Options
+from mlx_vlm_mini.images.source import Picture
 
 SHAPES = GOLDEN / "shapes.png"
 
@@ -272,3 +273,51 @@ def test_closing_ends_what_is_open(llava):
     assert "closed" in (waiting.result().error or "")
     begin = time.perf_counter()
     assert "closed" in open_.result().error and time.perf_counter() - begin < 5
+
+
+def test_many_tasks_of_one_loop_wait_without_threads(llava):
+    """More of them than the loop has threads, those that wait for a row included."""
+    expected = alone(*llava, "Hi", max_tokens=4)
+
+    async def ask(engine: Engine) -> list[int]:
+        return [chunk.token async for chunk in engine.submit("Hi", max_tokens=4)]
+
+    async def ask_all(engine: Engine) -> list[list[int]]:
+        before = threading.active_count()
+        tasks = [asyncio.create_task(ask(engine)) for _ in range(60)]
+        await asyncio.sleep(0.05)
+        assert threading.active_count() <= before + 1  # which opens pictures
+        return await asyncio.gather(*tasks)
+
+    with Engine(*llava, batch_size=4) as engine:
+        assert asyncio.run(ask_all(engine)) == [expected[0]] * 60
+
+
+def test_a_context_ends_answers_and_refuses_prompts(llava):
+    length = len(llava[1]("Hi").slots)
+    with Engine(*llava, context=length + 3) as engine:
+        found = engine.submit("Hi", max_tokens=50).result()
+        assert len(found.token_ids) == 3 and found.finish_reason == "length"
+        refused = engine.submit("Hi " * 40).result().error
+        assert refused is not None and f"the model's context is {length + 3}" in refused
+        with pytest.raises(ContextError):
+            next(iter(engine.submit("Hi " * 40)))
+
+
+def test_pictures_that_come_again_are_decoded_once(llava, monkeypatch):
+    model, processor = llava
+    prepared: list[Any] = []
+    monkeypatch.setattr(
+        processor, "prepare", lambda source, own=processor.prepare: prepared.append(source) or own(source)
+    )
+    with Engine(model, processor, max_tokens=2) as engine:
+        for question in ("What?", "Why?"):
+            assert engine.submit([PHOTO, question]).result().error is None
+    assert sum(isinstance(source, Picture) for source in prepared) == 1
+
+
+def test_what_waits_when_an_engine_is_closed_gets_an_error(llava):
+    engine = Engine(*llava, max_tokens=500)
+    requests = [engine.submit([PHOTO, "What?"]) for _ in range(20)]
+    engine.close()
+    assert all(request.result().error for request in requests[10:])
