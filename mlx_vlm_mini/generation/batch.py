@@ -67,8 +67,15 @@ Said = tuple[Job, Chunk | VLMError]
 
 @dataclass(eq=False)
 class _Row:
+    """An answer that is being given.
+
+    Attributes:
+        fault: why its next token cannot be chosen.
+    """
+
     job: Job
     answer: Answering
+    fault: VLMError | None = None
 
     @property
     def done(self) -> bool:
@@ -128,6 +135,9 @@ class _Group:
             except VLMError as error:
                 said.append((row.job, error))
                 continue
+            if chunk.finish_reason is None and row.fault is not None:
+                said += [(row.job, chunk), (row.job, row.fault)]
+                continue
             said.append((row.job, chunk))
             if chunk.finish_reason is None:
                 kept.append(place)
@@ -137,11 +147,24 @@ class _Group:
 
 def _choose(rows: Sequence[_Row], logits: mx.array) -> tuple[mx.array, mx.array]:
     """Tokens int[B] and log-probabilities float[B] of logits float[B, vocab_size]: in one where all are greedy."""
-    if len(rows) == 1 or all(row.answer.choose.greedy for row in rows):
+    if all(row.answer.choose.greedy for row in rows):
         token, logprob = rows[0].answer.choose(logits)
         return token, logprob[:, 0]
-    found = [row.answer.choose(logits[place : place + 1]) for place, row in enumerate(rows)]
-    return mx.concatenate([token for token, _ in found]), mx.concatenate([logprob[:, 0] for _, logprob in found])
+    tokens, logprobs = [], []
+    for place, row in enumerate(rows):
+        try:
+            token, logprob = row.answer.choose(logits[place : place + 1])
+        except Exception as error:  # of a sampler or a logits processor of this row's own
+            row.fault = fault_of(error)
+            token, logprob = mx.zeros(1, dtype=mx.uint32), mx.zeros((1, 1), dtype=logits.dtype)
+        tokens.append(token)
+        logprobs.append(logprob[:, 0])
+    return mx.concatenate(tokens), mx.concatenate(logprobs)
+
+
+def fault_of(error: Exception) -> VLMError:
+    """What is said of an error that ends one answer and no other."""
+    return error if isinstance(error, VLMError) else VLMError(f"the answer failed: {error!r}")
 
 
 class Batch:
@@ -240,9 +263,9 @@ class Batch:
         except StopIteration as end:
             self._reading = None
             self._admit(end.value)
-        except VLMError as error:
+        except Exception as error:  # of this prompt: the rows are whole
             self._reading = None
-            return [(job, error)]
+            return [(job, fault_of(error))]
         return []
 
     def _read(self, job: Job) -> Generator[int, None, _Group]:

@@ -53,6 +53,9 @@ class Request:
         self._listen: Callable[[], None] = lambda: None
         self._job: Job | None = None
         self._ended = False
+        self._guard = threading.Lock()
+        self._whole = False
+        self._callbacks: list[Callable[[Request], object]] = []
         self.cancelled = False
 
     def cancel(self) -> None:
@@ -63,9 +66,25 @@ class Request:
         self._give(PromptError("the request was cancelled"))
         self._wake()
 
+    def add_done_callback(self, callback: "Callable[[Request], object]") -> None:
+        """Have a function called with this request when all of its chunks are there to be read, or its error is; in
+        whatever thread that happens, at once where it has happened. It must not wait."""
+        with self._guard:
+            if not self._whole:
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
     def _give(self, found: Chunk | VLMError) -> None:
+        """Let the reader have a chunk, or the error that ends it."""
         self._chunks.put(found)
         self._listen()
+        if isinstance(found, VLMError) or found.finish_reason is not None:
+            with self._guard:
+                self._whole, callbacks = True, self._callbacks
+                self._callbacks = []
+            for callback in callbacks:
+                callback(self)
 
     def __iter__(self) -> Iterator[Chunk]:
         """The chunks of `stream_generate`.
@@ -218,18 +237,16 @@ class Engine:
         def arrive(prepared: "Future[Inputs]") -> None:
             try:
                 inputs = prepared.result()
-                job = Job(inputs, self._within_context(inputs, chosen), begin, cancelled=request.cancelled)
-            except VLMError as error:
-                request._give(error)
-                return
+                request._job = job = Job(inputs, self._within_context(inputs, chosen), begin)
             except CancelledError:
                 request._give(PromptError("the engine was closed"))
-                return
-            except Exception as error:  # of this request alone: the others go on
+            except VLMError as error:
+                request._give(error)
+            except Exception as error:  # of this request alone: the others are answered
                 request._give(VLMError(f"the prompt cannot be prepared: {error!r}"))
-                return
-            request._job = job
-            self._arrived.put((request, job))
+            else:
+                job.cancelled = request.cancelled
+                self._arrived.put((request, job))
 
         self._opening.submit(self._prepare, request, prompt, images).add_done_callback(arrive)
         return request
@@ -297,6 +314,7 @@ class Engine:
         self._fail(PromptError("the engine was closed"))
 
     def _take_in(self, *, wait: bool) -> None:
+        """What was submitted and cancelled meanwhile."""
         while True:
             try:
                 arrived = self._arrived.get(block=wait)
@@ -305,18 +323,22 @@ class Engine:
             wait = False
             if arrived is not None:
                 request, job = arrived
-                self._requests[job] = request
-                self._batch.add(job)
+                if not job.cancelled:
+                    self._requests[job] = request
+                    self._batch.add(job)
+            else:  # somebody cancelled: the batch gives up the rows, and the prompts need not be kept
+                self._requests = {job: request for job, request in self._requests.items() if not job.cancelled}
 
     def _hand_over(self, job: Job, found: Chunk | VLMError) -> None:
-        request = self._requests[job]
+        request = self._requests.get(job)
+        if request is None:  # cancelled
+            return
         request._give(found)
         if isinstance(found, VLMError) or found.finish_reason is not None:
             del self._requests[job]
 
     def _fail(self, error: VLMError) -> None:
-        for job, request in self._requests.items():
-            job.cancelled = True
+        for request in self._requests.values():
             request._give(error)
         self._requests.clear()
         self._batch.clear()

@@ -104,6 +104,28 @@ def test_a_failing_row_ends_alone(llava):
         check(answer, alone(*llava, one["prompt"], max_tokens=8))
 
 
+def test_an_exception_of_a_caller_ends_its_own_answer(llava):
+    """A sampler or a logits processor that raises, at the first token or later, ends one row and no other."""
+    said: list[int] = []
+
+    def raise_third(tokens, logits):
+        said.append(1)
+        if len(said) == 3:
+            raise ValueError("not today")
+        return logits
+
+    def refuse(logprobs):
+        raise ZeroDivisionError("never")
+
+    asked = [{"prompt": ["Hi", PHOTO]}, {"prompt": "Hi", "logits_processors": [raise_third]}, {"prompt": "Hi", "sampler": refuse}, {"prompt": "Why?"}]  # fmt: skip
+    found = batch_generate(*llava, asked, max_tokens=8)
+    whole = alone(*llava, "Hi", max_tokens=8)[0]
+    assert "not today" in found[1].error and found[1].token_ids == whole[:2]
+    assert "never" in found[2].error and not found[2].token_ids
+    for at in (0, 3):
+        check(found[at], alone(*llava, asked[at]["prompt"], max_tokens=8))
+
+
 def test_requests_join_and_leave_while_others_are_answered(llava):
     expected = {text: alone(*llava, [text, PHOTO], max_tokens=30) for text in ("One", "Two", "Three", "Four")}
     with Engine(*llava, batch_size=2, max_tokens=30) as engine:
@@ -265,12 +287,60 @@ def test_errors_come_where_the_request_is_read(llava):
     engine.close()  # twice does nothing
 
 
+def test_cancelled_requests_leave_nothing(llava):
+    with Engine(*llava, batch_size=1, max_tokens=100_000) as engine:
+        first = engine.submit("Hi")
+        next(iter(first))
+        others = [engine.submit("Hi") for _ in range(20)]
+        for request in [first, *others]:
+            request.cancel()
+        check(engine.submit("Hi", max_tokens=3).result(), alone(*llava, "Hi", max_tokens=3))
+        assert not engine._requests and not engine._batch.busy
+
+
+def test_who_asked_is_told_when_an_answer_is_whole(llava):
+    told: list[Any] = []
+    with Engine(*llava, max_tokens=3) as engine:
+        good, bad = engine.submit("Hi"), engine.submit(GOLDEN / "missing.png")
+        for request in (good, bad):
+            request.add_done_callback(told.append)
+        answers = [good.result(), bad.result()]
+        gone = engine.submit("Hi", max_tokens=100_000)
+        gone.add_done_callback(told.append)
+        gone.cancel()
+    good.add_done_callback(told.append)  # at once
+    assert {*told} == {good, bad, gone} and len(told) == 4 and told[-1] is good
+    assert answers[0].error is None and "missing" in answers[1].error
+
+
+def test_an_event_loop_waits_for_many_at_once(llava):
+    """More readers than threads of the loop's executor: the last one's answer is read while the first ones wait."""
+
+    async def last(engine):
+        waiting = [asyncio.create_task(drain(engine.submit("Hi", max_tokens=100_000))) for _ in range(60)]
+        await asyncio.sleep(0)
+        request = engine.submit("Hi", max_tokens=2)
+        found = [chunk.token async for chunk in request]
+        for task in waiting:
+            task.cancel()
+        return found
+
+    async def drain(request):
+        try:
+            return [chunk async for chunk in request]
+        finally:
+            request.cancel()
+
+    with Engine(*llava, batch_size=80) as engine:
+        assert asyncio.run(last(engine)) == alone(*llava, "Hi", max_tokens=2)[0]
+
+
 def test_closing_ends_what_is_open(llava):
     engine = Engine(*llava, batch_size=1, max_tokens=100_000)
-    open_, waiting = engine.submit("Hi"), engine.submit("Why?")
+    open_, waiting = engine.submit("Hi"), [engine.submit("Why?") for _ in range(30)]
     next(iter(open_))
     engine.close()
-    assert "closed" in (waiting.result().error or "")
+    assert all("closed" in (request.result().error or "") for request in waiting)
     begin = time.perf_counter()
     assert "closed" in open_.result().error and time.perf_counter() - begin < 5
 
