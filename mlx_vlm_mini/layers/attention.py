@@ -5,10 +5,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .blocks import in_blocks
 from .kernels import kernels
 from .types import Mask, Recorder, Rope
 
-BLOCK = 2**23  # scores held at a time where the attention is not fused
+BLOCK = 2**23  # scores at a time at most where the weights are computed
 
 
 def attend(
@@ -39,8 +40,11 @@ def attend(
     (B, H, L, D), S, groups = queries.shape, keys.shape[2], queries.shape[1] // keys.shape[1]
     rows = max(1, BLOCK // (B * H * S))
     if rows < L:
-        options = {"scale": scale, "softcap": softcap, "attentions": attentions}
-        return _attend_in_blocks(queries, keys, values, rows, mask=mask, **options)
+
+        def attend_block(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
+            return attend(queries, keys, values, scale=scale, softcap=softcap, mask=mask, attentions=attentions)
+
+        return in_blocks(attend_block, queries, keys, values, mask, rows)
     if isinstance(mask, str):
         mask = mx.arange(S - L, S)[:, None] >= mx.arange(S)
     queries = (queries * scale).reshape(B, H // groups, groups, L, D)
@@ -54,24 +58,6 @@ def attend(
     if attentions is not None:
         attentions.append(weights.reshape(B, H, L, S))
     return (weights @ values[:, :, None]).reshape(B, H, L, D)
-
-
-def _attend_in_blocks(
-    queries: mx.array, keys: mx.array, values: mx.array, rows: int, *, mask: Mask, **options: Any
-) -> mx.array:
-    """`attend`, `rows` queries after `rows` queries, none of which depends on the others."""
-    blocks: list[mx.array] = []
-    L, S = queries.shape[2], keys.shape[2]
-    for start in range(0, L, rows):
-        block, seen, end = queries[:, :, start : start + rows], mask, S
-        if isinstance(mask, mx.array):
-            seen = mask[..., start : start + rows, :]
-        elif mask == "causal":  # what comes after the block is seen by none of it
-            end = S - L + start + block.shape[2]
-        if blocks:  # one after the other, else all their scores are held at once
-            (block,) = mx.depends([block], [blocks[-1]])
-        blocks.append(attend(block, keys[:, :, :end], values[:, :, :end], mask=seen, **options))
-    return mx.concatenate(blocks, axis=2)
 
 
 def split_heads(x: mx.array, heads: int) -> mx.array:

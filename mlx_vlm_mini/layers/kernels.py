@@ -16,16 +16,13 @@ from mlx_vlm_mini.borrow import borrow
 from mlx_vlm_mini.config import Activation
 from mlx_vlm_mini.errors import VLMError
 
+from .blocks import plain_attention
 from .cpu.table import CPU
 from .delta import gated_delta
 from .softmax import log_softmax
-from .types import Kernels, Mask, Rope
+from .types import Kernels, Rope
 
 CHOICE = "MLX_VLM_MINI_KERNELS"
-
-
-def _attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array:
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
 def _rope(periods: mx.array, scale: float, first: int | mx.array, length: int, dims: int) -> Rope:
@@ -52,7 +49,7 @@ def _delta(
 
 
 MLX = Kernels(
-    attend=_attend,
+    attend=plain_attention,
     activations={
         "gelu": nn.gelu,
         "gelu_pytorch_tanh": nn.gelu_approx,

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from mlx_vlm_mini.layers.blocks import plain_attention
 from mlx_vlm_mini.layers.types import Mask
 
 from . import exponential
@@ -14,7 +15,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float, ma
     """As `Kernels.attend`: in tiles for prompts and behind many keys, MLX's own for a token behind few of them."""
     if queries.dtype == mx.float32 and (queries.shape[2] > 1 or keys.shape[2] >= ONE_FROM):
         return attend_in_tiles(queries * (scale * exponential.LOG2E), keys, values, mask)
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    return plain_attention(queries, keys, values, scale, mask)
 
 
 def attend_in_tiles(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
