@@ -52,7 +52,9 @@ def test_no_tower_asks_for_a_large_buffer_of_scores(photo, monkeypatch, mac_kern
 
     def note(queries, keys, values, **_):
         nonlocal largest
-        largest = max(largest, queries.shape[0] * queries.shape[1] * queries.shape[2] * keys.shape[2] * queries.dtype.size)
+        largest = max(
+            largest, queries.shape[0] * queries.shape[1] * queries.shape[2] * keys.shape[2] * queries.dtype.size
+        )
         return queries
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", note)
