@@ -7,7 +7,7 @@ import mlx.core as mx
 from .types import Mask
 
 SCORES = 2**30  # bytes of scores in one buffer at most
-BLOCK = 2**27  # bytes of the scores of a block: a device computes some ten of them ahead
+BLOCK = 2**26  # bytes of the scores of a block; MLX allocates those of some ten blocks ahead
 FUSED = (64, 80, 128)  # head sizes for which every version of MLX that we allow has a Metal kernel that keeps no scores
 
 
