@@ -626,7 +626,7 @@ SPECS = {
         image_processor=("Qwen2VL", dict(
             patch_size=6, size={"shortest_edge": 8200, "longest_edge": 100000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
         tokenizer="qwen2", chat_template=QWEN3, template_file="chat_template.jinja",
-        seed=33, family="qwen3_5", cases=(*USUAL, "side_by_side", "chunks")),
+        seed=35, family="qwen3_5", cases=(*USUAL, "side_by_side", "chunks")),
     "qwen3.5-moe": Spec(  # two linear layers and a full one, three heads of values for each of keys
         vision=("qwen3_5_moe_vision", dict(
             depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=6, out_hidden_size=16,
@@ -938,7 +938,12 @@ def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
 
 
 def fill(model: Any, seed: int, *, gemma: bool = False, offset: bool = False) -> Any:
-    """Put random numbers into a model, none of them neutral. `offset`: its text's norms add 1 to their weights."""
+    """Put random numbers into a model, none of them neutral.
+
+    Args:
+        offset: its text's norms add 1 to their weights, and most of its mixers are gated delta nets. Of numbers as large
+            as elsewhere each of these would triple what rounding did to a token, so theirs are smaller, and the scores.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -953,12 +958,16 @@ def fill(model: Any, seed: int, *, gemma: bool = False, offset: bool = False) ->
             if name.endswith("A_log"):  # of memories that fade within some tokens, and within some hundreds
                 tensor.copy_(1.5 * noise(tensor) - 3)
             elif tensor.ndim < 2:
-                tensor.copy_(0.3 * noise(tensor) + ("norm" in name and name.endswith("weight") and not around_zero))
+                neutral = "norm" in name and name.endswith("weight") and not around_zero
+                scores = offset and name.endswith("language_model.norm.weight")
+                tensor.copy_(0.3 * noise(tensor) + neutral - 0.6 * scores)
             elif "embed" in name:
                 tensor.copy_((0.1 if small else 0.7) * noise(tensor))
             else:
                 inputs = tensor.shape[-1] if ".experts." in name else tensor[0].numel()
-                tensor.copy_(1.4 * noise(tensor) / inputs**0.5)
+                delta = 0.3 if name.endswith("out_proj.weight") else 0.7
+                gain = delta if "linear_attn.in_proj" in name or "linear_attn.out_proj" in name else 1.4
+                tensor.copy_(gain * noise(tensor) / inputs**0.5)
     return model
 
 

@@ -22,15 +22,7 @@ def check_golden(folder: Path, live: dict[str, np.ndarray]) -> None:
             )  # threads move the last bit
 
 
-def check_answer(
-    model: Any,
-    processor: Any,
-    messages: list[dict[str, Any]],
-    expected: Any,
-    *,
-    step: int = 8,
-    tolerance: float = TOLERANCE,
-) -> None:
+def check_answer(model: Any, processor: Any, messages: list[dict[str, Any]], expected: Any, *, step: int = 8) -> None:
     """Our prompt, prefill in chunks of `step` and cached decoding against a reference's, distribution by distribution."""
     inputs = processor(with_paths(messages))
     np.testing.assert_array_equal(np.array(inputs.input_ids[0]), expected["prompt_ids"])
@@ -38,5 +30,5 @@ def check_answer(
     logits = prefill(model.decoder, model.read(inputs), cache, step=step)
     for token, logprobs in zip(expected["token_ids"].tolist(), expected["logprobs"], strict=True):
         own = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
-        np.testing.assert_allclose(own, logprobs, atol=tolerance)
+        np.testing.assert_allclose(own, logprobs, atol=TOLERANCE)
         logits = model.decoder.logits(model.decoder(model.decoder.read(mx.array([[token]])), cache))[:, -1]
