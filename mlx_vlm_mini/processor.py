@@ -156,12 +156,7 @@ class Processor:
         grid = None if self.image_settings is None else self.image_settings.tiling
         if self.image_settings is None or not isinstance(grid, Grid):
             raise CheckpointError(f"family '{self.config.family}' has no limits of pixels: leave them out")
-        grid = replace(
-            grid,
-            min_pixels=grid.min_pixels if fewest is None else fewest,
-            max_pixels=grid.max_pixels if most is None else most,
-        )
-        self.image_settings = replace(self.image_settings, tiling=grid)
+        self.image_settings = replace(self.image_settings, tiling=grid.limit(fewest, most))
         if self.video_settings is not None and most is not None:
             self.video_settings = replace(self.video_settings, frame_pixels=most)
 

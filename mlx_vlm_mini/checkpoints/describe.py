@@ -145,7 +145,8 @@ def _tokens_of_grid(checkpoint: Checkpoint, family: Family, config: VLMConfig) -
         return {"max_height": grid.max_height, "max_width": grid.max_width, "max_image_tokens": grid.max_tokens}
     if not isinstance(grid, Grid):
         return {}
-    return {"min_pixels": grid.min_pixels, "max_pixels": grid.max_pixels, "max_image_tokens": grid.max_tokens}
+    limits = {"min_pixels": grid.of_one(grid.min_pixels), "max_pixels": grid.of_one(grid.max_pixels)}
+    return {**limits, "max_image_tokens": grid.max_tokens}
 
 
 def _tokens_of_tiles(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> dict[str, int]:

@@ -32,14 +32,14 @@ from .decoder import (
 from .projector import MergerConfig, PoolConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
 from .qformer import InstructionConfig, QFormerConfig
 from .queries import ContrastConfig, QueryConfig
-from .vision import MOST_TILES, BlockConfig, GridConfig, TiledConfig, VisionConfig
+from .vision import MOST_TILES, BlockConfig, GridConfig, Resize, TiledConfig, VisionConfig
 
 __all__ = [
     "MOST_TILES", "Activation", "AttentionShape", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig",
     "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "ExpertConfig", "GridConfig", "InstructionConfig",
     "LayerType", "MLPType", "MergerConfig", "NormConfig", "NormType", "PoolConfig", "Prescribed", "ProjectorConfig",
-    "QFormerConfig", "QueryConfig", "QueryScale", "QueryScaleType", "ResamplerConfig", "ScaleConfig", "ShuffleConfig",
-    "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "WindowConfig", "check_layers",
+    "QFormerConfig", "QueryConfig", "QueryScale", "QueryScaleType", "ResamplerConfig", "Resize", "ScaleConfig",
+    "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "WindowConfig", "check_layers",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]

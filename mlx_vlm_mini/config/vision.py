@@ -1,11 +1,13 @@
 """Config of the vision tower."""
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation, NormType, check_flags, check_multiple, check_positive, check_sizes
+
+Resize = Literal["corners", "linear", "antialiased", "cubic"]
 
 MOST_TILES = 100  # of an image in one tower, far above every model's 4; the grids that are compared grow with it
 
@@ -60,6 +62,9 @@ class GridConfig:
     """Blocks that see the whole image all the same."""
     position_side: int | None = None
     """Side of the square of learned positions (Qwen3-VL); None: there are none."""
+    position_resize: Resize = "corners"
+    """How these become an image's: linear from corner to corner (Qwen3-VL), linear (PaddleOCR-VL), antialiased where
+    they are fewer (LFM2-VL), or cubic (GLM-4V)."""
     tokens_per_second: float | None = None
     """Places on the decoder's axis of time that a second of a video takes (Qwen2.5-VL); None: a step takes one."""
     alternating: bool = False
@@ -69,6 +74,8 @@ class GridConfig:
         optional = ("frames", "window", "position_side")
         check_sizes(self, *(name for name in optional if getattr(self, name) is not None))
         check_flags(self, "alternating")
+        if self.position_resize not in get_args(Resize):
+            raise CheckpointError(f"config.json: unknown position_resize {self.position_resize!r}")
         if self.tokens_per_second is not None:
             check_positive(self, "tokens_per_second")
 

@@ -1,13 +1,14 @@
 """Images of any size as grids of patches: sides of whole squares of patches, within limits.
 
-Source: smart_resize in models/qwen2_vl, get_resize_output_image_size in models/pixtral of huggingface/transformers.
+Source: smart_resize in models/qwen2_vl, paddleocr_vl and glm4v, get_resize_output_image_size in models/pixtral of
+huggingface/transformers.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import ceil, floor, sqrt
-from typing import Any
+from typing import Any, Self
 
 from mlx_vlm_mini.errors import CheckpointError, ImageError
 
@@ -74,23 +75,75 @@ class Grid(PatchGrid):
 
     @property
     def max_tokens(self) -> int:
-        return max(self.max_pixels // self.factor**2, 1)
+        return max(self.of_one(self.max_pixels) // self.factor**2, 1)
+
+    def of_one(self, pixels: int) -> int:
+        """How many of a limit's pixels one picture may have."""
+        return pixels
+
+    def limit(self, fewest: int | None, most: int | None) -> Self:
+        """The same with other limits of a picture's height times width; None leaves one as it is."""
+        return replace(
+            self,
+            min_pixels=self.min_pixels if fewest is None else fewest,
+            max_pixels=self.max_pixels if most is None else most,
+        )
 
     def fit(self, size: tuple[int, int]) -> tuple[int, int]:
         """Halves round to the even number. An image below the limit gets sides rounded up, one above it down."""
+        return self._fit(size, 1, 1)
+
+    def _fit(self, size: tuple[int, int], frames: int, counted: int) -> tuple[int, int]:
+        """`frames` pictures of one size, of which the limits count so many when their sides are whole tokens."""
         if max(size) / min(size) > _LONGEST:
             raise ImageError(
                 f"an image of {size[1]}x{size[0]} pixels is too long and narrow: at most {_LONGEST} times as long as "
                 "wide, crop it first"
             )
         height, width = (round(side / self.factor) * self.factor for side in size)
-        if height * width > self.max_pixels:
-            shrink = sqrt(size[0] * size[1] / self.max_pixels)
+        if counted * height * width > self.max_pixels:
+            shrink = sqrt(frames * size[0] * size[1] / self.max_pixels)
             height, width = (max(self.factor, floor(side / shrink / self.factor) * self.factor) for side in size)
-        elif height * width < self.min_pixels:
-            grow = sqrt(self.min_pixels / (size[0] * size[1]))
+        elif counted * height * width < self.min_pixels:
+            grow = sqrt(self.min_pixels / (frames * size[0] * size[1]))
             height, width = (ceil(side * grow / self.factor) * self.factor for side in size)
         return height, width
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaisedGrid(Grid):
+    """Of an image with a side below a token's, that side is first made as long, in shape (PaddleOCR-VL)."""
+
+    def fit(self, size: tuple[int, int]) -> tuple[int, int]:
+        height, width = size
+        if height < self.factor:
+            height, width = self.factor, round(width * self.factor / height)
+        if width < self.factor:
+            height, width = round(height * self.factor / width), self.factor
+        return super().fit((height, width))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FramesGrid(Grid):
+    """The limits are those of all frames of a video together, of which a picture is one step (Qwen3-VL, GLM-4V)."""
+
+    frames: int
+    step: int
+    """Frames that become one step of time."""
+
+    def of_one(self, pixels: int) -> int:
+        return pixels // self.frames
+
+    def limit(self, fewest: int | None, most: int | None) -> Self:
+        """See `Grid.limit`."""
+        return super().limit(*(None if pixels is None else pixels * self.frames for pixels in (fewest, most)))
+
+    def fit(self, size: tuple[int, int]) -> tuple[int, int]:
+        """An image with a side below a token's is first enlarged, in shape and without fractions."""
+        if min(size) < self.factor:
+            scale = max(self.factor / side for side in size)
+            size = int(size[0] * scale), int(size[1] * scale)
+        return self._fit(size, self.frames, round(self.frames / self.step) * self.step)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from mlx_vlm_mini.errors import CheckpointError
 from .anyres import Tiling, read_pinpoints
 from .canvas import Canvas
 from .crops import Crops
-from .grid import EdgeGrid, Grid, PatchGrid, edge_grid
+from .grid import EdgeGrid, FramesGrid, Grid, PatchGrid, RaisedGrid, edge_grid
 from .splits import Splits
 from .tiles import Tiles
 
@@ -105,12 +105,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _DEFAULTS["SmolVLM"] = _DEFAULTS["Idefics3"]
 _DEFAULTS["Qwen2_5_VL"] = _DEFAULTS["Qwen2VL"]  # a name that its first files have
+_DEFAULTS["PaddleOCRVL"] = {**_DEFAULTS["Qwen2VL"], "size": {"shortest_edge": 384**2, "longest_edge": 1536**2}}
+_DEFAULTS["Glm4v"] = _DEFAULTS["Glm46V"] = {
+    **_DEFAULTS["Qwen2VL"], "size": {"shortest_edge": 112**2, "longest_edge": 15000 * 28**2}, "temporal_patch_size": 2,
+}  # fmt: skip
 TILINGS: dict[str, type[Cuts]] = {
     "LlavaNext": Tiling, "LlavaOnevision": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas,
     "Idefics3": Splits, "SmolVLM": Splits, "Gemma3": Crops, "Qwen2VL": Grid, "Qwen2_5_VL": Grid, "Pixtral": EdgeGrid,
+    "PaddleOCRVL": RaisedGrid, "Glm4v": FramesGrid, "Glm46V": FramesGrid,
 }  # fmt: skip
 """Image processors that cut an image, and how."""
-_FIT = (Canvas, Grid, EdgeGrid, Splits)  # which resize an image themselves
+_FIT = (Canvas, PatchGrid, Splits)  # which resize an image themselves
 
 
 def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
@@ -144,7 +149,7 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
     normalize, padded = values["do_normalize"], kind in ("Llava", "InternVLChat") and values["do_pad"]
     if kind == "Mllama" and not (values["do_resize"] and values["do_pad"]):
         raise CheckpointError("preprocessor_config.json: a canvas of tiles needs do_resize and do_pad")
-    if TILINGS.get(kind) in (Grid, EdgeGrid) and not values["do_resize"]:
+    if issubclass(TILINGS.get(kind, object), PatchGrid) and not values["do_resize"]:
         raise CheckpointError("preprocessor_config.json: images in patches need do_resize")
     cuts: dict[str, Callable[[Mapping[str, Any]], Cuts]] = {
         "LlavaNext": _tiling,
@@ -157,10 +162,15 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         "Gemma3": _crops,
         "Qwen2VL": _grid,
         "Qwen2_5_VL": _grid,
+        "PaddleOCRVL": lambda values: RaisedGrid(**_grid_fields(values)),
+        "Glm4v": _frames_grid,
+        "Glm46V": _frames_grid,
         "Pixtral": lambda values: edge_grid(_as_size(values["size"], square=True), values),
     }
     settings = ImageSettings(
-        size=_as_size(values["size"], square=False) if values["do_resize"] and TILINGS.get(kind) not in _FIT else None,
+        size=_as_size(values["size"], square=False)
+        if values["do_resize"] and not issubclass(TILINGS.get(kind, object), _FIT)
+        else None,
         resample=resample,
         crop_size=(crop["height"], crop["width"]) if crop is not None else None,
         pad_color=tuple(int(x * 255) for x in mean) if padded else None,
@@ -205,6 +215,16 @@ def _canvas(values: Mapping[str, Any]) -> Canvas:
 
 
 def _grid(values: Mapping[str, Any]) -> Grid:
+    return Grid(**_grid_fields(values))
+
+
+def _frames_grid(values: Mapping[str, Any]) -> FramesGrid:
+    """A picture is all frames of a step."""
+    frames = values["temporal_patch_size"]
+    return FramesGrid(**_grid_fields(values), frames=frames, step=frames)
+
+
+def _grid_fields(values: Mapping[str, Any]) -> dict[str, int]:
     """The limits, in pixels of an image, go by three names; the first that is there counts."""
     size, limits = values["size"], []
     if not isinstance(size, Mapping):
@@ -212,7 +232,8 @@ def _grid(values: Mapping[str, Any]) -> Grid:
     for key, edge, default in (("min_pixels", "shortest_edge", 56**2), ("max_pixels", "longest_edge", 1280 * 28**2)):
         named = (values[key], size.get(edge), size.get(key))
         limits.append(next((value for value in named if value is not None), default))
-    return Grid(patch_size=values["patch_size"], merge=values["merge_size"], min_pixels=limits[0], max_pixels=limits[1])
+    patches = {"patch_size": values["patch_size"], "merge": values["merge_size"]}
+    return {**patches, "min_pixels": limits[0], "max_pixels": limits[1]}
 
 
 def _tiles(values: Mapping[str, Any]) -> Tiles:

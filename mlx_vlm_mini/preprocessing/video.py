@@ -6,7 +6,7 @@ huggingface/transformers. Its `cap_pixels_per_frame`, the limit of qwen-vl-utils
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import ceil, floor, sqrt
+from math import ceil, floor
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from mlx_vlm_mini.config.vision import GridConfig
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.images.video import FPS, Video, _is_number, _Pictures, open_video
 
-from .grid import Grid
+from .grid import FramesGrid, Grid
 from .pixels import preprocess
 from .settings import ImageSettings, image_settings
 
@@ -100,23 +100,9 @@ class VideoSettings:
             share = min(self.max_video_tokens * unit, most // count)
             most = max(share, int(grid.min_pixels * _LEAST_CAP)) * count
         most = most if self.frame_pixels is None else min(most, self.frame_pixels * count)
-        return _fit_all(size, count, replace(grid, min_pixels=min(grid.min_pixels, most), max_pixels=most), self.frames)
-
-
-def _fit_all(size: tuple[int, int], count: int, grid: Grid, step: int) -> tuple[int, int]:
-    """`Grid.fit`, the limits being those of all frames together."""
-    factor = grid.factor
-    if min(size) < factor:
-        size = tuple(int(side * max(factor / each for each in size)) for side in size)  # type: ignore[assignment]
-    height, width = replace(grid, min_pixels=1, max_pixels=(1 << 31) - 1).fit(size)
-    pixels = round(count / step) * step * height * width
-    if pixels > grid.max_pixels:
-        shrink = sqrt(count * size[0] * size[1] / grid.max_pixels)
-        height, width = (max(factor, floor(side / shrink / factor) * factor) for side in size)
-    elif pixels < grid.min_pixels:
-        grow = sqrt(grid.min_pixels / (count * size[0] * size[1]))
-        height, width = (ceil(side * grow / factor) * factor for side in size)
-    return height, width
+        limits = {"min_pixels": min(grid.min_pixels, most), "max_pixels": most}
+        patches = {"patch_size": grid.patch_size, "merge": grid.merge}
+        return FramesGrid(**patches, **limits, frames=count, step=self.frames).fit(size)
 
 
 def video_settings(hf: Mapping[str, Any], kind: VideoKind) -> VideoSettings:

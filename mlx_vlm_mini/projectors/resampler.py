@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_vlm_mini.config import ProjectorConfig
 from mlx_vlm_mini.layers.attention import attend, join_heads, split_heads
 from mlx_vlm_mini.layers.types import Recorder
-from mlx_vlm_mini.vision.transformer import resample
+from mlx_vlm_mini.vision.positions import resize
 
 
 class Projected(NamedTuple):
@@ -71,7 +71,8 @@ class Resampler(nn.Module):
             attentions: where given, the weights float[B, H, num_queries, P] are appended.
         """
         values = self.ln_kv(self.kv_proj(features))
-        keys = values + resample(self.pos_embed, isqrt(features.shape[1]))
+        side = isqrt(features.shape[1])
+        keys = values + resize(self.pos_embed, side, side, "cubic")
         queries = self.ln_q(self.query) + self.pos_embed
         queries = mx.broadcast_to(queries, (len(features), *queries.shape))
         return self.ln_post(self.attn(Projected(queries, keys, values), attentions)) @ self.proj

@@ -15,6 +15,7 @@ from mlx_vlm_mini.layers.angles import Turn, grid_angles
 from mlx_vlm_mini.layers.norms import NORMS
 from mlx_vlm_mini.layers.types import Recorder
 
+from .positions import resize
 from .tower import Tower
 from .transformer import Block, PatchEmbed
 
@@ -67,15 +68,8 @@ class GridVisionTransformer(Tower):
         if config.pre_norm:
             self.norm_pre = NORMS[config.blocks.norm_type](config.hidden_size, eps=config.layer_norm_eps)
         self.blocks = [Block(config) for _ in range(config.depth)]
-
-    def _positions(self, rows: int, columns: int) -> mx.array:
-        """The learned positions, a square from edge to edge, between which a grid's are linear: float[P, C]."""
-        side = self.grid.position_side
-        assert side is not None
-        down, across = (_between(side, count) for count in (rows, columns))
-        square = self.pos_embed.astype(mx.float32).reshape(side, -1)
-        found = (down @ square).reshape(rows, side, -1)  # (rows, side, C)
-        return (across @ found).reshape(rows * columns, -1)
+        if config.post_norm:
+            self.norm = NORMS[config.blocks.norm_type](config.hidden_size, eps=config.layer_norm_eps)
 
     def encode(self, pixel_values: mx.array, attentions: Recorder | None = None) -> mx.array:
         """Encode one image.
@@ -98,7 +92,7 @@ class GridVisionTransformer(Tower):
             raise ImageError(f"an image of {width}x{height} pixels is not made of patches of {config.patch_size}")
         x = self.patch_embed(pixel_values).astype(pixel_values.dtype)  # (1, P, C)
         if "pos_embed" in self:
-            x = x + self._positions(rows, columns).astype(x.dtype)
+            x = x + resize(self.pos_embed, rows, columns, self.grid.position_resize).astype(x.dtype)
         if "norm_pre" in self:
             x = self.norm_pre(x)
         window = self.grid.window
@@ -120,11 +114,7 @@ class GridVisionTransformer(Tower):
                 for part, turn, (count, size) in zip(mx.split(states[-1], cuts, axis=1), turns, groups, strict=True)
             ]
             states.append(mx.concatenate(parts, axis=1))
+        if "norm" in self:
+            states[-1] = self.norm(states[-1])
         features = mx.concatenate([states[layer] for layer in config.feature_layers], axis=-1)
         return features[:, mx.array(np.argsort(order))].reshape(1, rows, columns, -1)
-
-
-def _between(side: int, count: int) -> mx.array:
-    """How much `count` points from the first to the last of `side` have of each of these: float32[count, side]."""
-    places = np.arange(count) * (side - 1) / max(count - 1, 1)
-    return mx.array(np.maximum(0, 1 - np.abs(places[:, None] - np.arange(side))).astype(np.float32))

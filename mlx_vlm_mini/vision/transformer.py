@@ -5,8 +5,6 @@ front, SigLIP (arXiv:2303.15343) a bias in the patch projection, InternViT (arXi
 norms of queries and keys, and positions for any size. Modules are named as timm names them.
 """
 
-from math import inf, isqrt, nextafter
-
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -17,6 +15,7 @@ from mlx_vlm_mini.layers.mlp import MLP, GatedMLP
 from mlx_vlm_mini.layers.norms import NORMS
 from mlx_vlm_mini.layers.types import Mask, Recorder, Rope
 
+from .positions import resize
 from .tower import Tower
 
 
@@ -75,17 +74,6 @@ class Block(nn.Module):
         return x + (added * self.ls2 if "ls2" in self else added)
 
 
-def resample(positions: mx.array, side: int) -> mx.array:
-    """A square grid's positions as those of one with another side, bicubic: float[P, C] -> float[side**2, C]."""
-    stored = isqrt(len(positions))
-    if side == stored:
-        return positions
-    scale = nextafter(side / stored, inf)  # so that Upsample, which cuts fractions off, makes no row too few
-    upsample = nn.Upsample(scale_factor=scale, mode="cubic", align_corners=False)
-    grid = upsample(positions.astype(mx.float32).reshape(1, stored, stored, -1))  # (1, side, side, C)
-    return grid.reshape(side**2, -1).astype(positions.dtype)
-
-
 class VisionTransformer(Tower):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -116,7 +104,7 @@ class VisionTransformer(Tower):
                 "preprocessor_config.json does not fit config.json"
             )
         first, rest = self.pos_embed[: -(stored**2)], self.pos_embed[-(stored**2) :]
-        return mx.concatenate([first, resample(rest, wanted)])
+        return mx.concatenate([first, resize(rest, wanted, wanted, "cubic")])
 
     def encode(self, pixel_values: mx.array, attentions: Recorder | None = None) -> mx.array:
         """Encode images.

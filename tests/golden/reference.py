@@ -38,6 +38,7 @@ from qwen_reference import (
     neighbours,
     pixels_of,
 )
+from readers_reference import PADDLE, READERS, flatten_paddle, with_unread_tensors
 
 GOLDEN = Path(__file__).parent
 STEPS = 10  # tokens decoded with the cache
@@ -744,6 +745,18 @@ SPECS = {
         image_processor=("GotOcr2", dict(size={"height": 24, "width": 24}, max_patches=6, **GOTOCR)),
         tokenizer="qwen2 plain", chat_template=QIANFAN, template_file="chat_template.jinja", rename=qianfan_names,
         seed=54, family="qianfan_ocr", cases=(*USUAL, "strip")),
+    "paddleocr-vl": Spec(  # photo.jpg, above the limit: 6 x 4 tokens; shapes.png: 4 x 7; strip.png: 2 x 11; positions of 5 x 5
+        vision=("paddleocr_vl_vision", dict(
+            hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=6)),
+        text=("paddleocr_vl_text", dict(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, max_position_embeddings=512, tie_word_embeddings=False,
+            rope_parameters={"rope_theta": 5e5, "rope_type": "default", "mrope_section": [2, 3, 3]})),
+        llava=dict(tie_word_embeddings=False),
+        image_processor=("PaddleOCRVL", dict(
+            patch_size=6, size={"shortest_edge": 576, "longest_edge": 4000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
+        tokenizer="qwen2", chat_template=PADDLE, template_file="chat_template.json",
+        config=flatten_paddle, finish=with_unread_tensors, seed=60, family="paddleocr_vl", cases=tuple(CASES)),
 }  # fmt: skip
 CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and for a reference that encodes a message by itself
     "long_text": [user(text_part(" ".join(CORPUS[:3])))],
@@ -889,6 +902,7 @@ def make_tokenizer(kind: str) -> Any:
 
 
 def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
+    from readers_reference import image_processors
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -913,6 +927,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
         "Gemma3": Gemma3ImageProcessorPil,
         "Qwen2VL": Qwen2VLImageProcessorPil,
         "Pixtral": PixtralImageProcessorPil,
+        **image_processors(),
     }
     return classes[kind](**options)
 
@@ -929,7 +944,7 @@ def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
         spec.family,
         vision_config=AutoConfig.for_model(vision_type, **vision),
         text_config=AutoConfig.for_model(text_type, vocab_size=vocab_size, **text),
-        **{"image_token_id" if spec.family in (*BY_ID, *QWEN) else "image_token_index": image_token_id},
+        **{"image_token_id" if spec.family in (*BY_ID, *QWEN, *READERS) else "image_token_index": image_token_id},
         **(neighbours(image_token_id) if spec.family in QWEN else {}),
         **spec.llava,
     )
@@ -993,6 +1008,10 @@ def save(spec: Spec, folder: Path) -> None:
         tokenizer = name_image_tokens(tokenizer)
     if spec.family in QWEN:
         tokenizer = add_tokens(tokenizer)
+    if spec.family in READERS:
+        from readers_reference import add_tokens as add_readers
+
+        tokenizer = add_readers(spec.family, tokenizer)
     pixtral = spec.vision[0] == "pixtral" and spec.family != "lighton_ocr"
     if spec.family == "lighton_ocr":
         from lighton_reference import add_tokens as add_lighton
@@ -1004,6 +1023,7 @@ def save(spec: Spec, folder: Path) -> None:
         **dict.fromkeys(["internvl", "qianfan_ocr"], "<IMG_CONTEXT>"),
         "mllama": "<|image|>",
         "gemma3": "<image_soft_token>",
+        **{family: reader.image_token for family, reader in READERS.items()},
     }
     image_token = {**own, **dict.fromkeys([*QWEN, "lighton_ocr"], "<|image_pad|>")}.get(
         spec.family, "[IMG]" if pixtral else "<image>"
@@ -1056,6 +1076,12 @@ def save(spec: Spec, folder: Path) -> None:
         )  # fmt: skip
     elif spec.family in QWEN:
         processor = images_only(spec.family)(
+            make_image_processor(kind, options), tokenizer, chat_template=spec.chat_template
+        )
+    elif spec.family in READERS:
+        from readers_reference import images_only as reader
+
+        processor = reader(spec.family)(
             make_image_processor(kind, options), tokenizer, chat_template=spec.chat_template
         )
     elif spec.family in ("idefics3", "smolvlm"):  # SmolVLM's own, the same for images, wants num2words for videos
@@ -1223,6 +1249,10 @@ class Reference:
             from lighton_reference import ImagesOnly as LightOnImages
 
             self.processor = LightOnImages.from_pretrained(folder, backend="pil")
+        elif self.model.config.model_type in READERS:
+            from readers_reference import images_only as reader
+
+            self.processor = reader(self.model.config.model_type).from_pretrained(folder, backend="pil")
         elif is_pixtral(self.model.config):
             self.processor = PixtralImages.from_pretrained(folder, backend="pil")
         else:
@@ -1279,7 +1309,7 @@ class Reference:
         inputs = {key: inputs[key] for key in names if key in inputs}
         ids = inputs["input_ids"]
         rows, tokens = [], []
-        if self.model.config.model_type in QWEN:  # else text alone is decoded with the last picture's offset
+        if hasattr(self.model.model, "rope_deltas"):  # else text alone is decoded with the last picture's offset
             self.model.model.rope_deltas = None
         with torch.no_grad():
             out = self.model(**inputs, use_cache=True)
@@ -1308,6 +1338,11 @@ class Reference:
         if opened:
             if is_pixtral(self.model.config):
                 answer["pixel_values"] = pixels_of_pixtral(inputs)
+                return answer
+            if self.model.config.model_type in READERS:
+                from readers_reference import pixels_of as pixels_of_reader
+
+                answer["pixel_values"] = pixels_of_reader(self.model.config.model_type, inputs, self.processor)
                 return answer
             pixels = inputs["pixel_values"].numpy()
             if "image_grid_thw" in inputs:

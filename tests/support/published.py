@@ -10,7 +10,8 @@ meta-llama/llama-models and convert_mllama_weights_to_hf.py of transformers; Qwe
 tensors' names and shapes from vllm-project/vllm (tests/golden/qwen_vl_oracle.py); Qwen2-VL's and later ones' from copies of their
 configs in public repositories, the sizes of 2-VL's recalled; SmolVLM-256M, SmolVLM2-500M, Gemma 3 4B and 27B from copies of their
 configs in public repositories' tests; SmolVLM 2.2B, Idefics3-8B and Gemma 3 12B from memory; Mistral Small 3.1's from a copy of
-its config, Pixtral-12B's from memory (its decoder has Mistral Nemo's sizes). None was downloaded from the Hub itself.
+its config, Pixtral-12B's from memory (its decoder has Mistral Nemo's sizes). PaddleOCR-VL's are its class's defaults. None was
+downloaded from the Hub itself.
 """
 
 from math import prod
@@ -264,6 +265,17 @@ def _pixtral(model_type: str, mlp: int, context: int, **vision: Any) -> dict[str
     }  # fmt: skip
 
 
+PADDLEOCR_VL = {
+    "model_type": "paddleocr_vl", "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "rope_theta": 500000, "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
+    "use_bias": False, "tie_word_embeddings": False, "vocab_size": 103424, "image_token_id": 100295,
+    "vision_config": {
+        "model_type": "paddleocr_vl", "hidden_size": 1152, "image_size": 384, "intermediate_size": 4304,
+        "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "tokens_per_second": 2,
+    },
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": _llava("llava", VICUNA_7B, pad_token_id=32001),
     "llava-hf/llava-1.5-13b-hf": _llava("llava", VICUNA_13B, pad_token_id=32001),
@@ -305,6 +317,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **{f"Qwen/Qwen3-VL-{size}-Instruct": _qwen_vl("qwen3_vl", size) for size in QWEN3_VL},
     "mistral-community/pixtral-12b": _pixtral("llava", 14336, 1024000, patch_size=16, image_size=1024),
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": _pixtral("mistral3", 32768, 131072, patch_size=14, image_size=1540),
+    "PaddlePaddle/PaddleOCR-VL": PADDLEOCR_VL,
 }  # fmt: skip
 
 
@@ -344,12 +357,12 @@ def _stored_name(tensor: str, weights: Weights, model_type: str) -> str:
     chosen = {theirs: ours for theirs, ours in weights.items() if theirs.startswith((*later, "lm_head"))}
     weights = chosen if model_type == "qwen3_vl" else weights
     for theirs, ours in weights.items():
-        for part in ours if isinstance(ours, tuple) else ():
+        for part in ours if isinstance(ours, tuple) else () if ours is None else (ours,):
             try:
                 return hub_name(tensor, {theirs: part})
             except KeyError:
                 continue
-    return hub_name(tensor, weights)
+    raise KeyError(tensor)
 
 
 def image_tokens(config: VLMConfig) -> str:

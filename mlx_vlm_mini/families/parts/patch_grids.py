@@ -1,4 +1,4 @@
-"""What families share whose images are grids of patches: Qwen2-VL, 2.5-VL and 3-VL.
+"""What families share whose images are grids of patches: Qwen2-VL and its successors, PaddleOCR-VL, GLM-4V.
 
 Source: models/qwen2_vl, qwen2_5_vl and qwen3_vl of huggingface/transformers.
 """
@@ -99,6 +99,74 @@ def sectioned_decoder(
     return replace(decoder, rope_scaling=scaling)
 
 
+def grid_tower(
+    values: Mapping[str, Any],
+    *,
+    blocks: BlockConfig,
+    eps: float = _EPS,
+    patch_bias: bool = True,
+    pre_norm: bool = False,
+    post_norm: bool = False,
+    taps: tuple[int, ...] = (),
+    **grid: Any,
+) -> VisionConfig:
+    """A tower of patch grids.
+
+    Args:
+        values: vision_config with its class's defaults, `width` and `intermediate_size` among them.
+        taps: blocks whose output the decoder's first layers are given.
+        grid: further fields of `GridConfig`.
+    """
+    rope = values.get("rope_parameters") or {}
+    if rope.get("rope_theta", 10000.0) != 10000.0 or values["in_channels"] != 3:
+        raise CheckpointError("config.json: the tower's rope_theta must be 10000, and in_channels 3")
+    depth, patch = values["depth"], side(values["patch_size"], "patch_size")
+    return VisionConfig(
+        hidden_size=values["width"],
+        num_hidden_layers=depth,
+        num_attention_heads=values["num_heads"],
+        intermediate_size=values["intermediate_size"],
+        image_size=patch * values["spatial_merge_size"],
+        patch_size=patch,
+        hidden_act=activation(values["hidden_act"]),
+        layer_norm_eps=eps,
+        blocks=blocks,
+        class_token=False,
+        patch_bias=patch_bias,
+        pre_norm=pre_norm,
+        post_norm=post_norm,
+        feature_layers=(depth, *(number + 1 for number in taps)),
+        drop_first_feature=False,
+        resample_positions=False,
+        grid=GridConfig(**grid),
+    )
+
+
+def merger_projector(
+    tower: VisionConfig, decoder: DecoderConfig, values: Mapping[str, Any], merger: MergerConfig, *, eps: float = _EPS
+) -> ProjectorConfig:
+    """What joins a tower's squares to embeddings.
+
+    Raises:
+        CheckpointError: `out`, the merger's width by vision_config, is not the decoder's.
+    """
+    if values["out"] != decoder.hidden_size:
+        raise CheckpointError(
+            f"config.json: the merger's width {values['out']} differs from the decoder's {decoder.hidden_size}"
+        )
+    factor = values["spatial_merge_size"]
+    return ProjectorConfig(
+        input_size=tower.feature_size * factor**2,
+        hidden_size=decoder.hidden_size,
+        num_layers=2,
+        hidden_act="gelu",
+        bias=True,
+        shuffle=ShuffleConfig(factor=factor, transposed=False),
+        norm_eps=eps,
+        merger=merger,
+    )
+
+
 def grid_model(
     hf: Mapping[str, Any],
     decoder: DecoderConfig,
@@ -111,54 +179,18 @@ def grid_model(
     taps: tuple[int, ...] = (),
     **grid: Any,
 ) -> VLMConfig:
-    """The whole model.
+    """The whole model of a Qwen; see `grid_tower`.
 
     Args:
-        values: vision_config with its class's defaults, `width`, `out` and `intermediate_size` among them.
-        taps: blocks whose output the decoder's first layers are given.
-        grid: further fields of `GridConfig`.
+        values: `width`, `out` and `intermediate_size` among them.
     """
-    rope = values.get("rope_parameters") or {}
-    if rope.get("rope_theta", 10000.0) != 10000.0 or values["in_channels"] != 3:
-        raise CheckpointError("config.json: the tower's rope_theta must be 10000, and in_channels 3")
-    depth, merge, patch = values["depth"], values["spatial_merge_size"], side(values["patch_size"], "patch_size")
-    layers = (depth, *(number + 1 for number in taps))
-    if values["out"] != decoder.hidden_size:
-        raise CheckpointError(
-            f"config.json: the merger's width {values['out']} differs from the decoder's {decoder.hidden_size}"
-        )
-    tower = VisionConfig(
-        hidden_size=values["width"],
-        num_hidden_layers=depth,
-        num_attention_heads=values["num_heads"],
-        intermediate_size=values["intermediate_size"],
-        image_size=patch * merge,
-        patch_size=patch,
-        hidden_act=activation(values["hidden_act"]),
-        layer_norm_eps=_EPS,
-        blocks=BlockConfig(norm_type=norm_type, gated_mlp=gated_mlp),
-        class_token=False,
-        patch_bias=patch_bias,
-        pre_norm=False,
-        post_norm=False,
-        feature_layers=layers,
-        drop_first_feature=False,
-        resample_positions=False,
-        grid=GridConfig(frames=side(values["temporal_patch_size"], "temporal_patch_size"), **grid),
-    )
+    blocks = BlockConfig(norm_type=norm_type, gated_mlp=gated_mlp)
+    frames = side(values["temporal_patch_size"], "temporal_patch_size")
+    tower = grid_tower(values, blocks=blocks, patch_bias=patch_bias, taps=taps, frames=frames, **grid)
     return VLMConfig(
         family=family,
         vision=tower,
-        projector=ProjectorConfig(
-            input_size=tower.feature_size * merge**2,
-            hidden_size=decoder.hidden_size,
-            num_layers=2,
-            hidden_act="gelu",
-            bias=True,
-            shuffle=ShuffleConfig(factor=merge, transposed=False),
-            norm_eps=_EPS,
-            merger=MergerConfig(norm_type=norm_type, taps=len(taps)),
-        ),
+        projector=merger_projector(tower, decoder, values, MergerConfig(norm_type=norm_type, taps=len(taps))),
         decoder=decoder,
         image_token_id=hf.get("image_token_id", 151655),
         image_grid_pinpoints=None,

@@ -1,0 +1,134 @@
+"""What the references of the document readers need besides transformers' models: their processors without torchvision, their
+tokens, their turns, and the layouts that the Hub's files have."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PADDLE = (  # all pictures of a message before its words
+    "{{ '<|begin_of_sentence|>' }}{%- for message in messages -%}{%- if message['role'] == 'user' -%}{{ 'User: ' }}"
+    "{%- for content in message['content'] -%}{%- if content['type'] == 'image' -%}"
+    "{{ '<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>' }}{%- endif -%}{%- endfor -%}"
+    "{%- for content in message['content'] -%}{%- if content['type'] == 'text' -%}{{ content['text'] }}{%- endif -%}"
+    "{%- endfor -%}{{ '\n' }}{%- elif message['role'] == 'assistant' -%}{{ 'Assistant: ' }}"
+    "{%- for content in message['content'] -%}{{ content['text'] }}{%- endfor -%}{{ '</s>' }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'Assistant: ' }}{%- endif -%}"
+)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is different in a family's reference.
+
+    Attributes:
+        tokens: that its prompts need, in the order of their ids; those of its processor by its names for them.
+        image_token, end: of these.
+        processor: the name of its class.
+        pixels: its inputs and its processor to pixels row by row, float32[N, 3].
+    """
+
+    tokens: tuple[str, ...]
+    image_token: str
+    end: str
+    processor: str
+    pixels: Callable[[Any, Any], np.ndarray]
+    names: dict[str, str] | None = None
+
+
+def rows_of_patches(inputs: Any, processor: Any) -> np.ndarray:
+    """Of patches row by row (PaddleOCR-VL): (N, 3, p, p)."""
+    found, done = [], 0
+    for _, rows, columns in inputs["image_grid_thw"].tolist():
+        part = inputs["pixel_values"][done : done + rows * columns].numpy()
+        done += rows * columns
+        part = part.reshape(rows, columns, *part.shape[1:])
+        found.append(part.transpose(0, 3, 1, 4, 2).reshape(-1, 3))
+    return np.concatenate(found)
+
+
+READERS = {
+    "paddleocr_vl": Reader(
+        tokens=("<|begin_of_sentence|>", "</s>", "<|IMAGE_START|>", "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_END|>"),
+        image_token="<|IMAGE_PLACEHOLDER|>",
+        end="</s>",
+        processor="PaddleOCRVLProcessor",
+        pixels=rows_of_patches,
+        names={"image_token": "<|IMAGE_PLACEHOLDER|>"},
+    ),
+}
+
+
+def pixels_of(family: str, inputs: Any, processor: Any) -> np.ndarray:
+    """The images' pixels, of which every twelfth is kept for the goldens' size: float32[1, N / 12, 1, 3]."""
+    return READERS[family].pixels(inputs, processor)[None, ::12, None]
+
+
+def add_tokens(family: str, tokenizer: Any) -> Any:
+    """The tokenizer with the tokens that images and turns need."""
+    from transformers import PreTrainedTokenizerFast
+
+    reader, backend = READERS[family], tokenizer.backend_tokenizer
+    backend.add_special_tokens([*reader.tokens])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=reader.end, pad_token=tokenizer.pad_token,
+        **({} if reader.names is None else {"extra_special_tokens": reader.names}),
+    )  # fmt: skip
+
+
+def images_only(family: str) -> Any:
+    """A family's processor class for images alone, by its own name."""
+    import transformers
+
+    parent: Any = getattr(transformers, READERS[family].processor)
+
+    def init(
+        self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
+    ) -> None:
+        parent.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    attributes = {"__init__": init, "get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])}
+    return type(parent.__name__, (parent,), attributes)
+
+
+def image_processors() -> dict[str, Any]:
+    """Classes of image processors, by their names without `ImageProcessorPil`."""
+    from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
+
+    return {"PaddleOCRVL": PaddleOCRVLImageProcessorPil}
+
+
+def flatten_paddle(config: dict[str, Any]) -> None:
+    """A config as PaddleOCR-VL's on the Hub: the text's keys at the top, the vision part by the whole model's name."""
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    for key in ("dtype", "model_type", "tie_word_embeddings"):
+        text.pop(key, None)
+    config |= text
+    config["rope_theta"] = rope["rope_theta"]
+    config["rope_scaling"] = {"mrope_section": rope["mrope_section"], "rope_type": "default", "type": "default"}
+    vision = config["vision_config"]
+    vision.pop("rope_parameters", None)
+    vision |= {"model_type": "paddleocr_vl", "temporal_patch_size": 2, "tokens_per_second": 2}
+    config["torch_dtype"] = config.pop("dtype", "float32")
+
+
+def with_unread_tensors(folder: Path) -> None:
+    """As PaddleOCR-VL's files: limits of images by their names, and tensors that nothing reads."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    before, width = "visual.vision_model.", tensors["visual.vision_model.post_layernorm.weight"].numel()
+    tensors[before + "embeddings.packing_position_embedding.weight"] = torch.ones(7, width)
+    tensors[before + "head.probe"] = torch.ones(1, 1, width)
+    tensors[before + "head.attention.in_proj_weight"] = torch.ones(3 * width, width)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    file = folder / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    size = settings.pop("size")
+    settings |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    file.write_text(json.dumps(settings, indent=1))

@@ -1,0 +1,272 @@
+"""The document readers: PaddleOCR-VL: sizes, layouts, templates, configs, quantization; parity is test_parity.py's, turns
+are test_conversations.py's."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import PHOTO, check_fields, edit_json, with_paths
+from quantized import check_eight_bits, make_wide_with
+from reference import CASES, GOLDEN
+
+from mlx_vlm_mini import load
+from mlx_vlm_mini.checkpoints.describe import describe
+from mlx_vlm_mini.checkpoints.folder import open_checkpoint
+from mlx_vlm_mini.checkpoints.load import plan
+from mlx_vlm_mini.errors import CheckpointError, ImageError
+from mlx_vlm_mini.families import find_family, paddleocr_vl
+from mlx_vlm_mini.preprocessing.grid import Grid, RaisedGrid
+from mlx_vlm_mini.preprocessing.settings import image_settings
+from mlx_vlm_mini.vision.positions import RESIZES, resize
+
+NAMES = {"paddleocr-vl": paddleocr_vl}
+
+Tensors = dict[str, mx.array]
+
+
+def last(model, processor, case):
+    """Log-probabilities after a prompt's last token."""
+    logits = model(processor(with_paths(CASES[case])))[0, -1]
+    return np.array(logits - mx.logsumexp(logits))
+
+
+def check_answer(folder, name, case="two_images"):
+    """Whether a folder answers as the golden of this name does."""
+    with np.load(GOLDEN / name / "expected.npz") as expected:
+        np.testing.assert_allclose(last(*load(folder), case), expected[f"{case}/logprobs"][0], atol=1e-4)
+
+
+# layouts
+
+
+def fuse(tensors: Tensors, parts: tuple[str, ...], whole: str) -> Tensors:
+    """Tensors whose names have one of these parts, joined by rows under one name."""
+    found = {}
+    for name, array in tensors.items():
+        if parts[0] in name:
+            array = mx.concatenate([tensors[name.replace(parts[0], part)] for part in parts])
+            name = name.replace(parts[0], whole)
+        if not any(part in name for part in parts[1:]):
+            found[name] = array
+    return found
+
+
+def replaced(tensors: Tensors, *pairs: tuple[str, str]) -> Tensors:
+    """Tensors whose names begin otherwise: the first pair counts that fits."""
+    found = {}
+    for name, array in tensors.items():
+        begin, ours = next((pair for pair in pairs if name.startswith(pair[0])), ("", ""))
+        found[ours + name.removeprefix(begin)] = array
+    return found
+
+
+def paddle_memory(tensors: Tensors) -> Tensors:
+    read = {name: array for name, array in tensors.items() if "packing" not in name and ".head." not in name}
+    return replaced(
+        read, ("visual.", "model.visual."), ("mlp_AR.", "model.projector."), ("model.", "model.language_model.")
+    )
+
+
+def paddle_mlx(tensors: Tensors) -> Tensors:
+    read = {name: array for name, array in tensors.items() if "packing" not in name and ".head." not in name}
+    found = replaced(
+        read, ("visual.vision_model.encoder.", "visual."), ("visual.vision_model.", "visual."),
+        ("mlp_AR.", "visual.projector."), ("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
+    )  # fmt: skip
+    tower = {name: array for name, array in found.items() if name.startswith("visual.")}
+    others = {name: array for name, array in found.items() if name not in tower}
+    tower = fuse(tower, tuple(f"self_attn.{each}_proj." for each in "qkv"), "self_attn.qkv.")
+    kernel = "visual.embeddings.patch_embedding.weight"
+    return others | tower | {kernel: mx.contiguous(tower[kernel].transpose(0, 2, 3, 1))}
+
+
+LAYOUTS: list[tuple[str, Callable[[Tensors], Tensors], bool]] = [
+    ("paddleocr-vl", paddle_memory, False),
+    ("paddleocr-vl", paddle_mlx, True),
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "mlx"), LAYOUTS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_tensors_go_by_many_names(name, layout, mlx, copy_of):
+    folder = copy_of(name)
+    tensors = {}
+    for file in folder.glob("model*.safetensors"):
+        tensors |= mx.load(str(file))
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    mx.save_safetensors(str(folder / "model.safetensors"), layout(tensors), {"format": "mlx" if mlx else "pt"})
+    assert plan(open_checkpoint(folder)).unused == ()
+    check_answer(folder, name)
+
+
+UNREAD = {"paddleocr-vl": 3}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_no_model_reads_is_dropped(name):
+    planned = plan(open_checkpoint(GOLDEN / name))
+    assert len(planned.unused) == UNREAD.get(name, 0)
+    assert find_family(planned.checkpoint.config) is NAMES[name] is planned.family
+
+
+# prompts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_familys_own_template_writes_the_goldens_prompts(name, copy_of):
+    folder = copy_of(name)
+    for file in ("chat_template.jinja", "chat_template.json"):
+        (folder / file).unlink(missing_ok=True)
+    own, theirs = load(folder)[1], load(GOLDEN / name)[1]
+    assert own.chat_template.source == NAMES[name].CHAT_TEMPLATE
+    for case in ("side_by_side", "two_turns", "text"):
+        messages = with_paths(CASES[case])
+        assert own(messages).input_ids.tolist() == theirs(messages).input_ids.tolist()
+
+
+def test_pictures_come_before_words():
+    _, processor = load(GOLDEN / "paddleocr-vl")
+    ids = processor([PHOTO, "OCR:"]).input_ids[0].tolist()
+    text = processor.tokenizer.decode(ids, skip_special_tokens=False).replace("<|IMAGE_PLACEHOLDER|>", "*")
+    assert text == "<|begin_of_sentence|>User: <|IMAGE_START|>" + "*" * 24 + "<|IMAGE_END|>OCR:\nAssistant: "
+    assert processor(["OCR:", PHOTO]).input_ids[0].tolist() == ids
+    assert processor.tokenizer.token_to_id("</s>") in processor.eos_token_ids
+
+
+# sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "fitted", "unraised"),
+    [
+        ((1000, 700), (1008, 700), (1008, 700)), ((3508, 2480), (1988, 1400), (1988, 1400)),
+        ((28, 28), (392, 392), (392, 392)), ((17, 87), (196, 868), (196, 896)), ((7, 1351), (28, 5404), (28, 5348)),
+        ((20, 1716), (56, 3556), (56, 3584)),
+    ],
+)  # fmt: skip
+def test_a_short_side_becomes_a_tokens(size, fitted, unraised):
+    """17 x 87 is 28 x 143 before the least number of pixels is asked for."""
+    limits = {"patch_size": 14, "merge": 2, "min_pixels": 147384, "max_pixels": 2822400}
+    assert RaisedGrid(**limits).fit(size) == fitted and Grid(**limits).fit(size) == unraised
+
+
+def test_an_image_that_stays_too_narrow():
+    grid = RaisedGrid(patch_size=14, merge=2, min_pixels=147384, max_pixels=2822400)
+    with pytest.raises(ImageError, match="too long and narrow"):
+        grid.fit((1, 300))
+
+
+def test_class_defaults_of_image_settings():
+    grid = image_settings({"image_processor_type": "PaddleOCRVLImageProcessor"}, "PaddleOCRVL").tiling
+    assert grid == RaisedGrid(patch_size=14, merge=2, min_pixels=384**2, max_pixels=1536**2)
+
+
+# positions
+
+
+@pytest.mark.parametrize("kind", RESIZES)
+@pytest.mark.parametrize(("side", "count"), [(5, 5), (5, 12), (12, 5), (3, 1), (1, 4), (27, 142)])
+def test_resizing_keeps_what_is_flat(kind, side, count):
+    """Weights of each new position add up to 1, and lie around it; as many as there were stay."""
+    weights = RESIZES[kind](side, count)
+    np.testing.assert_allclose(weights.sum(axis=1), 1)
+    if count > 1 or kind != "corners":
+        np.testing.assert_allclose(weights, weights[::-1, ::-1], atol=1e-12)
+    if side == count:
+        np.testing.assert_allclose(weights, np.eye(side), atol=1e-12)
+
+
+def test_resizing_by_hand():
+    """Two positions to four: centres at -0.25, 0.25, 0.75, 1.25, or from corner to corner."""
+    np.testing.assert_allclose(RESIZES["linear"](2, 4)[:, 1], [0, 0.25, 0.75, 1])
+    np.testing.assert_allclose(RESIZES["antialiased"](2, 4)[:, 1], [0, 0.25, 0.75, 1])
+    np.testing.assert_allclose(RESIZES["corners"](2, 4)[:, 1], [0, 1 / 3, 2 / 3, 1])
+    np.testing.assert_allclose(RESIZES["linear"](4, 2)[0], [0.5, 0.5, 0, 0])
+    np.testing.assert_allclose(RESIZES["antialiased"](4, 2)[0], np.array([3, 3, 1, 0]) / 7)
+    np.testing.assert_allclose(RESIZES["cubic"](4, 2)[0], [0.5 - 0.09375, 0.5 + 0.09375, -0.09375, 0], atol=0.1)
+    found = resize(mx.array([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0]]), 1, 4, "linear")
+    np.testing.assert_allclose(np.array(found)[:, 0], [2, 2.25, 2.75, 3])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RESIZES if kind != "linear"])
+def test_another_way_to_resize_changes_the_answer(kind):
+    model, processor = load(GOLDEN / "paddleocr-vl")
+    right = last(model, processor, "strip")
+    object.__setattr__(model.vision.grid, "position_resize", kind)
+    assert np.abs(last(model, processor, "strip") - right).max() > 1e-3
+
+
+# configs
+
+
+def test_what_paddles_configs_leave_out():
+    """The class defaults of transformers 5.23, flat and nested."""
+    fields = {
+        "vision.hidden_size": 1152, "vision.num_hidden_layers": 27, "vision.num_attention_heads": 16, "vision.patch_size": 14,
+        "vision.image_size": 28, "vision.post_norm": True, "vision.layer_norm_eps": 1e-6, "vision.patch_bias": True,
+        "vision.grid.position_side": 27, "vision.grid.position_resize": "linear", "vision.grid.frames": None,
+        "projector.input_size": 4608, "projector.norm_eps": 1e-5, "decoder.hidden_size": 1024,
+        "decoder.num_hidden_layers": 18, "decoder.head_dim": 128, "decoder.num_key_value_heads": 2,
+        "decoder.rope_theta": 5e5, "decoder.tie_word_embeddings": True, "decoder.biases.qkv_bias": False,
+        "image_token_id": 100295, "family": "paddleocr_vl",
+    }  # fmt: skip
+    for hf in ({}, {"text_config": {"vocab_size": 103424}, "vision_config": {}}):
+        config = paddleocr_vl.config({"model_type": "paddleocr_vl", **hf})
+        check_fields(config, fields)
+        assert config.decoder.rope_scaling["mrope_section"] == (16, 24, 24)
+    biased = paddleocr_vl.config({"use_bias": True}).decoder.biases
+    assert biased.qkv_bias and biased.o_bias and biased.mlp_bias
+
+
+REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
+    ("paddleocr-vl", "vision_config", {"rope_parameters": {"rope_theta": 100.0}}, "tower's rope_theta must be 10000"),
+    ("paddleocr-vl", "vision_config", {"num_channels": 1}, "in_channels 3"),
+    ("paddleocr-vl", "vision_config", {"image_size": 64}, "position_embedding.weight has shape"),
+    ("paddleocr-vl", "", {"rope_scaling": {"mrope_section": [2, 2, 2]}}, "three numbers with the sum 8"),
+]
+
+
+@pytest.mark.parametrize(("name", "part", "changes", "message"), REFUSED)
+def test_configs_that_cannot_be_are_refused_in_a_line(name, part, changes, message, copy_of):
+    folder = copy_of(name)
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", **({part: {**config[part], **changes}} if part else changes))
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+# files
+
+
+WIDE: dict[str, dict[str, Any]] = {
+    "paddleocr-vl": {
+        "hidden_size": 128, "intermediate_size": 192, "head_dim": 32,
+        "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default"},
+        "vision_config": {"hidden_size": 64, "intermediate_size": 96},
+    },
+}  # fmt: skip
+
+
+def small(settings):
+    settings.update(min_pixels=500, max_pixels=1500)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quantized(name, tmp_path):
+    """Of the wide sister at 8 bits, with the check layer by layer."""
+    model = check_eight_bits(make_wide_with(small, name, tmp_path / "wide", WIDE[name]), tmp_path / "out")
+    assert (model.vision.blocks[0].attn.q_proj.bits, model.projector.layers[0].bits) == (8, 8)
+
+
+INFO = {"paddleocr-vl": ("<|IMAGE_PLACEHOLDER|>", {"min_pixels": 576, "max_pixels": 4000, "max_image_tokens": 27})}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_info_says(name):
+    found = describe(GOLDEN / name, check=True)
+    token, own = INFO[name]
+    assert found["image_token"] == token and own.items() <= found["vision"].items()

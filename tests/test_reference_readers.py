@@ -1,0 +1,163 @@
+"""The reference suite of the document readers: what their goldens do not hold, live against transformers.
+
+pytest -m reference        needs the `reference` extra
+"""
+
+import json
+import shutil
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import published
+import pytest
+from checkpoints import with_paths
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parity import TOLERANCE, check_answer
+from reference import CASES, GOLDEN, SPECS, Reference
+
+from mlx_vlm_mini import Chat, load
+from mlx_vlm_mini.checkpoints.load import plan
+from mlx_vlm_mini.preprocessing.grid import RaisedGrid
+from mlx_vlm_mini.vision.positions import resize
+
+pytestmark = pytest.mark.reference
+
+sides = st.integers(1, 60) | st.integers(1, 5000)
+READERS = ("paddleocr-vl",)
+
+
+@settings(max_examples=500, deadline=None)
+@given(sides, sides, st.sampled_from([(14, 147384, 2822400), (6, 1, 500), (6, 576, 4000)]))
+def test_sizes_of_paddleocr_vl(height, width, limits):
+    from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import smart_resize
+
+    patch, low, high = limits
+    grid = RaisedGrid(patch_size=patch, merge=2, min_pixels=low, max_pixels=high)
+    compare_sizes(grid, (height, width), lambda: smart_resize(height, width, 2 * patch, low, high))
+
+
+def compare_sizes(grid: Any, size: tuple[int, int], expected: Any) -> None:
+    """Both refuse an image, or both make the same size of it."""
+    try:
+        found = expected()
+    except ValueError:
+        with pytest.raises(Exception, match="too long and narrow"):
+            grid.fit(size)
+        return
+    assert grid.fit(size) == tuple(found)
+
+
+@pytest.mark.parametrize("side", [1, 4, 16, 27])
+@pytest.mark.parametrize("kind", ["corners", "linear", "antialiased", "cubic"])
+def test_positions_are_resized_as_torch_does(side, kind):
+    import torch
+
+    mode = "bicubic" if kind == "cubic" else "bilinear"
+    options: dict[str, Any] = {"mode": mode, "align_corners": kind == "corners", "antialias": kind == "antialiased"}
+    generator = torch.Generator().manual_seed(side)
+    rows = torch.randn(side**2, 6, generator=generator)
+    grid = rows.reshape(1, side, side, 6).permute(0, 3, 1, 2)
+    for wanted in ((1, 3), (2, 40), (16, 16), (24, 7), (27, 28), (100, 71)):
+        if kind == "corners" and 1 in wanted:
+            continue  # of one, torch takes the first
+        expected = torch.nn.functional.interpolate(grid, size=wanted, **options)[0].flatten(1).T.numpy()
+        np.testing.assert_allclose(np.array(resize(mx.array(rows.numpy()), *wanted, kind)), expected, atol=5e-5)
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # config, vision config, images
+    "paddle: one row of tokens": ("paddleocr-vl", {}, {}, {"min_pixels": 1, "max_pixels": 600}),
+    "paddle: large pictures": ("paddleocr-vl", {}, {}, {"min_pixels": 20000, "max_pixels": 30000}),
+    "paddle: eps": ("paddleocr-vl", {"rms_norm_eps": 0.05}, {"layer_norm_eps": 0.01}, {}),
+    "paddle: a base and sections": (
+        "paddleocr-vl",
+        {"rope_theta": 100.0, "rope_scaling": {"mrope_section": [4, 1, 3], "rope_type": "default"}}, {}, {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(VARIANTS))
+def test_variants(kind, tmp_path):
+    name, text, vision, image = VARIANTS[kind]
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.get("text_config", config).update(text)
+    config["vision_config"].update(vision)
+    (folder / "config.json").write_text(json.dumps(config))
+    file = folder / "preprocessor_config.json"
+    file = file if file.exists() else folder / "processor_config.json"
+    content = json.loads(file.read_text())
+    content.get("image_processor", content).update(image)
+    file.write_text(json.dumps(content))
+    for case in ("side_by_side", "two_turns"):
+        expected = Reference(folder, SPECS[name].chat_template).answer(CASES[case], GOLDEN, 5)
+        check_answer(*load(folder), CASES[case], expected)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_later_turns(name):
+    """Each answer of a conversation, what was read before being kept, is the reference's to the whole."""
+    model, processor = load(GOLDEN / name)
+    reference = Reference(GOLDEN / name, SPECS[name].chat_template)
+    chat, messages = Chat(model, processor, max_tokens=5), []
+    for content in (
+        [{"type": "image", "image": "photo.jpg"}, {"type": "text", "text": "What?"}],
+        [{"type": "text", "text": "Why?"}],
+        [{"type": "text", "text": "And this?"}, {"type": "image", "image": "strip.png"}],
+    ):
+        messages.append({"role": "user", "content": content})
+        chunks = list(chat.send(with_paths(messages[-1:])))
+        expected = reference.answer(messages, GOLDEN, 5)
+        assert [chunk.token for chunk in chunks] == expected["token_ids"].tolist()[: len(chunks)]
+        chosen = expected["logprobs"][np.arange(len(chunks)), expected["token_ids"][: len(chunks)]]
+        np.testing.assert_allclose([chunk.logprob for chunk in chunks], chosen, atol=TOLERANCE)
+        messages.append(chat.messages[-1])
+
+
+def hub_names_of_paddle(name: str) -> str:
+    for theirs, ours in (
+        ("model.visual.", "visual."),
+        ("model.projector.", "mlp_AR."),
+        ("model.language_model.", "model."),
+    ):
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+PUBLISHED = {"PaddlePaddle/PaddleOCR-VL": hub_names_of_paddle}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tensors_of_published_sizes(name):
+    """Every name and shape that transformers' class gives its tensors has its place, as the Hub writes them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = published.CONFIGS[name]
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**json.loads(json.dumps(config))))
+    shapes = {PUBLISHED[name](key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    planned = plan(published.without_data(config, shapes))
+    assert planned.unused == () and set(planned.ours.values()) == set(shapes)
+    assert {key: info.shape for key, info in published.published(name).tensors.items()} == shapes
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_converted_transformers_reads(name, tmp_path):
+    """Written back in torch's form, as `train --save` and uploads for others are; names are the source's."""
+    from safetensors.torch import load_file, save_file
+
+    from mlx_vlm_mini.convert import convert
+
+    convert(GOLDEN / name, tmp_path / "mlx")
+    tensors = load_file(tmp_path / "mlx" / "model.safetensors")
+    for key, tensor in tensors.items():
+        if tensor.ndim > 2:
+            tensors[key] = tensor.movedim(-1, 1).contiguous()
+    save_file(tensors, tmp_path / "mlx" / "model.safetensors", {"format": "pt"})
+    answer = Reference(tmp_path / "mlx", SPECS[name].chat_template).answer(CASES["image"], GOLDEN, 3)
+    with np.load(GOLDEN / name / "expected.npz") as expected:
+        np.testing.assert_allclose(answer["logprobs"], expected["image/logprobs"][:3], atol=2e-5, rtol=1e-5)
