@@ -11,12 +11,12 @@ import mlx.core as mx
 import numpy as np
 import published
 import pytest
-from checkpoints import edit_json, random_mask_decoder, with_paths
-from parity import TOLERANCE, check_answer, check_golden
+from checkpoints import edit_json, random_mask_decoder
+from parity import TOLERANCE, check_answer, check_golden, check_turns
 from PIL import Image
 from reference import CASES, GOLDEN, SPECS, Reference, expected_outputs
 
-from mlx_vlm_mini import Chat, load
+from mlx_vlm_mini import load
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.checkpoints.weights import rename
 from mlx_vlm_mini.decoder.cross_attention import Span, look
@@ -185,20 +185,7 @@ def test_defaults_of_paligemma_equal_the_reference(text):
 
 def test_a_second_turn_equals_the_reference():
     name = "llava-clip-llama"
-    model, processor = load(GOLDEN / name)
-    reference = Reference(GOLDEN / name, SPECS[name].chat_template)
-    chat, messages = Chat(model, processor, max_tokens=5), []
-    for content in (
-        [{"type": "image", "image": "photo.jpg"}, {"type": "text", "text": "What?"}],
-        [{"type": "text", "text": "Why?"}],
-    ):
-        messages.append({"role": "user", "content": content})
-        chunks = list(chat.send(with_paths(messages[-1:])))
-        expected = reference.answer(messages, GOLDEN, 5)
-        assert [chunk.token for chunk in chunks] == expected["token_ids"].tolist()
-        chosen = expected["logprobs"][np.arange(5), expected["token_ids"]]
-        np.testing.assert_allclose([chunk.logprob for chunk in chunks], chosen, atol=TOLERANCE)
-        messages.append(chat.messages[-1])
+    check_turns(name, Reference(GOLDEN / name, SPECS[name].chat_template))
 
 
 IMAGE_SETTINGS = [

@@ -3,21 +3,18 @@
 pytest -m reference        needs the `reference` extra
 """
 
-import json
-import shutil
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import published
 import pytest
-from checkpoints import with_paths
-from parity import TOLERANCE, check_answer
+from parity import changed, check_answer, check_turns
 from reference import CASES, GOLDEN, SPECS, Reference
 from video_reference import CASES as VIDEOS
 from video_reference import LIMITS, TEMPLATE, VideoReference
 
-from mlx_vlm_mini import Chat, load
+from mlx_vlm_mini import load
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.layers.delta import gated_delta
 
@@ -39,15 +36,7 @@ VARIANTS = {  # text config, image processor
 @pytest.mark.parametrize("kind", sorted(VARIANTS))
 def test_variants(kind, tmp_path):
     name, text, image = VARIANTS[kind]
-    folder = tmp_path / "model"
-    shutil.copytree(GOLDEN / name, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"] |= text
-    (folder / "config.json").write_text(json.dumps(config))
-    file = folder / "processor_config.json"
-    content = json.loads(file.read_text())
-    content["image_processor"] |= image
-    file.write_text(json.dumps(content))
+    folder = changed(name, tmp_path / "model", text, {}, image)
     for case in ("side_by_side", "two_turns"):
         expected = Reference(folder, SPECS[name].chat_template).answer(CASES[case], GOLDEN, 5)
         check_answer(*load(folder), CASES[case], expected)
@@ -62,21 +51,7 @@ def test_pieces_of_a_long_prompt(step):
 @pytest.mark.parametrize("name", ["qwen3.5", "qwen3.5-moe"])
 def test_later_turns(name):
     """Whose states were kept from the turns before."""
-    model, processor = load(GOLDEN / name)
-    reference = Reference(GOLDEN / name, SPECS[name].chat_template)
-    chat, messages = Chat(model, processor, max_tokens=5), []
-    for content in (
-        [{"type": "image", "image": "photo.jpg"}, {"type": "text", "text": "What?"}],
-        [{"type": "text", "text": "Why?"}],
-        [{"type": "text", "text": "And this?"}, {"type": "image", "image": "shapes.png"}],
-    ):
-        messages.append({"role": "user", "content": content})
-        chunks = list(chat.send(with_paths(messages[-1:])))
-        expected = reference.answer(messages, GOLDEN, 5)
-        assert [chunk.token for chunk in chunks] == expected["token_ids"].tolist()[: len(chunks)]
-        chosen = expected["logprobs"][np.arange(len(chunks)), expected["token_ids"][: len(chunks)]]
-        np.testing.assert_allclose([chunk.logprob for chunk in chunks], chosen, atol=TOLERANCE)
-        messages.append(chat.messages[-1])
+    check_turns(name, Reference(GOLDEN / name, SPECS[name].chat_template))
 
 
 @pytest.mark.parametrize("name", ["qwen3.5", "qwen3.5-moe", "qwen3-vl-moe"])

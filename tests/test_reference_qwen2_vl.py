@@ -5,7 +5,6 @@ pytest -m reference        needs the `reference` extra
 """
 
 import json
-import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +12,7 @@ import published
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import check_answer
+from parity import changed, check_answer
 from reference import CASES, GOLDEN, SPECS, Reference
 
 from mlx_vlm_mini import load
@@ -64,17 +63,8 @@ VARIANTS = {  # text config, vision config, image processor
 
 @pytest.mark.parametrize("kind", sorted(VARIANTS))
 def test_variants(kind, tmp_path):
-    name, text, vision, image = VARIANTS[kind]
-    folder = tmp_path / "model"
-    shutil.copytree(GOLDEN / name, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config.get("text_config", config).update(text)
-    config["vision_config"].update(vision)
-    (folder / "config.json").write_text(json.dumps(config))
-    file = folder / ("preprocessor_config.json" if name == "qwen2-vl" else "processor_config.json")
-    content = json.loads(file.read_text())
-    content.get("image_processor", content).update(image)
-    file.write_text(json.dumps(content))
+    name, *changes = VARIANTS[kind]
+    folder = changed(name, tmp_path / "model", *changes)
     for case in ("side_by_side", "two_turns"):
         expected = Reference(folder, SPECS[name].chat_template).answer(CASES[case], GOLDEN, 5)
         check_answer(*load(folder), CASES[case], expected)

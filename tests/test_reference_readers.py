@@ -4,20 +4,18 @@ pytest -m reference        needs the `reference` extra
 """
 
 import json
-import shutil
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import published
 import pytest
-from checkpoints import with_paths
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import TOLERANCE, check_answer
+from parity import changed, check_answer, check_turns
 from reference import CASES, GOLDEN, SPECS, Reference
 
-from mlx_vlm_mini import Chat, load
+from mlx_vlm_mini import load
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.preprocessing.grid import RaisedGrid
 from mlx_vlm_mini.vision.positions import resize
@@ -79,18 +77,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
 
 @pytest.mark.parametrize("kind", sorted(VARIANTS))
 def test_variants(kind, tmp_path):
-    name, text, vision, image = VARIANTS[kind]
-    folder = tmp_path / "model"
-    shutil.copytree(GOLDEN / name, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config.get("text_config", config).update(text)
-    config["vision_config"].update(vision)
-    (folder / "config.json").write_text(json.dumps(config))
-    file = folder / "preprocessor_config.json"
-    file = file if file.exists() else folder / "processor_config.json"
-    content = json.loads(file.read_text())
-    content.get("image_processor", content).update(image)
-    file.write_text(json.dumps(content))
+    name, *changes = VARIANTS[kind]
+    folder = changed(name, tmp_path / "model", *changes)
     for case in ("side_by_side", "two_turns"):
         expected = Reference(folder, SPECS[name].chat_template).answer(CASES[case], GOLDEN, 5)
         check_answer(*load(folder), CASES[case], expected)
@@ -98,22 +86,7 @@ def test_variants(kind, tmp_path):
 
 @pytest.mark.parametrize("name", READERS)
 def test_later_turns(name):
-    """Each answer of a conversation, what was read before being kept, is the reference's to the whole."""
-    model, processor = load(GOLDEN / name)
-    reference = Reference(GOLDEN / name, SPECS[name].chat_template)
-    chat, messages = Chat(model, processor, max_tokens=5), []
-    for content in (
-        [{"type": "image", "image": "photo.jpg"}, {"type": "text", "text": "What?"}],
-        [{"type": "text", "text": "Why?"}],
-        [{"type": "text", "text": "And this?"}, {"type": "image", "image": "strip.png"}],
-    ):
-        messages.append({"role": "user", "content": content})
-        chunks = list(chat.send(with_paths(messages[-1:])))
-        expected = reference.answer(messages, GOLDEN, 5)
-        assert [chunk.token for chunk in chunks] == expected["token_ids"].tolist()[: len(chunks)]
-        chosen = expected["logprobs"][np.arange(len(chunks)), expected["token_ids"][: len(chunks)]]
-        np.testing.assert_allclose([chunk.logprob for chunk in chunks], chosen, atol=TOLERANCE)
-        messages.append(chat.messages[-1])
+    check_turns(name, Reference(GOLDEN / name, SPECS[name].chat_template))
 
 
 def hub_names_of_paddle(name: str) -> str:
