@@ -186,7 +186,7 @@ class Ours(OnMlx):
         return {"seconds": (time.perf_counter() - begin) / len(images)}
 
     def bandwidth(self) -> Reply:
-        from mlx_vlm_mini.generation.measure import measure_bandwidth, weight_bytes
+        from mlx_vlm_mini.cli.measure import measure_bandwidth, weight_bytes
 
         return {"bytes_per_s": measure_bandwidth(), "bytes_per_token": weight_bytes(self.model)["token"]}
 

@@ -56,7 +56,7 @@ def command(
     with Status() as status:
         status.show("starting")
         use_openblas()
-        from mlx_vlm_mini.generation.measure import bench
+        from .measure import bench
 
         found = bench(
             model, image=image, contexts=contexts, prompt_tokens=prompt_tokens, max_tokens=max_tokens,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.text.tokenizer import TextStream
 
+from .constraints import Constraint, vocabulary_of
 from .decode import Chooser, Token
 from .features import Features
 from .options import Options
@@ -59,7 +61,8 @@ class Chunk:
         text: the text that the token completes; may be empty.
         token: its id.
         logprob: its log-probability under the model, before temperature and the like.
-        finish_reason: on the last chunk "stop" (an end token or a stop string) or "length", else None.
+        finish_reason: on the last chunk "stop" (an end token, a stop string, or a form that is complete) or "length",
+            else None.
         stats: the same object on every chunk, up to date.
     """
 
@@ -119,7 +122,13 @@ class Answering:
         """
         vocab_size = model.config.decoder.vocab_size
         self.model, self.inputs, self.options = model, inputs, options
-        self.choose: Chooser = options.make_chooser(vocab_size, known_tokens(inputs, vocab_size))
+        self._ends = processor.eos_token_ids | special_stops(processor, options.stops)
+        constraint = None
+        if options.form is not None:
+            images = {processor.image_token_id, processor.tokenizer.token_to_id(processor.video_token or "")} - {None}
+            make = partial(vocabulary_of, processor.tokenizer, vocab_size, self._ends, images)
+            constraint = Constraint(options.form, make)
+        self.choose: Chooser = options.make_chooser(vocab_size, known_tokens(inputs, vocab_size), constraint)
         self.stats = Stats(
             prompt_tokens=len(inputs.slots),
             image_tokens=int(inputs.slots.sum()),
@@ -127,8 +136,9 @@ class Answering:
             context_limit=context,
         )
         self._begin, self._features = begin, features
-        self._ends = processor.eos_token_ids | special_stops(processor, options.stops)
-        self._filter = _StopFilter((*options.stops, *processor.stops))
+        stops = processor.stops if constraint is None else ()  # a form says where it ends
+        self._filter = _StopFilter((*options.stops, *stops))
+        self._drops_space = constraint is not None and constraint.drops_space
         self._text = TextStream(processor.tokenizer)
 
     def find(self, image: InputImage) -> mx.array:
@@ -153,13 +163,24 @@ class Answering:
         stats.decode_s = now - self._begin - stats.first_token_s
         stats.peak_memory_bytes = mx.get_peak_memory()
         ended = token.id in self._ends
-        text, stopped = self._filter.add("" if ended else self._text.add(token.id))
+        text, stopped = self._filter.add("" if ended else self._said(self._text.add(token.id)))
+        ended = ended or token.last
         last = ended or stopped or stats.generated_tokens == self.options.max_tokens
         if last and not stopped:
-            rest, stopped = self._filter.add(self._text.finish())
+            rest = self._said(self._text.finish())
+            if self.choose.constraint is not None and not ended:
+                rest = rest.rstrip("\ufffd")  # a character that was cut is no part of the form
+            rest, stopped = self._filter.add(rest)
             text += rest + ("" if stopped else self._filter.held)
         reason: FinishReason | None = None if not last else "stop" if ended or stopped else "length"
         return Chunk(text, token.id, token.logprob, reason, stats)
+
+    def _said(self, text: str) -> str:
+        """Text of the answer, without the space in front that is no part of its form."""
+        if text and self._drops_space:
+            self._drops_space = False
+            return text.removeprefix(" ")
+        return text
 
 
 def special_stops(processor: Processor, stops: Sequence[str]) -> set[int]:

@@ -118,10 +118,15 @@ class _Group:
     def step(self, model: VLM) -> list[Said]:
         """One token of each row; rows that ended are given up."""
         decoder, token, logprob = model.decoder, self.token, self.logprob
+        logits, last = None, [False] * len(self.rows)
         if not all(row.done for row in self.rows):
             for place, row in enumerate(self.rows):
                 row.answer.choose.add(token[place : place + 1])
             logits = decoder.logits(decoder(decoder.read(token[:, None]), self.state))[:, 0]
+            mx.async_eval(logits)
+        if any(row.answer.choose.constraint is not None for row in self.rows):  # what may follow is found meanwhile
+            last = _follow(self.rows, cast(list[int], token.tolist()))
+        if logits is not None:
             self.token, self.logprob = _choose(self.rows, logits)
             mx.async_eval(self.token, self.logprob)
         said: list[Said] = []
@@ -131,7 +136,7 @@ class _Group:
             if row.job.cancelled:
                 continue
             try:
-                chunk = row.answer.chunk(checked(ids[place], logprobs[place], decoder))
+                chunk = row.answer.chunk(checked(ids[place], logprobs[place], decoder, last=last[place]))
             except VLMError as error:
                 said.append((row.job, error))
                 continue
@@ -145,10 +150,21 @@ class _Group:
         return said
 
 
+def _follow(rows: Sequence[_Row], tokens: Sequence[int]) -> list[bool]:
+    """Of each row whether its token completes the form that its answer has."""
+    last = [False] * len(rows)
+    for place, row in enumerate(rows):
+        try:
+            last[place] = row.answer.choose.follow(tokens[place])
+        except Exception as error:  # of this row's form
+            row.fault = fault_of(error)
+    return last
+
+
 def _choose(rows: Sequence[_Row], logits: mx.array) -> tuple[mx.array, mx.array]:
     """Tokens int[B] and log-probabilities float[B] of logits float[B, vocab_size]: in one where all are greedy."""
     if all(row.answer.choose.greedy for row in rows):
-        token, logprob = rows[0].answer.choose(logits)
+        token, logprob = rows[0].answer.choose(logits, _allowed(rows, logits.shape[-1]))
         return token, logprob[:, 0]
     tokens, logprobs = [], []
     for place, row in enumerate(rows):
@@ -160,6 +176,14 @@ def _choose(rows: Sequence[_Row], logits: mx.array) -> tuple[mx.array, mx.array]
         tokens.append(token)
         logprobs.append(logprob[:, 0])
     return mx.concatenate(tokens), mx.concatenate(logprobs)
+
+
+def _allowed(rows: Sequence[_Row], count: int) -> mx.array | None:
+    """bool[B, count]: of each row the tokens that may come next; None where no answer has a form."""
+    forms = [row.answer.choose.constraint for row in rows]
+    if all(form is None for form in forms):
+        return None
+    return mx.stack([mx.ones(count, dtype=mx.bool_) if form is None else form.allowed() for form in forms])
 
 
 def fault_of(error: Exception) -> VLMError:
@@ -281,6 +305,7 @@ class Batch:
         mx.eval(reading.embeddings, reading.beside)
         answer.read_images()
         logits = yield from read_in_chunks(model.decoder, reading, state, options.prefill_step)
+        mx.async_eval(logits)
         token, logprob = answer.choose(logits)
         mx.eval(token, logprob)
         if self._prefixes is not None:

@@ -15,6 +15,8 @@ from mlx_vlm_mini.decoder.state import State
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.layers.kernels import claim_process, is_forked, kernels
 
+from .constraints import Constraint
+from .step import Step as TokenStep
 from .step import make_step
 
 Sampler = Callable[[mx.array], mx.array]
@@ -24,6 +26,8 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 """(int[L] tokens so far, float[1, vocab_size] logits) -> logits, as mlx-lm's `make_logits_processors` makes them."""
 
 PREFILL_STEP = 512  # prompt tokens a chunk: bounds the activations' memory
+MOST_FORCED = 64  # tokens of an answer that are read together, where the form allows no others
+_FAR = 0x9E3779B97F4A7C15  # an odd number near 2^64 divided by the golden ratio: no two seeds' tokens come near
 TAIL = 8  # last tokens of a prompt, among which those are that open an answer; thoughts go with it from later prompts
 
 _REMEDIES = {"float16": "its numbers are too large for that type, load it as bfloat16 or float32"}
@@ -35,10 +39,15 @@ _wired: list[int] = []  # of each answer that is being given, the limit to go ba
 
 @dataclass(frozen=True)
 class Token:
-    """A token and the log-probability that the model gave it, before temperature and the like."""
+    """A token and the log-probability that the model gave it, before temperature and the like.
+
+    Attributes:
+        last: whether it completes the form that the answer has.
+    """
 
     id: int
     logprob: float
+    last: bool = False
 
 
 def take_turns(steps: Generator[Step, None, None]) -> Iterator[Step]:
@@ -160,10 +169,11 @@ def prefill(
 
 
 class Chooser:
-    """Chooses an answer's tokens: logits processors, then the sampler.
+    """Chooses an answer's tokens: logits processors, then the sampler, among those that the answer's form allows.
 
     Attributes:
-        greedy: whether it takes the likeliest token, and nothing else matters.
+        greedy: whether it takes the likeliest token, and nothing else matters but the form.
+        constraint: the answer's form; None where it has none.
     """
 
     def __init__(
@@ -173,26 +183,82 @@ class Chooser:
         logits_processors: Sequence[LogitsProcessor] = (),
         *,
         greedy: bool = False,
+        constraint: Constraint | None = None,
     ) -> None:
         """`prompt`: int[L], for the logits processors."""
         self._tokens, self._sampler, self._processors = prompt, sampler, logits_processors
         self.greedy = greedy and not logits_processors
+        self.constraint = constraint
 
-    def __call__(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """float[1, vocab_size] -> the token int[1] and its log-probability float[1, 1]; not evaluated."""
+    def __call__(self, logits: mx.array, allowed: mx.array | None = None) -> tuple[mx.array, mx.array]:
+        """float[1, vocab_size] -> the token int[1] and its log-probability float[1, 1], the model's own whatever the
+        form allows; not evaluated.
+
+        Args:
+            logits: of several rows, float[B, vocab_size], where it is greedy.
+            allowed: bool[B, vocab_size] in place of what the form allows.
+        """
         for processor in self._processors:
             logits = processor(self._tokens, logits)
+        if allowed is None and self.constraint is not None:
+            allowed = self.constraint.allowed()[None]
         logprobs = kernels().log_softmax(logits)
-        token = self._sampler(logprobs)
+        token = self._sampler(logprobs if allowed is None else self._among(logprobs, allowed))
         return token, mx.take_along_axis(logprobs, token[:, None], axis=-1)
 
+    def _among(self, logprobs: mx.array, allowed: mx.array) -> mx.array:
+        """Log-probabilities of the tokens that are allowed, as if there were no others."""
+        found = mx.where(allowed, logprobs, -mx.inf)
+        return found if self.greedy else found - mx.logsumexp(found, axis=-1, keepdims=True)
+
     def add(self, token: mx.array) -> None:
-        """Note a token that was chosen, int[1]."""
+        """Note a token that was chosen, int[1]; not evaluated."""
         if self._processors:
             self._tokens = mx.concatenate([self._tokens, token.astype(self._tokens.dtype)])
 
+    def follow(self, token: int) -> bool:
+        """Follow the form with the token that was chosen; whether it completes the form.
 
-def checked(token: int, logprob: float, decoder: Decoder) -> Token:
+        Raises:
+            PromptError: the form cannot be followed further.
+        """
+        if self.constraint is None:
+            return False
+        self.constraint.add(token)
+        return self.constraint.done
+
+    def forced(self, most: int) -> list[int]:
+        """The tokens that come next because the form allows no others, which are taken as chosen: at most so many, and
+        none where logits processors have to see each of them."""
+        found: list[int] = []
+        while self.constraint is not None and not self._processors and len(found) < most:
+            only = self.constraint.only
+            if only is None:
+                break
+            found.append(only)
+            self.constraint.add(only)
+        if isinstance(self._sampler, Seeded):
+            self._sampler.skip(len(found))
+        return found
+
+
+class Seeded:
+    """A sampler whose n-th token depends on the seed and n, whatever else draws numbers."""
+
+    def __init__(self, sampler: Sampler, seed: int) -> None:
+        self._sampler, self._next = sampler, seed * _FAR
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        mx.random.seed(self._next % 2**64)
+        self.skip(1)
+        return self._sampler(logprobs)
+
+    def skip(self, count: int) -> None:
+        """Leave out tokens that need not be drawn."""
+        self._next += count
+
+
+def checked(token: int, logprob: float, decoder: Decoder, *, last: bool = False) -> Token:
     """A token that was computed.
 
     Raises:
@@ -204,7 +270,7 @@ def checked(token: int, logprob: float, decoder: Decoder) -> Token:
             f"the model computed a log-probability of {logprob} in {kind}: "
             + _REMEDIES.get(kind, "its weights are broken, or a logits processor leaves no token")
         )
-    return Token(token, logprob)
+    return Token(token, logprob, last)
 
 
 def decode(decoder: Decoder, logits: mx.array, state: State, *, max_tokens: int, choose: Chooser) -> Iterator[Token]:
@@ -217,8 +283,12 @@ def decode(decoder: Decoder, logits: mx.array, state: State, *, max_tokens: int,
 
     Raises:
         CheckpointError: the model computes numbers that are not finite.
+        PromptError: the answer's form cannot be followed further.
     """
     step = make_step(decoder, state)
+    if choose.constraint is not None:
+        yield from _decode_in_form(decoder, step, logits, state, max_tokens=max_tokens, choose=choose)
+        return
     token, logprob = choose(logits)
     mx.async_eval(token, logprob)
     for count in range(1, max_tokens + 1):
@@ -230,3 +300,43 @@ def decode(decoder: Decoder, logits: mx.array, state: State, *, max_tokens: int,
         yield checked(cast(int, current.item()), cast(float, current_logprob.item()), decoder)
         if count % 256 == 0:
             mx.clear_cache()
+
+
+def _decode_in_form(
+    decoder: Decoder, step: TokenStep, logits: mx.array, state: State, *, max_tokens: int, choose: Chooser
+) -> Iterator[Token]:
+    """`decode` where the answer has a form. Which tokens it allows next is found while the device computes the logits
+    of a token that was chosen; tokens without an alternative are read together."""
+    mx.async_eval(logits)
+    left, done = max_tokens, False
+    together = MOST_FORCED if all(rope.depends_on == "nothing" for rope in decoder.ropes.values()) else 1
+    while left and not done:
+        forced = choose.forced(min(left, together))
+        if forced:
+            read, rows = mx.array(forced[: left - 1]), [logits]
+            if read.size == 1:
+                rows.append(step(read))
+            elif read.size:
+                rows.append(decoder.logits(decoder(decoder.read(read[None]), state))[0])
+            scores = mx.concatenate(rows)
+            given = mx.array(forced)
+            logprobs = mx.take_along_axis(kernels().log_softmax(scores[: len(forced)]), given[:, None], axis=-1)[:, 0]
+            logits = scores[len(forced) :]
+            mx.async_eval(logprobs, logits)
+            done = choose.constraint is not None and choose.constraint.done
+            found = [*zip(forced, cast(list[float], logprobs.tolist()), strict=True)]
+        else:
+            token, logprob = choose(logits)
+            mx.async_eval(token, logprob)
+            if left > 1:
+                choose.add(token)
+                logits = step(token)
+                mx.async_eval(logits)
+            chosen = cast(int, token.item())
+            done = choose.follow(chosen)
+            found = [(chosen, cast(float, logprob.item()))]
+        for number, (chosen, score) in enumerate(found, 1):
+            left -= 1
+            yield checked(chosen, score, decoder, last=done and number == len(found))
+            if (max_tokens - left) % 256 == 0:
+                mx.clear_cache()

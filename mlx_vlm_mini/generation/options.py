@@ -1,22 +1,23 @@
 """How an answer is asked for: lengths, sampling, stops."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_vlm_mini.borrow import borrow_uncompiled
 from mlx_vlm_mini.errors import PromptError
+from mlx_vlm_mini.text.forms import Form, make_form
 
-from .decode import PREFILL_STEP, Chooser, LogitsProcessor, Sampler
+from .constraints import Constraint
+from .decode import PREFILL_STEP, Chooser, LogitsProcessor, Sampler, Seeded
 
 _MANY = 2**62
 _LIMITS: dict[str, tuple[float, float]] = {
     "max_tokens": (1, _MANY), "temperature": (1e-4, 1e4), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "top_k": (0, _MANY),
     "repetition_penalty": (0.01, 100.0), "seed": (0, 2**64 - 1), "prefill_step": (1, _MANY),
 }  # fmt: skip
-_FAR = 0x9E3779B97F4A7C15  # an odd number near 2^64 divided by the golden ratio: no two seeds' tokens come near
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,11 @@ class Options:
         top_p, min_p, top_k, repetition_penalty: mlx-lm's samplers and penalty; at their defaults off.
         seed: makes a sampled answer repeatable: its n-th token depends on the seed and n, whatever else draws numbers.
         stop: texts that end the answer; they are not part of it.
+        schema, choices, regex, grammar: one of these keeps the answer in a form, see `text/forms.py: make_form`.
         sampler, logits_processors: own ones, in mlx-lm's form, in place of those above.
         prefill_step: prompt tokens a chunk.
         progress: called with prompt tokens read and prompt tokens in all.
+        form: what the answer's form is; None where it has none.
     """
 
     max_tokens: int = 256
@@ -46,9 +49,14 @@ class Options:
     logits_processors: Sequence[LogitsProcessor] | None = None
     prefill_step: int = PREFILL_STEP
     progress: Callable[[int, int], None] | None = None
+    schema: Any = None
+    choices: Sequence[str] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    form: Form | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        """Raises PromptError where an option has another type, or is out of range."""
+        """Raises PromptError where an option has another type, is out of range, or no form that can be followed."""
         for name, (low, high) in _LIMITS.items():
             value, whole = getattr(self, name), type(high) is int
             if value is None and name in ("seed", "repetition_penalty"):
@@ -63,6 +71,8 @@ class Options:
             isinstance(self.stop, Sequence) and all(isinstance(stop, str) for stop in self.stop)
         ):
             raise PromptError(f"stop must be a text or a list of texts, not {self.stop!r}")
+        form = make_form(schema=self.schema, choices=self.choices, regex=self.regex, grammar=self.grammar)
+        object.__setattr__(self, "form", form)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -70,16 +80,8 @@ class Options:
         return tuple(stop for stop in stops if stop)
 
     def make_sampler(self, vocab_size: int) -> Sampler:
-        sampler, numbers = self.sampler or self._choose_sampler(vocab_size), count()
-        if self.seed is None:
-            return sampler
-        first = self.seed * _FAR
-
-        def seeded(logprobs: mx.array) -> mx.array:
-            mx.random.seed((first + next(numbers)) % 2**64)
-            return sampler(logprobs)
-
-        return seeded
+        sampler = self.sampler or self._choose_sampler(vocab_size)
+        return sampler if self.seed is None else Seeded(sampler, self.seed)
 
     def _choose_sampler(self, vocab_size: int) -> Sampler:
         top_k = self.top_k if self.top_k < vocab_size else 0  # mlx-lm refuses what would leave nothing out
@@ -96,7 +98,8 @@ class Options:
         )
         return processors
 
-    def make_chooser(self, vocab_size: int, prompt: mx.array) -> Chooser:
+    def make_chooser(self, vocab_size: int, prompt: mx.array, constraint: Constraint | None = None) -> Chooser:
         """What chooses the tokens of one answer; `prompt` int[L] is for the logits processors."""
         greedy = self.sampler is None and self.temperature == 0
-        return Chooser(prompt, self.make_sampler(vocab_size), self.make_logits_processors(), greedy=greedy)
+        sampler, processors = self.make_sampler(vocab_size), self.make_logits_processors()
+        return Chooser(prompt, sampler, processors, greedy=greedy, constraint=constraint)

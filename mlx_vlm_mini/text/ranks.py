@@ -60,7 +60,7 @@ def read_ranks(file: Path) -> list[bytes]:
     return tokens
 
 
-def _letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """The letter that stands for a byte in the `tokenizers` library, as in GPT-2's vocabulary."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
@@ -73,7 +73,7 @@ def read_tiktoken(file: Path) -> Tokenizer:
     Raises:
         CheckpointError: the file is broken.
     """
-    letters = _letters()
+    letters = byte_letters()
     tokens = [token.decode("latin-1").translate(letters) for token in read_ranks(file)]
     vocab = {token: rank for rank, token in enumerate(tokens)}
     merges = [

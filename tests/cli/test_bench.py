@@ -9,7 +9,7 @@ from reference import GOLDEN
 
 from mlx_vlm_mini import load
 from mlx_vlm_mini.cli.main import main
-from mlx_vlm_mini.generation.measure import measure_bandwidth, weight_bytes
+from mlx_vlm_mini.cli.measure import measure_bandwidth, weight_bytes
 
 QUICK = ["--bandwidth", "10", "--max-tokens", "2", "--context", "40,60"]
 

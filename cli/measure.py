@@ -26,14 +26,14 @@ from mlx_vlm_mini.checkpoints.load import load
 from mlx_vlm_mini.decoder.cross_attention import ImageCache
 from mlx_vlm_mini.decoder.rope import longest_context
 from mlx_vlm_mini.errors import PromptError
+from mlx_vlm_mini.generation.chat import Chat
+from mlx_vlm_mini.generation.decode import Chooser, decode, prefill
+from mlx_vlm_mini.generation.step import make_step
 from mlx_vlm_mini.inputs import InputImage
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.text.messages import Prompt
 
-from .chat import Chat
-from .decode import Chooser, decode, prefill
-from .step import make_step
 
 QUESTION, FOLLOW_UP = "What is in this picture?", "Which colours?"
 ROUNDS = 3
