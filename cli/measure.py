@@ -34,7 +34,6 @@ from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.text.messages import Prompt
 
-
 QUESTION, FOLLOW_UP = "What is in this picture?", "Which colours?"
 ROUNDS = 3
 BUILT = 8  # tokens whose graph is built without being computed

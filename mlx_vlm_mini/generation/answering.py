@@ -125,7 +125,8 @@ class Answering:
         self._ends = processor.eos_token_ids | special_stops(processor, options.stops)
         constraint = None
         if options.form is not None:
-            images = {processor.image_token_id, processor.tokenizer.token_to_id(processor.video_token or "")} - {None}
+            video = processor.tokenizer.token_to_id(processor.video_token or "")
+            images = {processor.image_token_id, processor.image_token_id if video is None else video}
             make = partial(vocabulary_of, processor.tokenizer, vocab_size, self._ends, images)
             constraint = Constraint(options.form, make)
         self.choose: Chooser = options.make_chooser(vocab_size, known_tokens(inputs, vocab_size), constraint)

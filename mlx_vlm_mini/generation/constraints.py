@@ -7,6 +7,7 @@ of it: chat templates leave it to some models to write one.
 
 import threading
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_mini.errors import PromptError
-from mlx_vlm_mini.text.forms import Form, limits
+from mlx_vlm_mini.text.forms import Form, Space, limits
 from mlx_vlm_mini.text.token_bytes import TokenBytes, read_token_bytes
 from mlx_vlm_mini.text.tokenizer import Tokenizer
 
@@ -86,12 +87,17 @@ class Constraint:
     """
 
     def __init__(self, form: Form, vocabulary: Callable[[], Vocabulary]) -> None:
-        """`vocabulary` is asked for where the first token is chosen."""
+        """`vocabulary` is made in a thread of its own, while the prompt is read."""
         self.form, self._make = form, vocabulary
+        threading.Thread(target=self._prepare, name="mlx-vlm-mini-form", daemon=True).start()
         self._matcher: Any = None
         self._allowed = np.zeros(0, dtype=bool)
         self._single: int | None = None
         self.done = False
+
+    def _prepare(self) -> None:
+        with suppress(Exception):  # said where it is asked for again
+            self._make()
 
     def begin(self) -> None:
         """Find the tokens that an answer may begin with.
@@ -105,8 +111,7 @@ class Constraint:
 
         vocabulary = self._vocabulary = self._make()
         table: TokenBytes = vocabulary.table
-        strips = table.strips
-        space = ("always" if strips else "never") if self.form.spaced else "maybe"
+        space: Space = ("always" if table.strips else "never") if self.form.spaced else "maybe"
         grammar = self.form.grammar(space, forcing=table.is_canonical)
         self._matcher = llguidance.LLMatcher(vocabulary.library, grammar, log_level=0, limits=limits())
         self._first = np.isin(np.arange(vocabulary.count), [*table.misfits], invert=True) if table.misfits else None

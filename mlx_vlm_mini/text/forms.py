@@ -18,6 +18,7 @@ from typing import Any, Literal
 from mlx_vlm_mini.errors import PromptError
 
 Kind = Literal["schema", "choices", "regex", "grammar"]
+Space = Literal["never", "maybe", "always"]
 
 _MOST = {"schema": 500_000, "choices": 500_000, "regex": 20_000, "grammar": 500_000}  # characters
 _MOST_CHOICES = 10_000
@@ -59,7 +60,7 @@ class Form:
     lark: str
     spaced: bool
 
-    def grammar(self, space: Literal["never", "maybe", "always"], *, forcing: bool = True) -> str:
+    def grammar(self, space: Space, *, forcing: bool = True) -> str:
         """llguidance's grammar of it.
 
         Args:

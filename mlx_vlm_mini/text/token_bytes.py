@@ -181,7 +181,7 @@ def _continuing(backend: Backend) -> Callable[[str], list[int]] | None:
         return None
     normalizer = [step for step in _flat(steps[0], "normalizers") if step["type"] != "Prepend"]
     pre_tokenizer = [_without_space(step) for step in _flat(steps[1], "pretokenizers")]
-    content = {
+    content: dict[str, Any] = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None,
         "normalizer": {"type": "Sequence", "normalizers": normalizer} if normalizer else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizer} if pre_tokenizer else None,
