@@ -44,7 +44,7 @@ from PIL import Image
 
 from mlx_vlm_mini.checkpoints.assembly import open_model
 from mlx_vlm_mini.checkpoints.load import load_processor, plan
-from mlx_vlm_mini.cli.batch import read_prompts
+from mlx_vlm_mini.cli.questions import read_prompts
 from mlx_vlm_mini.data.examples import read_examples
 from mlx_vlm_mini.errors import VLMError
 from mlx_vlm_mini.images.source import SERVED, Access
@@ -287,6 +287,7 @@ class Fuzzer:
         file.write_bytes(data)
         if asks:
             for item in read_prompts(str(file), rng.choice((None, "Be brief."))):
+                assert item is not None
                 item.key({})
             return
         for example in read_examples(file):

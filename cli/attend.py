@@ -10,10 +10,10 @@ from zipfile import BadZipFile
 
 import click
 
-from .batch import ask
 from .line import read_pictures
 from .look import Look
 from .options import complete_files, loading_options, model_argument, page_options, sampling_options
+from .questions import ask
 from .status import Status
 from .thumbnail import KINDS
 from .writing import Answer, neutralize

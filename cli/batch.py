@@ -1,389 +1,278 @@
-"""Many answers: prompts and pictures in, a line of JSON an answer out, gone on with where it was stopped."""
+"""Many questions answered together into one file, or onto stdout, continued where an earlier run was stopped."""
 
-import fcntl
-import glob
-import hashlib
-import json
-import os
-import re
-import sys
+import queue
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_vlm_mini.errors import ImageError, PromptError, VLMError
+from mlx_vlm_mini.errors import PromptError, VLMError
 
-from .line import is_picture, is_shown
+from .answers import Keys, Output
+from .awake import awake
+from .interrupt import Interrupts
+from .part import Part, part_files
+from .progress import Progress, Tally
+from .questions import Item, Questions, check_pictures, forget_digests
 from .writing import neutralize
 
-Message = dict[str, Any]
-_BEGIN = b'{"key": "'  # of every line of output
+if TYPE_CHECKING:
+    from mlx_vlm_mini.generation.answering import Chunk
+    from mlx_vlm_mini.generation.engine import Request
+
+AHEAD = 2  # times the rows: questions that are asked and not answered
+HELD = 8  # times the rows: answers that wait for one before them, so that lines come in the order of the questions
+_WAIT_S = 0.2
+_EACH = 256  # questions that were answered before, after each of which a run looks up
+
+Todo = Iterator[tuple[str, Item] | None]
 
 
-@dataclass(frozen=True)
-class Item:
-    """One question.
-
-    Attributes:
-        messages: with pictures by their names.
-        named: what its line of output says about it: `images`, `prompt` and, where it was given, `id`.
-        dpi: of its pages of PDFs; None for what is usual.
-    """
-
-    messages: list[Message]
-    named: dict[str, Any]
-    dpi: int | None = None
-
-    @property
-    def images(self) -> list[str]:
-        return [str(name) for name in self.named["images"]]
-
-    def key(self, settings: dict[str, Any]) -> str:
-        """What an answer depends on, the pictures' bytes included, as 32 hexadecimal digits."""
-        seen = [[name, _digest(name, self.dpi)] for name in self.images]
-        text = json.dumps([self.messages, seen, settings], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-    def opened(self) -> list[Message]:
-        """Its messages, pages of PDFs read as it says; other pictures stay names."""
-        if self.dpi is None:
-            return self.messages
-        from mlx_vlm_mini.images.source import may_have_pages, read_image
-
-        def read(part: dict[str, Any]) -> dict[str, Any]:
-            if part["type"] != "image" or not may_have_pages(part["image"]):
-                return part
-            return {**part, "image": read_image(part["image"], dpi=self.dpi or 0)}
-
-        return [
-            message if isinstance(message["content"], str) else {**message, "content": [*map(read, message["content"])]}
-            for message in self.messages
-        ]
-
-
-def spread(images: Sequence[str], *, by_page: bool = False, most_pages: int | None = None) -> list[str] | None:
-    """The pictures of folders and patterns among names, in order; None where there are only names.
+def left_to_do(
+    questions: Questions, output: Output, settings: Mapping[str, Any], part: Part | None, tally: Tally
+) -> Todo:
+    """What the output lacks of a part of the questions, with its keys; None where there is nothing yet, or not for a
+    while. A question that is asked again has a key of its own.
 
     Args:
-        by_page: a PDF counts as many, too, and gives its pages.
-        most_pages: of each.
-
-    Raises:
-        PromptError: one of them has no pictures.
-        ImageError: the pages of one cannot be told.
+        tally: what is found is counted there.
     """
-    if not any(_is_many(name) or (by_page and _is_pdf(name)) for name in images):
-        return None
-    found: list[str] = []
-    for name in images:
-        if not _is_many(name):
-            found += _pages_of(name, most_pages)
+    forget_digests()  # files may have changed since another run of this process
+    asked, again = Keys(), Counter[str]()
+    part = part or Part(1, 1)
+    if questions.count is not None:
+        tally.total = questions.count * questions.size
+        tally.share = part.share(questions.count) * questions.size
+    total = share = place = 0
+    for group in questions.groups:
+        if group is None:
+            yield None
             continue
-        pattern = os.path.expanduser(name)  # noqa: PTH111 - never raises
-        inside = os.path.join(glob.escape(pattern), "*") if os.path.isdir(pattern) else pattern  # noqa: PTH112, PTH118
-        check_folder(pattern)
-        is_wanted = is_picture if inside != pattern else is_shown  # a folder's pictures, but what a pattern names
-        found_here = sorted(glob.glob(inside, recursive=True))  # noqa: PTH207
-        pictures = [path for path in found_here if is_wanted(path) and os.path.isfile(path)]  # noqa: PTH113
-        if not pictures:
-            raise PromptError(f"there are no pictures in {name}")
-        found += [page for path in pictures for page in _pages_of(path, most_pages)]
-    return found
+        total += len(group)
+        mine, place = part.has(place), place + 1
+        for item in group:
+            name = item.identity
+            number = 1
+            if not asked.add(name):
+                again[name] += 1
+                number += again[name]
+            if not mine:
+                continue
+            share += 1
+            key = item.key(settings) + (f"-{number}" if number > 1 else "")
+            if key not in output.done:
+                yield key, item
+                continue
+            tally.held += 1
+            if not tally.held % _EACH:
+                yield None
+    tally.total, tally.share = total, share
 
 
-def check_folder(name: str) -> None:
-    """Raises ImageError where a folder may not be read: patterns take it for an empty one."""
-    if not os.path.isdir(name):  # noqa: PTH112 - never raises
-        return
-    try:
-        os.scandir(name).close()
-    except OSError as error:
-        from mlx_vlm_mini.images.names import unreadable
-
-        raise ImageError(f"cannot read folder {unreadable(Path(name), error)}") from None
+@dataclass
+class _Asked:
+    key: str
+    item: Item
+    request: "Request | None" = None
+    error: str | None = None
+    is_whole: bool = False
 
 
-def _is_pdf(name: str) -> bool:
-    from mlx_vlm_mini.images.pdf import split_name
-
-    file, pages = split_name(name) if "pdf" in name.lower() or "[" in name else (name, None)
-    return (pages is not None or file.lower().endswith(".pdf")) and "://" not in file[:8]
-
-
-def _pages_of(name: str, most: int | None) -> list[str]:
-    """A picture's name, or those of a PDF's pages."""
-    if not _is_pdf(name):
-        return [name]
-    from mlx_vlm_mini.images.source import page_names
-
-    return page_names(name) if most is None else page_names(name, most_pages=most)
-
-
-def read_prompts(file: str, system: str | None, most_pages: int | None = None) -> list[Item]:
-    """The questions of a file, or of stdin for `-`: one a line, or lines of JSON where the first begins with `{`.
-
-    A line of JSON is `{"messages": [...]}` in OpenAI's form, pictures' paths relative to the file; its `id` comes back.
-
-    Raises:
-        PromptError: the file cannot be read, or a line of it, named by its number.
-    """
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
-        text = data.decode().removeprefix("\ufeff")  # of Notepad, Excel and PowerShell
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PromptError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
-    if not lines:
-        raise PromptError(f"{file} has no prompts")
-    if not lines[0][1].lstrip().startswith("{"):
-        return [ask(line.strip(), [], system) for _, line in lines]
-    folder = Path() if file == "-" else Path(file).expanduser().parent
-    return [_from_json(line, f"{file}:{number}", folder, system, most_pages) for number, line in lines]
-
-
-def ask(prompt: str, images: Sequence[Any], system: str | None) -> Item:
-    """A question about pictures, which come first."""
-    parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
-    return Item([*_opening(system), {"role": "user", "content": parts}], {"images": list(images), "prompt": prompt})
-
-
-def ask_about(items: Sequence[Item], pictures: Sequence[str | Sequence[str]], system: str | None) -> list[Item]:
-    """Every question about every picture, or about several at a time; a picture's questions follow one another.
-
-    Raises:
-        PromptError: the questions bring pictures of their own.
-    """
-    if any("prompt" not in item.named for item in items):
-        raise PromptError("the prompt file's messages name their own pictures: leave --image out")
-    shown = [[each] if isinstance(each, str) else each for each in pictures]
-    return [ask(item.named["prompt"], images, system) for images in shown for item in items]
-
-
-def _from_json(line: str, where: str, folder: Path, system: str | None, most_pages: int | None) -> Item:
-    from mlx_vlm_mini.text.messages import images_of, take_beside, to_messages
-
-    try:
-        entry = json.loads(line)
-        messages = to_messages(take_beside(entry))
-        pictures = images_of(messages)
-        if not all(isinstance(part["image"], str) for part in pictures):
-            raise PromptError("an image is not a path or a URL")
-        if messages[-1]["role"] == "assistant":
-            raise PromptError("the assistant has the last word in it: there is nothing to answer")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, PromptError) as error:
-        reason = str(error) if isinstance(error, PromptError) else f'not a line {{"messages": [...]}} ({error!r})'
-        raise PromptError(f"{where}: {reason}") from None
-    for part in pictures:
-        part["image"] = beside(folder, part["image"])
-    try:
-        messages = [{**message, "content": _by_page(message["content"], most_pages)} for message in messages]
-    except VLMError as error:
-        raise PromptError(f"{where}: {error}") from None
-    pictures = images_of(messages)
-    opening = [] if any(message["role"] == "system" for message in messages) else _opening(system)
-    named = {"images": [part["image"] for part in pictures], "messages": entry["messages"]}
-    return Item([*opening, *messages], named | ({"id": entry["id"]} if "id" in entry else {}))
-
-
-def beside(folder: Path, name: str) -> str:
-    """A picture's name in a file of that folder, as a path; addresses stay."""
-    if re.match(r"(?i)https?://|data:", name):
-        return name
-    from mlx_vlm_mini.images.names import local_path
-
-    return str(folder / local_path(name))
-
-
-def _by_page(content: Any, most: int | None) -> Any:
-    """PDFs as their pages' names."""
-    if isinstance(content, str):
-        return content
-    return [
-        {**part, "image": name} if name is not None else part
-        for part in content
-        for name in (_pages_of(part["image"], most) if part["type"] == "image" else [None])
-    ]
-
-
-def _opening(system: str | None) -> list[Message]:
-    return [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
-
-
-def _is_many(name: str) -> bool:
-    path = os.path.expanduser(name)  # noqa: PTH111 - never raises
-    if os.path.isdir(path):  # noqa: PTH112 - never raises
-        return True
-    if "[" in name and _is_pdf(name):
-        return False
-    return glob.has_magic(path) and "://" not in path and not path.startswith("data:") and not os.path.exists(path)  # noqa: PTH110
-
-
-@cache
-def _digest(name: str, dpi: int | None) -> str | None:
-    """SHA-256 of a file, or what a page of one is known by; None of what is none."""
-    from mlx_vlm_mini.images.names import find_file
-
-    if _is_pdf(name):
-        from mlx_vlm_mini.images import pdf
-        from mlx_vlm_mini.images.source import page_digest
-
-        whole_name, page = pdf.split_name(name)
-        whole = _digest(whole_name, dpi) if page is not None else None
-        if page is not None and page.isdecimal() and whole is not None:
-            return page_digest(whole, int(page), dpi or pdf.DPI)
-    try:
-        path = find_file(name)
-        if not path.is_file():  # a device might never end
-            return None
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError, RuntimeError):
-        return None
-
-
-def check_pictures(item: Item, seen: Sequence[str]) -> None:
-    """Raises PromptError where a picture was another one, by its SHA-256, when its question got its key."""
-    for name, sha256 in zip(item.images, seen, strict=True):
-        if _digest(name, item.dpi) not in (None, sha256):
-            raise PromptError(f"{name} changed meanwhile: the same command asks about it again")
-
-
-class Output:
-    """Lines of JSON, in a file that is gone on with, or on stdout.
+class Asking:
+    """Asks questions ahead and writes the answers in the order of the questions.
 
     Attributes:
-        done: keys of the answers that the file held.
+        tally: what was answered.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        """
-        Raises:
-            PromptError: the file holds something else, or another run is writing it.
-        """
-        self.path = path
-        self.done: set[str] = set()
-        self._file: BinaryIO | None = None
-        if path is None:
-            return
-        with ExitStack() as stack:
-            regular = path.is_file() or not path.exists()  # a device or a pipe is written, not read
-            self._file = stack.enter_context(path.open("a+b" if regular else "ab"))
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise PromptError(f"another run is writing {path}") from None
-            if regular:
-                self._read(self._file, path)
-            stack.pop_all()
-
-    def _read(self, file: BinaryIO, path: Path) -> None:
-        """Note what is there; drop a last line that a killed run left unfinished."""
-        file.seek(0)
-        whole = 0
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n") and (line.startswith(_BEGIN) or _BEGIN.startswith(line)):
-                file.truncate(whole)
-                break
-            try:
-                entry = json.loads(line)
-                key = str(entry["key"])
-            except (ValueError, TypeError, KeyError, RecursionError):
-                raise PromptError(f"{path}:{number} is no answer of generate: name another file") from None
-            whole += len(line)
-            if "error" not in entry:
-                self.done.add(key)
-
-    def write(self, key: str, entry: dict[str, Any]) -> None:
-        """Add a line, and see it out."""
-        entry = {"key": key, **entry}
-        try:
-            line = json.dumps(entry, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # a file's name that is not UTF-8
-            line = json.dumps(entry).encode()
-        if self._file is None:
-            click.echo(line)
-        else:
-            self._file.write(line + b"\n")
-            self._file.flush()
-
-    def __enter__(self) -> "Output":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def __init__(
+        self,
+        output: Output,
+        ask: Callable[[Item], "Request"] | None,
+        rows: int,
+        progress: Progress,
+        check: Callable[[], None],
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        """
+        Args:
+            ask: has an item answered; None where all items are at fault.
+            rows: answers that are given at a time.
+            check: is called between two answers; raises where the run is to end.
+        """
+        self.tally = progress.tally
+        self._output, self._ask, self._progress, self._check = output, ask, progress, check
+        self._most_open, self._most = AHEAD * rows, HELD * rows
+        self._asked: deque[_Asked] = deque()
+        self._ended: queue.SimpleQueue[_Asked] = queue.SimpleQueue()
+        self._open = 0
 
+    def answer(self, todo: Todo) -> None:
+        """Answer all; what cannot be answered is written with its error, and counted."""
+        more = True
+        while more or self._asked:
+            while more and self._open < self._most_open and len(self._asked) < self._most:
+                try:
+                    found = next(todo)
+                except StopIteration:
+                    more = False
+                    break
+                self._check()
+                if found is None:
+                    break
+                self._begin(*found)
+            while self._asked and self._asked[0].is_whole:
+                self._settle(self._asked.popleft())
+            self._progress.update()
+            self._wait(block=not more or self._open >= self._most_open or len(self._asked) >= self._most)
+            self._check()
 
-def left_to_do(items: Sequence[Item], output: Output, settings: dict[str, Any]) -> list[tuple[str, Item]]:
-    """What the output lacks, with its keys. A question that is asked again has a key of its own."""
-    _digest.cache_clear()  # files may have changed since another run of this process
-    asked: Counter[str] = Counter()
-    todo = []
-    for item in items:
-        key = item.key(settings)
-        asked[key] += 1
-        if asked[key] > 1:
-            key = f"{key}-{asked[key]}"
-        if key not in output.done:
-            todo.append((key, item))
-    return todo
-
-
-def answer_all(
-    todo: Sequence[tuple[str, Item]],
-    output: Output,
-    ask: Callable[[Item], Callable[[], dict[str, Any]]],
-    together: int,
-) -> int:
-    """Answer all in their order; what cannot be answered is written with its error, and counted.
-
-    Args:
-        ask: has an item answered, and gives what waits for its answer.
-        together: items that are being answered at a time; as many again are asked ahead.
-    """
-    failed = 0
-    waiting: deque[tuple[str, Item, Callable[[], dict[str, Any]]]] = deque()
-
-    def settle(key: str, item: Item, wait: Callable[[], dict[str, Any]]) -> None:
-        nonlocal failed
+    def _begin(self, key: str, item: Item) -> None:
+        asked = _Asked(key, item, error=item.fault, is_whole=item.fault is not None)
+        self._asked.append(asked)
+        if asked.is_whole:
+            return
+        assert self._ask is not None
         try:
-            entry = wait()
+            asked.request = self._ask(item)
         except (VLMError, MemoryError) as error:
-            failed += 1
-            entry = {"error": " ".join(str(error).split()) or "out of memory"}
-            over = "\r\x1b[2K" if sys.stderr.isatty() else ""  # the bar is drawn again below
-            click.echo(f"{over}Error: {entry['error']}", err=True)
-        output.write(key, item.named | entry)
-        bar.update(1, (key, item))
+            asked.error, asked.is_whole = _line_of(error), True
+        else:
+            self._open += 1
+            asked.request.add_done_callback(lambda _: self._ended.put(asked))
 
-    with click.progressbar(
-        length=len(todo), label="answering", file=sys.stderr, hidden=not sys.stderr.isatty(), show_pos=True,
-        item_show_func=_show,
-    ) as bar:  # fmt: skip
-        for key, item in todo:
+    def _wait(self, *, block: bool) -> None:
+        """Note which answers are whole; where `block`, wait a while for one."""
+        try:
+            block = block and self._open > 0 and not (self._asked and self._asked[0].is_whole)
+            while True:
+                self._ended.get(block, _WAIT_S if block else None).is_whole = True
+                self._open -= 1
+                block = False
+        except queue.Empty:
+            return
+
+    def _settle(self, asked: _Asked) -> None:
+        entry: dict[str, Any] = {}
+        if asked.request is not None:
             try:
-                waiting.append((key, item, ask(item)))
+                entry = as_object(list(asked.request), {}, False)
             except (VLMError, MemoryError) as error:
-                waiting.append((key, item, partial(_fail, error)))
-            if len(waiting) >= (1 if together == 1 else 2 * together):
-                settle(*waiting.popleft())
-        while waiting:
-            settle(*waiting.popleft())
-    return failed
+                asked.error = _line_of(error)
+        if asked.error is not None:
+            entry = {"error": asked.error}
+            self.tally.failed += 1
+            self._progress.clear()
+            click.echo(f"Error: {asked.error}", err=True)
+        else:
+            self.tally.answered += 1
+        self._output.write(asked.key, asked.item.named | entry)
+        self._progress.update(_show(asked.item))
 
 
-def _fail(error: Exception) -> dict[str, Any]:
-    raise error
+def _line_of(error: BaseException) -> str:
+    return " ".join(str(error).split()) or "out of memory"
 
 
-def _show(todo: tuple[str, Item] | None) -> str:
-    return "" if todo is None else neutralize(" ".join(Path(name).name for name in todo[1].images)).replace("\n", " ")
+def _show(item: Item) -> str:
+    return neutralize(" ".join(Path(name).name for name in item.images)).replace("\n", " ")
+
+
+def answer_many(
+    model: str,
+    questions: Questions,
+    path: Path | None,
+    *,
+    part: Part | None,
+    batch_size: int,
+    memory: str | None,
+    loading: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Answer all questions of a part into a file or onto stdout.
+
+    Raises:
+        PromptError: some could not be answered.
+        KeyboardInterrupt: there was a Ctrl-C.
+    """
+    tally = Tally(unit=questions.unit)
+    taken = [] if path is None or part is not None else [file for _, file in part_files(path)]
+    with ExitStack() as stack:
+        output = stack.enter_context(Output(path, part))
+        progress = Progress(tally, output.path if output.regular else None, part)
+        progress.remove(*taken)
+        stack.callback(progress.clear)
+        interrupts = stack.enter_context(Interrupts())
+        progress.say("looking at what there is to do")
+        todo = left_to_do(questions, output, {"model": model, **loading, **options}, part, tally)
+        begun = []  # what is at fault needs no model
+        for found in todo:
+            interrupts.check()
+            if found is not None:
+                begun.append(found)
+                if found[1].fault is None:
+                    break
+        try:
+            if begun:
+                stack.enter_context(awake())
+                ask: Callable[[Item], Request] | None = None
+                if begun[-1][1].fault is None:
+                    progress.say(f"loading {model}")
+                    ask = stack.enter_context(_engine(model, batch_size, memory, loading, options))
+                progress.start()
+                Asking(output, ask, batch_size, progress, interrupts.check).answer(chain(begun, todo))
+        finally:
+            progress.note(running=False)
+        progress.clear()
+        if tally.held:
+            click.echo(f"{output.path} holds {tally.held} of {tally.share} answers already", err=True)
+        if part is None and output.path is not None:
+            progress.remove(output.path)
+    if tally.failed:
+        raise PromptError(f"{tally.failed} of {tally.share} could not be answered: see their lines of output")
+
+
+@contextmanager
+def _engine(
+    model: str, batch_size: int, memory: str | None, loading: dict[str, Any], options: dict[str, Any]
+) -> Iterator[Callable[[Item], "Request"]]:
+    """Load a model; gives what has an item answered."""
+    from mlx_vlm_mini import Engine, load
+    from mlx_vlm_mini.generation.features import Features
+    from mlx_vlm_mini.text.messages import images_of
+
+    vlm, processor = load(model, **loading)
+    pixels = Features()
+
+    def ask(item: Item) -> "Request":
+        messages = [
+            message
+            if isinstance(message["content"], str)
+            else {**message, "content": [pixels.prepare_part(processor, part) for part in message["content"]]}
+            for message in item.opened()
+        ]
+        check_pictures(item, [part["image"].origin.sha256 for part in images_of(messages)])
+        return engine.submit(messages)
+
+    with Engine(vlm, processor, batch_size=batch_size, memory=memory, **options) as engine:
+        yield ask
+
+
+def as_object(chunks: list["Chunk"], more_timings: dict[str, float], interrupted: bool) -> dict[str, Any]:
+    """What is written of an answer."""
+    stats = asdict(chunks[-1].stats) if chunks else {}
+    counts = ("prompt_tokens", "image_tokens", "cached_tokens")
+    times = ("image_s", "prefill_s", "first_token_s", "decode_s")
+    return {
+        "text": "".join(chunk.text for chunk in chunks),
+        "token_ids": [chunk.token for chunk in chunks],
+        "logprobs": [chunk.logprob for chunk in chunks],
+        "finish_reason": "interrupted" if interrupted else chunks[-1].finish_reason,
+        **{key: stats.get(key, 0) for key in counts},
+        "timings": {**more_timings, **{key: stats.get(key, 0.0) for key in times}},
+        "peak_memory_bytes": stats.get("peak_memory_bytes", 0),
+    }

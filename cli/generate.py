@@ -3,20 +3,19 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .batch import Item, Output, answer_all, ask, ask_about, check_pictures, left_to_do, read_prompts, spread
 from .drawing import check_drawing, check_not_given, draw_answer, drawing_options, find_mask_decoder
 from .interrupt import Interrupts
 from .line import read_pictures
 from .look import Look
 from .main import INTERRUPTED
 from .options import (
+    MemoryType,
     check_videos,
     complete_files,
     loading_options,
@@ -25,6 +24,8 @@ from .options import (
     sampling_options,
     video_options,
 )
+from .part import Part, PartType
+from .questions import ask, find_questions, list_pictures, spread
 from .status import Status, cost_of
 from .writing import Answer
 
@@ -50,6 +51,12 @@ if TYPE_CHECKING:
     "picture gets the prompt.",
     shell_complete=complete_files,
 )
+@click.option(
+    "--images-from",
+    metavar="FILE",
+    help="A list of pictures, a path or URL a line, each of which gets the prompt; - reads it from stdin.",
+    shell_complete=complete_files,
+)
 @page_options
 @video_options
 @click.option("--system", help="System message.")
@@ -63,11 +70,23 @@ if TYPE_CHECKING:
     help="Append a line of JSON an answer; what the file holds already is not asked again.",
 )
 @click.option(
+    "--part",
+    type=PartType(),
+    help="With --output: the K-th of N parts of the work, in a file beside FILE, for N machines; `auto` takes both numbers "
+    "from MLX's, MPI's or Slurm's environment. Without it, the files of all parts are taken in.",
+)
+@click.option(
     "--batch-size",
     type=click.IntRange(1),
-    default=8,
+    default=16,
     show_default=True,
     help="Of many prompts, those that are answered together at most; fewer where memory does not allow it.",
+)
+@click.option(
+    "--memory",
+    type=MemoryType(),
+    help="For weights and answers together: a size (12GB) or a share of the device's memory (0.5).  [default: half of what "
+    "the weights leave free]",
 )
 @drawing_options
 @click.pass_context
@@ -78,12 +97,15 @@ def command(
     prompt: str | None,
     prompt_file: str | None,
     images: tuple[str, ...],
+    images_from: str | None,
     pages: dict[str, int],
     videos: list[dict[str, Any]],
     system: str | None,
     as_json: bool,
     output: Path | None,
+    part: Part | None,
     batch_size: int,
+    memory: str | None,
     draw: Path | None,
     mask_decoder: str | None,
     loading: dict[str, Any],
@@ -103,10 +125,16 @@ def command(
     from mlx_vlm_mini.errors import PromptError
     from mlx_vlm_mini.images.names import local_path
 
+    from .batch import answer_many, as_object
+
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give --prompt, or --prompt-file for many" if prompt is None else "one prompt or many?")
-    if [prompt, prompt_file, *images].count("-") > 1:
-        raise click.UsageError("stdin can give the prompt or an image, not both")
+    if [prompt, prompt_file, images_from, *images].count("-") > 1:
+        raise click.UsageError("stdin can give one thing: the prompt, an image, or a list of them")
+    if images and images_from is not None:
+        raise click.UsageError("give --image or --images-from, not both")
+    if part is not None and output is None:
+        raise click.UsageError("--part goes with --output: the parts' files lie beside it")
     images = tuple(str(local_path(image)) if image[:7].lower() == "file://" else image for image in images)
     check_drawing(draw, mask_decoder, images)
     if prompt == "-":
@@ -115,13 +143,23 @@ def command(
     if prompt is not None and not prompt.strip():
         raise PromptError("the prompt is empty: say what the model should answer")
     many = prompt is None or output is not None
-    pictures = spread(images, by_page=many, most_pages=pages.get("most_pages"))
+    if images_from is None:
+        pictures = spread(images, by_page=many, most_pages=pages.get("most_pages"))
+    else:
+        pictures = list_pictures(images_from, most_pages=pages.get("most_pages"))
     if prompt is None or pictures is not None or output is not None:
         if draw is not None or videos or "-" in images:
             raise click.UsageError("--draw, --video, and an image on stdin, go with one answer on stdout")
-        about: Sequence[str | Sequence[str]] | None = (pictures or [images]) if images else None
-        items = _questions(prompt, prompt_file, about, system, pages)
-        _answer_many(ctx, model, items, output, loading, options, batch_size)
+        questions = find_questions(prompt, prompt_file, images, pictures, system, pages)
+        try:
+            answer_many(
+                model, questions, output,
+                part=part, batch_size=batch_size, memory=memory, loading=loading, options=options,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            if output is not None:
+                click.echo(f"\nstopped: the same command goes on with {output}", err=True)
+            ctx.exit(INTERRUPTED)
         return
     # Opened first: a wrong path should not cost the time that loading takes.
     names, opened = _open(images, pages, draw, mask_decoder)
@@ -164,29 +202,13 @@ def command(
         scale = processor.answer_scale((opened[0].height, opened[0].width))
         drawn["detections"] = draw_answer(text, opened[0], draw, decode_masks, scale)
     if as_json:
-        said = _as_object(chunks, {"load_s": load_s}, interrupted)
+        said = as_object(chunks, {"load_s": load_s}, interrupted)
         named = {"images": names} | ({"videos": [part["video"] for part in videos]} if videos else {})
         click.echo(json.dumps(named | said | drawn, ensure_ascii=False))
     elif chunks and sys.stderr.isatty():
         Look.of_terminal().note(cost_of(chunks[-1].stats))
     if interrupted:
         ctx.exit(INTERRUPTED)
-
-
-def _questions(
-    prompt: str | None,
-    prompt_file: str | None,
-    about: Sequence[str | Sequence[str]] | None,
-    system: str | None,
-    pages: Mapping[str, Any],
-) -> list[Item]:
-    """The one question, or those of a file, about each of some pictures where there are any."""
-    if prompt is not None:
-        items = [ask(prompt, [], system)]
-    else:
-        items = read_prompts(str(prompt_file), system, pages.get("most_pages"))
-    items = items if about is None else ask_about(items, about, system)
-    return [replace(item, dpi=pages["dpi"]) for item in items] if "dpi" in pages else items
 
 
 def _open(
@@ -204,78 +226,3 @@ def _open(
         check_drawing(draw, mask_decoder, [picture.name for picture in read])
     names = images if len(read) == len(images) else [picture.name for picture in read]
     return names, [open_image(picture) for picture in read]
-
-
-def _answer_many(
-    ctx: click.Context,
-    model: str,
-    items: Sequence[Item],
-    path: Path | None,
-    loading: dict[str, Any],
-    options: dict[str, Any],
-    batch_size: int,
-) -> None:
-    """Answer all items into a file or onto stdout, and end with exit code 1 where some could not be."""
-    from mlx_vlm_mini.errors import PromptError
-
-    with Output(path) as output, Status() as status:
-        status.show("looking at what there is to do")
-        todo = left_to_do(items, output, {"model": model, **loading, **options})
-        status.clear()
-        if path is not None and len(todo) < len(items):
-            click.echo(f"{path} holds {len(items) - len(todo)} of {len(items)} answers already", err=True)
-        if not todo:
-            return
-
-        from mlx_vlm_mini import Engine, load
-        from mlx_vlm_mini.generation.features import Features
-        from mlx_vlm_mini.text.messages import images_of
-
-        status.show(f"loading {model}")
-        vlm, processor = load(model, **loading)
-        status.clear()
-        pixels = Features()
-
-        def ask_engine(item: Item) -> Callable[[], dict[str, Any]]:
-            messages = [
-                message
-                if isinstance(message["content"], str)
-                else {**message, "content": [pixels.prepare_part(processor, part) for part in message["content"]]}
-                for message in item.opened()
-            ]
-            check_pictures(item, [part["image"].origin.sha256 for part in images_of(messages)])
-            request = engine.submit(messages)
-
-            def wait() -> dict[str, Any]:
-                chunks = []
-                for chunk in request:
-                    chunks.append(chunk)
-                    interrupts.check()
-                return _as_object(chunks, {}, False)
-
-            return wait
-
-        try:
-            with Interrupts() as interrupts, Engine(vlm, processor, batch_size=batch_size, **options) as engine:
-                failed = answer_all(todo, output, ask_engine, batch_size)
-        except KeyboardInterrupt:
-            if path is not None:
-                click.echo(f"\nstopped: the same command goes on with {path}", err=True)
-            ctx.exit(INTERRUPTED)
-    if failed:
-        raise PromptError(f"{failed} of {len(items)} could not be answered: see their lines of output")
-
-
-def _as_object(chunks: list["Chunk"], more_timings: dict[str, float], interrupted: bool) -> dict[str, Any]:
-    stats = asdict(chunks[-1].stats) if chunks else {}
-    counts = ("prompt_tokens", "image_tokens", "cached_tokens")
-    times = ("image_s", "prefill_s", "first_token_s", "decode_s")
-    return {
-        "text": "".join(chunk.text for chunk in chunks),
-        "token_ids": [chunk.token for chunk in chunks],
-        "logprobs": [chunk.logprob for chunk in chunks],
-        "finish_reason": "interrupted" if interrupted else chunks[-1].finish_reason,
-        **{key: stats.get(key, 0) for key in counts},
-        "timings": {**more_timings, **{key: stats.get(key, 0.0) for key in times}},
-        "peak_memory_bytes": stats.get("peak_memory_bytes", 0),
-    }

@@ -13,7 +13,10 @@ import click
 from mlx_vlm_mini import __version__
 from mlx_vlm_mini.errors import VLMError
 
-COMMANDS = ("chat", "generate", "convert", "info", "attend", "compose", "train", "eval", "scenes", "score", "bench")
+COMMANDS = (
+    "chat", "generate", "status", "convert", "info", "attend", "compose", "train", "eval", "scenes", "score", "bench",
+)  # fmt: skip
+_FILES = {"status": "counts"}  # of commands that are not called as their file
 INTERRUPTED = 128 + signal.SIGINT
 
 # At the end nobody needs the memory that a last search for cycles finds; it takes 40 ms.
@@ -29,7 +32,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"mlx_vlm_mini.cli.{cmd_name}").command
+        command: click.Command = import_module(f"mlx_vlm_mini.cli.{_FILES.get(cmd_name, cmd_name)}").command
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

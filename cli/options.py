@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,18 @@ def original_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """For the shell: what stands here may be a file."""
     return [CompletionItem(incomplete, type="file")]
+
+
+class MemoryType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions alone
+    """An amount of memory, as `mlx_vlm_mini.layers.memory.read_memory` reads it."""
+
+    name = "AMOUNT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """See `click.ParamType`; it is read when the model is there."""
+        if not re.fullmatch(r"(?i)\s*[\d.]+\s*(%|[kmgt]?i?b?)\s*", str(value)):
+            self.fail(f"{value!r} is no amount of memory: give a size like 12GB, or a share like 0.5", param, ctx)
+        return str(value)
 
 
 def model_argument(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_vlm_mini.errors import ContextError, PromptError, VLMError
 from mlx_vlm_mini.images.source import ImageSource
 from mlx_vlm_mini.inputs import Inputs
-from mlx_vlm_mini.layers.memory import free_memory
+from mlx_vlm_mini.layers.memory import device_memory, free_memory, read_memory
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.text.messages import Prompt, to_messages
@@ -31,13 +32,21 @@ SHARE = 0.5  # of the memory that is free, for keys and values
 PREFIX_SHARE = 0.25  # of these, for states of prompts that may come again
 
 
-def memory_budget() -> int:
-    """Bytes for keys and values: a share of what the device recommends on a GPU, of what is free on a CPU."""
-    if mx.default_device().type == mx.DeviceType.gpu:
-        recommended = mx.device_info().get("max_recommended_working_set_size")
-        if isinstance(recommended, int):
-            return int(SHARE * max(recommended - mx.get_active_memory(), 0))
-    return int(SHARE * free_memory())
+def sequence_memory(model: VLM, memory: int | float | str | None) -> int:
+    """Bytes that sequences may take: what is left of `memory` beside the weights; by default a share of what is free,
+    on a GPU of what the device recommends.
+
+    Raises:
+        PromptError: the weights alone take as much, or `memory` makes no sense.
+    """
+    if memory is None:
+        is_gpu = mx.default_device().type == mx.DeviceType.gpu
+        free = device_memory() - mx.get_active_memory() if is_gpu else free_memory()
+        return int(SHARE * max(free, 0))
+    granted, weights = read_memory(memory), sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    if granted <= weights:
+        raise PromptError(f"the weights alone take {weights / 1e9:.2f} GB, and memory is {granted / 1e9:.2f} GB")
+    return granted - weights
 
 
 class Request:
@@ -181,7 +190,7 @@ class Engine:
         processor: Processor,
         *,
         batch_size: int = 8,
-        memory: int | None = None,
+        memory: int | float | str | None = None,
         feature_memory: int = FEATURE_MEMORY,
         prefix_memory: int | None = None,
         context: int | None = None,
@@ -190,9 +199,11 @@ class Engine:
         """
         Args:
             batch_size: answers that are decoded together at most.
-            memory: bytes that their keys and values may take; by default half of what is free.
+            memory: what weights and sequences may take: bytes, a size ("12GB") or a share of the device's (0.5); by
+                default the weights and half of what is free.
             feature_memory: bytes of pixels, and bytes of features, that are kept for pictures that come again.
-            prefix_memory: bytes of states that are kept for prompts that begin alike; by default a quarter of `memory`.
+            prefix_memory: bytes of states that are kept for prompts that begin alike; by default a quarter of
+                what sequences may take.
             context: tokens that a prompt and its answer may have: a prompt without room for an answer is refused, and
                 an answer ends there with the reason "length". None is no limit.
             options: defaults for every request, see `Options`.
@@ -204,11 +215,16 @@ class Engine:
             raise PromptError(f"batch_size must be a whole number of 1 or more, not {batch_size!r}")
         Options(**options)
         self.model, self.processor, self.options, self.context = model, processor, options, context
-        budget = memory_budget() if memory is None else memory
+        budget = sequence_memory(model, memory)
         prefixes = Prefixes(int(PREFIX_SHARE * budget) if prefix_memory is None else prefix_memory)
         self._features, self._pixels = Features(feature_memory), Features(feature_memory)  # of a thread each
         self._batch = Batch(
-            model, processor, size=batch_size, memory=budget, features=self._features, prefixes=prefixes
+            model,
+            processor,
+            size=batch_size,
+            memory=max(budget - prefixes.limit, 0),
+            features=self._features,
+            prefixes=prefixes,
         )
         self._requests: dict[Job, Request] = {}
         self._arrived: queue.SimpleQueue[tuple[Request, Job] | None] = queue.SimpleQueue()
@@ -350,7 +366,7 @@ def batch_generate(
     prompts: Sequence[Prompt | Mapping[str, Any]],
     *,
     batch_size: int = 8,
-    memory: int | None = None,
+    memory: int | float | str | None = None,
     features: Features | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
@@ -360,7 +376,7 @@ def batch_generate(
     Args:
         prompts: as for `generate`, or `{"prompt": ..., "images": [...], ...}` with options of its own.
         batch_size: answers that are decoded together at most.
-        memory: bytes that their keys and values may take; by default half of what is free.
+        memory: as of `Engine`.
         features: where what images become is kept and found.
         progress: called with the number of answers that are whole, and of all.
         options: for all prompts, see `Options`.
@@ -374,10 +390,9 @@ def batch_generate(
     if type(batch_size) is not int or batch_size < 1:
         raise PromptError(f"batch_size must be a whole number of 1 or more, not {batch_size!r}")
     Options(**options)
-    kept, budget = features or Features(), memory_budget() if memory is None else memory
-    batch = Batch(
-        model, processor, size=batch_size, memory=budget, features=kept, prefixes=Prefixes(int(PREFIX_SHARE * budget))
-    )
+    kept, budget = features or Features(), sequence_memory(model, memory)
+    prefixes = Prefixes(int(PREFIX_SHARE * budget))
+    batch = Batch(model, processor, size=batch_size, memory=budget - prefixes.limit, features=kept, prefixes=prefixes)
     answers = [Answer() for _ in prompts]
     of: dict[Job, int] = {}
     coming, done = iter(enumerate(prompts)), 0

@@ -3,13 +3,13 @@
 import pytest
 from checkpoints import PLAIN
 
-from mlx_vlm_mini.cli import batch, writing
+from mlx_vlm_mini.cli import batch, questions, writing
 
 ESCAPE = "\x1b]0;PWNED\x07"
 
 
 def test_the_progress_bar(tmp_path):
-    shown = batch._show(("key", batch.ask("What?", [f"{tmp_path}/a{ESCAPE}\nb.png"], None)))
+    shown = batch._show(questions.ask("What?", [f"{tmp_path}/a{ESCAPE}\nb.png"], None))
     assert shown.isprintable() and "PWNED" in shown
 
 

@@ -241,7 +241,7 @@ def test_many_answers_show_a_bar_and_ctrl_c_leaves_whole_lines(start, tmp_path):
     (tmp_path / "prompts.txt").write_text("Tell me a long story\n" * 400)
     command = ("generate", PLAIN, "--prompt-file", "prompts.txt", "--output", "out.jsonl", "--max-tokens", 60)
     generate = start(*command)
-    generate.read_until(r"answering +\[.*[2-9]/400")
+    generate.read_until(r"answering \[.*[2-9]/400")
     generate.type("\x03")
     generate.read_until(r"stopped: the same command goes on with out\.jsonl")
     assert generate.process.wait(timeout=20) == 128 + signal.SIGINT
