@@ -15,7 +15,7 @@ from .line import read_pictures
 from .look import Look
 from .main import INTERRUPTED
 from .options import (
-    MemoryType,
+    batch_options,
     check_videos,
     complete_files,
     loading_options,
@@ -24,7 +24,7 @@ from .options import (
     sampling_options,
     video_options,
 )
-from .part import Part, PartType
+from .part import Part
 from .questions import ask, find_questions, list_pictures, spread
 from .status import Status, cost_of
 from .writing import Answer
@@ -51,12 +51,6 @@ if TYPE_CHECKING:
     "picture gets the prompt.",
     shell_complete=complete_files,
 )
-@click.option(
-    "--images-from",
-    metavar="FILE",
-    help="A list of pictures, a path or URL a line, each of which gets the prompt; - reads it from stdin.",
-    shell_complete=complete_files,
-)
 @page_options
 @video_options
 @click.option("--system", help="System message.")
@@ -69,25 +63,7 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Append a line of JSON an answer; what the file holds already is not asked again.",
 )
-@click.option(
-    "--part",
-    type=PartType(),
-    help="With --output: the K-th of N parts of the work, in a file beside FILE, for N machines; `auto` takes both numbers "
-    "from MLX's, MPI's or Slurm's environment. Without it, the files of all parts are taken in.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=16,
-    show_default=True,
-    help="Of many prompts, those that are answered together at most; fewer where memory does not allow it.",
-)
-@click.option(
-    "--memory",
-    type=MemoryType(),
-    help="For weights and answers together: a size (12GB) or a share of the device's memory (0.5).  [default: half of what "
-    "the weights leave free]",
-)
+@batch_options
 @drawing_options
 @click.pass_context
 def command(
@@ -97,15 +73,12 @@ def command(
     prompt: str | None,
     prompt_file: str | None,
     images: tuple[str, ...],
-    images_from: str | None,
     pages: dict[str, int],
     videos: list[dict[str, Any]],
     system: str | None,
     as_json: bool,
     output: Path | None,
-    part: Part | None,
-    batch_size: int,
-    memory: str | None,
+    batch: dict[str, Any],
     draw: Path | None,
     mask_decoder: str | None,
     loading: dict[str, Any],
@@ -127,14 +100,8 @@ def command(
 
     from .batch import answer_many, as_object
 
-    if (prompt is None) == (prompt_file is None):
-        raise click.UsageError("give --prompt, or --prompt-file for many" if prompt is None else "one prompt or many?")
-    if [prompt, prompt_file, images_from, *images].count("-") > 1:
-        raise click.UsageError("stdin can give one thing: the prompt, an image, or a list of them")
-    if images and images_from is not None:
-        raise click.UsageError("give --image or --images-from, not both")
-    if part is not None and output is None:
-        raise click.UsageError("--part goes with --output: the parts' files lie beside it")
+    images_from: str | None = batch.pop("images_from")
+    _check_usage(prompt, prompt_file, images, images_from, batch["part"], output)
     images = tuple(str(local_path(image)) if image[:7].lower() == "file://" else image for image in images)
     check_drawing(draw, mask_decoder, images)
     if prompt == "-":
@@ -152,10 +119,7 @@ def command(
             raise click.UsageError("--draw, --video, and an image on stdin, go with one answer on stdout")
         questions = find_questions(prompt, prompt_file, images, pictures, system, pages)
         try:
-            answer_many(
-                model, questions, output,
-                part=part, batch_size=batch_size, memory=memory, loading=loading, options=options,
-            )  # fmt: skip
+            answer_many(model, questions, output, **batch, loading=loading, options=options)
         except KeyboardInterrupt:
             if output is not None:
                 click.echo(f"\nstopped: the same command goes on with {output}", err=True)
@@ -209,6 +173,25 @@ def command(
         Look.of_terminal().note(cost_of(chunks[-1].stats))
     if interrupted:
         ctx.exit(INTERRUPTED)
+
+
+def _check_usage(
+    prompt: str | None,
+    prompt_file: str | None,
+    images: Sequence[str],
+    images_from: str | None,
+    part: Part | None,
+    output: Path | None,
+) -> None:
+    """Raises UsageError where options do not go together."""
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("give --prompt, or --prompt-file for many" if prompt is None else "one prompt or many?")
+    if [prompt, prompt_file, images_from, *images].count("-") > 1:
+        raise click.UsageError("stdin can give one thing: the prompt, an image, or a list of them")
+    if images and images_from is not None:
+        raise click.UsageError("give --image or --images-from, not both")
+    if part is not None and output is None:
+        raise click.UsageError("--part goes with --output: the parts' files lie beside it")
 
 
 def _open(

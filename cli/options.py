@@ -10,6 +10,8 @@ from click.shell_completion import CompletionItem
 
 from mlx_vlm_mini.checkpoints import bundled
 
+from .part import PartType
+
 DTYPES = click.Choice(["float32", "float16", "bfloat16"])
 
 
@@ -94,6 +96,46 @@ def page_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--max-pages", type=click.IntRange(1), help="Pages of a PDF at most.  [default: 20]"),
         click.option("--dpi", type=click.IntRange(1, 1200), help="Pixels an inch of a PDF's pages.  [default: 144]"),
+    ):
+        command = option(command)
+    return command
+
+
+def batch_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--images-from, --part, --batch-size and --memory, of many answers, handed on as `batch`."""
+
+    @functools.wraps(function)
+    def gathered(*arguments: Any, **options: Any) -> Any:
+        names = ("images_from", "part", "batch_size", "memory")
+        return function(*arguments, batch={name: options.pop(name) for name in names}, **options)
+
+    command: Callable[..., Any] = gathered
+    for option in (
+        click.option(
+            "--memory",
+            type=MemoryType(),
+            help="For weights and answers together: a size (12GB) or a share of the device's memory (0.5).  [default: half "
+            "of what the weights leave free]",
+        ),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(1),
+            default=16,
+            show_default=True,
+            help="Of many prompts, those that are answered together at most; fewer where memory does not allow it.",
+        ),
+        click.option(
+            "--part",
+            type=PartType(),
+            help="With --output: the K-th of N parts of the work, in a file beside FILE, for N machines; `auto` takes both "
+            "numbers from MLX's, MPI's or Slurm's environment. Without it, the files of all parts are taken in.",
+        ),
+        click.option(
+            "--images-from",
+            metavar="FILE",
+            help="A list of pictures, a path or URL a line, each of which gets the prompt; - reads it from stdin.",
+            shell_complete=complete_files,
+        ),
     ):
         command = option(command)
     return command
