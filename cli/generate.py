@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ def command(
     from mlx_vlm_mini.errors import PromptError
     from mlx_vlm_mini.images.names import local_path
 
-    from .batch import answer_many, as_object
+    from .batch import answer_many
 
     images_from: str | None = batch.pop("images_from")
     _check_usage(prompt, prompt_file, images, images_from, batch["part"], output)
@@ -128,21 +129,43 @@ def command(
     # Opened first: a wrong path should not cost the time that loading takes.
     names, opened = _open(images, pages, draw, mask_decoder)
     check_videos(videos)
+    said = _Asked(model, prompt, names, opened, videos, system, draw, mask_decoder)
+    if _answer_one(said, as_json, loading, options):
+        ctx.exit(INTERRUPTED)
 
+
+@dataclass(frozen=True)
+class _Asked:
+    """One prompt, its images opened; `names`: what these are called."""
+
+    model: str
+    prompt: str
+    names: Sequence[str]
+    images: Sequence["Image.Image"]
+    videos: list[dict[str, Any]]
+    system: str | None
+    draw: Path | None
+    mask_decoder: str | None
+
+
+def _answer_one(asked: _Asked, as_json: bool, loading: dict[str, Any], options: dict[str, Any]) -> bool:
+    """Print one answer; whether Ctrl-C ended it."""
     from mlx_vlm_mini import load, stream_generate
 
-    decode_masks = None if draw is None else find_mask_decoder(mask_decoder, model)
+    from .batch import as_object
+
+    decode_masks = None if asked.draw is None else find_mask_decoder(asked.mask_decoder, asked.model)
     with Status() as status:
         begin = time.perf_counter()
-        status.show(f"loading {model}")
-        vlm, processor = load(model, **loading)
+        status.show(f"loading {asked.model}")
+        vlm, processor = load(asked.model, **loading)
         load_s = time.perf_counter() - begin
         status.show("reading the prompt")
         chunks: list[Chunk] = []
         interrupted = False
         answer = Answer()
-        messages = ask(prompt, opened, system).messages
-        messages[-1]["content"] = [*videos, *messages[-1]["content"]]
+        messages = ask(asked.prompt, asked.images, asked.system).messages
+        messages[-1]["content"] = [*asked.videos, *messages[-1]["content"]]
         try:
             with Interrupts() as interrupts:
 
@@ -161,18 +184,17 @@ def command(
     if not as_json:
         click.echo()
     drawn = {}
-    if draw is not None and not interrupted:
+    if asked.draw is not None and not interrupted:
         text = processor.tokenizer.decode([chunk.token for chunk in chunks], skip_special_tokens=False)
-        scale = processor.answer_scale((opened[0].height, opened[0].width))
-        drawn["detections"] = draw_answer(text, opened[0], draw, decode_masks, scale)
+        scale = processor.answer_scale((asked.images[0].height, asked.images[0].width))
+        drawn["detections"] = draw_answer(text, asked.images[0], asked.draw, decode_masks, scale)
     if as_json:
         said = as_object(chunks, {"load_s": load_s}, interrupted)
-        named = {"images": names} | ({"videos": [part["video"] for part in videos]} if videos else {})
+        named = {"images": asked.names} | ({"videos": [part["video"] for part in asked.videos]} if asked.videos else {})
         click.echo(json.dumps(named | said | drawn, ensure_ascii=False))
     elif chunks and sys.stderr.isatty():
         Look.of_terminal().note(cost_of(chunks[-1].stats))
-    if interrupted:
-        ctx.exit(INTERRUPTED)
+    return interrupted
 
 
 def _check_usage(
