@@ -1,11 +1,15 @@
 """`mlx-vlm-mini bench`: how fast a checkpoint runs here."""
 
 import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from .options import loading_options
+from .peers import OURS, SIDES, compare, missing
 from .status import Status
 
 _ROWS = (
@@ -21,6 +25,30 @@ def _as_contexts(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     return tuple(int(part) for part in value.split(","))
 
 
+def _as_sides(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """`mlx-vlm,transformers` -> ("mlx-vlm", "transformers")."""
+    names = () if value is None else tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+    others = [name for name in SIDES if name != OURS]
+    for name in names:
+        if name not in others:
+            raise click.BadParameter(f"{name!r} is unknown; known are {' and '.join(others)}")
+        if missing(name):
+            raise click.BadParameter(f"{name} is not installed in this environment: pip install {name}")
+    return names
+
+
+def _as_report(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+    """The file without its suffix."""
+    if value is None:
+        return None
+    path = Path(value)
+    if path.suffix not in ("", ".md", ".json"):
+        raise click.BadParameter(f"{value!r} should end in .md or .json; both files are written")
+    if not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {str(path.parent)!r}")
+    return path.with_suffix("")
+
+
 @click.command("bench")
 @click.argument("model", metavar="MODEL")
 @click.option("-i", "--image", metavar="IMAGE", help="The picture; by default one is drawn, 1024x768 pixels.")
@@ -33,6 +61,16 @@ def _as_contexts(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 @click.option(
     "--bandwidth", type=click.FloatRange(0, min_open=True), metavar="GB/S", help="Of the memory.  [default: measured]"
 )
+@click.option(
+    "--against", "sides", callback=_as_sides, metavar="NAME,...",
+    help=f"Have other programs answer the same question in turns: {', '.join(name for name in SIDES if name != OURS)}.",
+)  # fmt: skip
+@click.option(
+    "--report",
+    callback=_as_report,
+    metavar="FILE",
+    help="Write machine, versions and figures to FILE.md and FILE.json.",
+)
 @loading_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def command(
@@ -42,6 +80,8 @@ def command(
     prompt_tokens: int | None,
     max_tokens: int,
     bandwidth: float | None,
+    sides: tuple[str, ...],
+    report: Path | None,
     as_json: bool,
     loading: dict[str, Any],
 ) -> None:
@@ -50,6 +90,7 @@ def command(
     \b
     Example:
       mlx-vlm-mini bench mlx-community/Qwen2-VL-2B-Instruct-4bit --bandwidth 400
+      mlx-vlm-mini bench mlx-community/Qwen2-VL-2B-Instruct-4bit --against mlx-vlm --report bench.md
     """
     from mlx_vlm_mini.layers.cpu.blas import use_openblas
 
@@ -62,7 +103,30 @@ def command(
             model, image=image, contexts=contexts, prompt_tokens=prompt_tokens, max_tokens=max_tokens,
             bandwidth=None if bandwidth is None else bandwidth * 1e9, say=status.show, **loading,
         )  # fmt: skip
-    click.echo(json.dumps(found, ensure_ascii=False) if as_json else table(found))
+        if sides:
+            found["against"] = _compare(model, image, (OURS, *sides), max_tokens, loading, status)
+    text = table(found)
+    if report is not None:
+        report.with_suffix(".md").write_text(text + "\n")
+        report.with_suffix(".json").write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+    click.echo(json.dumps(found, ensure_ascii=False) if as_json else text)
+
+
+def _compare(
+    model: str, image: str | None, sides: Sequence[str], tokens: int, loading: dict[str, Any], status: Status
+) -> list[dict[str, Any]]:
+    from mlx_vlm_mini.checkpoints.hub import find_folder
+    from mlx_vlm_mini.generation.measure import QUESTION, ROUNDS, draw_picture
+
+    folder = find_folder(model, revision=loading["revision"])
+    with tempfile.TemporaryDirectory() as place:
+        picture = Path(place, "picture.jpg")
+        if image is None:
+            picture.write_bytes(draw_picture())
+        return compare(
+            str(folder), image or str(picture), QUESTION, sides, tokens=tokens, rounds=ROUNDS, dtype=loading["dtype"],
+            say=status.show,
+        )  # fmt: skip
 
 
 def table(found: dict[str, Any]) -> str:
@@ -83,9 +147,31 @@ def table(found: dict[str, Any]) -> str:
     lines.append(
         f"| peak memory: MLX, process | {_bytes(found['peak_memory_bytes'])}, {_bytes(found['peak_rss_bytes'])} |"
     )
-    machine, versions = found["machine"], found["versions"]
+    if "against" in found:
+        lines += ["", *_against(found["against"])]
+    machine, versions = found["machine"], dict(found["versions"])
+    for row in found.get("against", ()):
+        versions |= row.get("versions", {})
     where = f"{machine['device']} ({machine['kind']}), {machine['cores']} cores, {machine['system']}"
     return "\n".join([*lines, "", f"{where}; " + ", ".join(f"{name} {number}" for name, number in versions.items())])
+
+
+def _against(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A Markdown table, a row a program."""
+    lines = [
+        "| program | loading | first token | tokens/s | peak memory | prompt tokens | first tokens that agree |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['side']} | failed: {row['error']} | | | | | |")
+            continue
+        rate = "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}"
+        lines.append(
+            f"| {row['side']} | {_seconds(row['load_s'])} | {_seconds(row['first_token_s'])} | {rate} | "
+            f"{_bytes(row['peak_rss_bytes'])} | {row['prompt_tokens']:,} | {row['same_tokens']} |"
+        )
+    return lines
 
 
 def _seconds(seconds: float | None) -> str:

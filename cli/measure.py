@@ -135,7 +135,7 @@ def bench(
     }
     sizes = weight_bytes(model)
     found |= {"weight_bytes": sizes["all"], "bytes_per_token": sizes["token"], "load_s": load_s}
-    images = [] if model.config.text_alone else [picture or _draw_picture()]
+    images = [] if model.config.text_alone else [picture or draw_picture()]
     found |= _measure_images(model, processor, images, rounds, say)
     question = _lengthen(processor, images, prompt_tokens)
     found |= _measure_turns(model, processor, [*images, question], rounds, say)
@@ -171,7 +171,8 @@ def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _draw_picture() -> bytes:
+def draw_picture() -> bytes:
+    """A JPEG of 1024 x 768 pixels, always the same."""
     rng, written = np.random.default_rng(0), io.BytesIO()
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     coarse.resize((1024, 768), Image.Resampling.BICUBIC).save(written, "JPEG", quality=90)
