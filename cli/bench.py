@@ -116,7 +116,8 @@ def _compare(
     model: str, image: str | None, sides: Sequence[str], tokens: int, loading: dict[str, Any], status: Status
 ) -> list[dict[str, Any]]:
     from mlx_vlm_mini.checkpoints.hub import find_folder
-    from mlx_vlm_mini.generation.measure import QUESTION, ROUNDS, draw_picture
+
+    from .measure import QUESTION, ROUNDS, draw_picture
 
     folder = find_folder(model, revision=loading["revision"])
     with tempfile.TemporaryDirectory() as place:
