@@ -57,7 +57,7 @@ VARIANTS = {  # the model's config, text config, vision config, image processor
     "Ministral 3 without mscale": ("ministral3", {}, {"rope_parameters": {"mscale": None, "mscale_all_dim": None}}, {}, {}),
     "Ministral 3, other turns of YaRN": ("ministral3", {}, {"rope_parameters": {"beta_fast": 2.0, "beta_slow": 0.5}}, {}, {}),
     "queries that grow faster": ("ministral3", {}, {"rope_parameters": {
-        "llama_4_scaling_beta": 0.7, "original_max_position_embeddings": 7}}, {}, {}),
+        "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 7}}, {}, {}),
     "queries that never grow": ("ministral3", {}, {"rope_parameters": {"original_max_position_embeddings": 300}}, {}, {}),
     "plain rotary positions": ("ministral3", {}, {"rope_parameters": {"rope_type": "default", "type": "default"}}, {}, {}),
     "a window in Ministral 3": ("ministral3", {}, {"sliding_window": 9}, {}, {}),

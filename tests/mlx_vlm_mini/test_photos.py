@@ -10,7 +10,7 @@ from published import CONFIGS
 
 from mlx_vlm_mini.config import VisionConfig
 from mlx_vlm_mini.families import find_family
-from mlx_vlm_mini.layers import blocks, kernels
+from mlx_vlm_mini.layers import blocks
 from mlx_vlm_mini.layers.attention import attend
 from mlx_vlm_mini.vision import make_tower
 
@@ -97,11 +97,10 @@ def test_memory_follows_the_bound(monkeypatch, mac_kernels):
 
 
 @pytest.mark.reference  # half a minute
-@pytest.mark.parametrize("patches", [24_000, 46_875])
-def test_the_attention_of_a_large_photo_runs(patches, either_kernels, request):
+@pytest.mark.parametrize(("table", "patches"), [("cpu", 46_875), ("mac", 20_000)])
+def test_the_attention_of_a_large_photo_runs(table, patches, request):
     """One head of Qwen3-VL's size: memory stays bounded, and the last patches' outputs are exact."""
-    if patches > 24_000 and either_kernels is kernels.MLX:
-        pytest.skip("half a minute for what the smaller photo tests as well")
+    request.getfixturevalue(f"{table}_kernels")
     mx.random.seed(0)
     queries, keys, values = (mx.random.normal((1, 1, patches, 72)) for _ in range(3))
     mx.eval(queries, keys, values)
@@ -109,7 +108,7 @@ def test_the_attention_of_a_large_photo_runs(patches, either_kernels, request):
     mx.reset_peak_memory()
     found = attend(queries, keys, values, scale=72**-0.5)
     mx.eval(found)
-    assert 4 * patches**2 > 2 * BOUND > 2 * (mx.get_peak_memory() - before)
+    assert 4 * patches**2 > 1.4 * BOUND > 1.4 * (mx.get_peak_memory() - before)
     few = [np.array(each[0, 0]).astype(np.float64) for each in (queries[:, :, -5:], keys, values)]
     scores = few[0] @ few[1].T * 72**-0.5
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
