@@ -125,11 +125,11 @@ def command(
         status.show(f"loading {model}")
         vlm, processor = load(model, **loading)
         status.show("reading the prompt")
-        writer = Answer()
+        writer = Answer(colour=look.colour)
 
         def listen(chunk: "Chunk") -> None:
             status.clear()
-            writer.write(chunk.text)
+            writer.add(chunk)
 
         messages = ask(prompt, pictures, system).messages
         found = attend(vlm, processor, messages, answer=answer, listen=listen, progress=status.prefill, **options)
@@ -276,7 +276,8 @@ def attend_last(chat: "Chat", typed: str) -> Path:
         raise PromptError(error.message.replace("--output", "/attend")) from None
     *before, said = chat.messages
     answer: str | Sequence[int] = chat.last_tokens or said["content"][0]["text"]
-    write_output(attend(chat.model, chat.processor, before, answer=answer, features=chat.features), file)
+    found = attend(chat.model, chat.processor, before, answer=answer, features=chat.features, think=chat.last_think)
+    write_output(found, file)
     return Path(os.path.abspath(file))  # noqa: PTH100 - links stay
 
 

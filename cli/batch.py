@@ -268,6 +268,7 @@ def as_object(chunks: list["Chunk"], more_timings: dict[str, float], interrupted
     counts = ("prompt_tokens", "image_tokens", "cached_tokens")
     times = ("image_s", "prefill_s", "first_token_s", "decode_s")
     return {
+        **({"thinking": thinking} if (thinking := "".join(chunk.thinking for chunk in chunks)) else {}),
         "text": "".join(chunk.text for chunk in chunks),
         "token_ids": [chunk.token for chunk in chunks],
         "logprobs": [chunk.logprob for chunk in chunks],

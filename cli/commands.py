@@ -151,7 +151,7 @@ class Session:
                 with closing(begin(progress=progress, **options)) as chunks:  # type: ignore[type-var]  # it is a generator
                     for chunk in chunks:
                         status.clear()
-                        answer.write(chunk.text)
+                        answer.add(chunk)
                         if answer.waits:
                             status.show(f"writing: {chunk.stats.generated_tokens} tokens")
                         interrupts.check()
@@ -218,15 +218,14 @@ class Session:
         except click.BadParameter as error:
             raise PromptError(f"{name}: {error.message}") from None
         Options(**{name: value})  # raises at what the option lets through: not a number, say
+        if name == "think":
+            self.chat.processor.chat_template.check_think(value)
         return value
 
     def settings(self) -> dict[str, str]:
         """What `/set` knows, and what each is now."""
         now = {name: self.chat.options.get(name, defaults()[name]) for name in self._settings}
-        return {
-            name: "none" if value in (None, ()) else shlex.join(value) if isinstance(value, tuple) else str(value)
-            for name, value in now.items()
-        }
+        return {name: _written(value) for name, value in now.items()}
 
     def _retry(self, _: str) -> None:
         options = {}
@@ -331,6 +330,15 @@ class Session:
     def _help(self, _: str) -> None:
         for name, (argument, does) in COMMANDS.items():
             click.echo(f"{f'{name} {argument}':<20} {does}", err=True)
+
+
+def _written(value: Any) -> str:
+    """A setting's value as `/set` takes it."""
+    if value in (None, ()):
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return shlex.join(value) if isinstance(value, tuple) else str(value)
 
 
 def find_settings(command: click.Command) -> dict[str, click.Option]:

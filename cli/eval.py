@@ -18,12 +18,24 @@ from .writing import echo
     "--data", required=True, type=click.Path(path_type=Path), help="JSONL of conversations, each with its `kind`."
 )
 @click.option("--blank/--no-blank", default=True, help="Ask again with blank pictures.  [default: blank]")
+@click.option(
+    "--think/--no-think",
+    default=None,
+    help="Whether the model thinks before it answers.  [default: as its chat template does]",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    help="Length of an answer at most, its thinking included.  [default: 8 tokens more than the right answer has]",
+)
 @loading_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str,
     data: Path,
     blank: bool,
+    think: bool | None,
+    max_tokens: int | None,
     loading: dict[str, Any],
     as_json: bool,
 ) -> None:
@@ -42,7 +54,7 @@ def command(
         status.show(f"loading {model}")
         vlm, processor = load(model, **loading)
         scores = evaluate(
-            vlm, processor, examples, blank=blank,
+            vlm, processor, examples, blank=blank, think=think, max_tokens=max_tokens,
             progress=lambda done, total: status.show(f"asked {done} of {total}"),
         )  # fmt: skip
     if as_json:

@@ -163,7 +163,7 @@ def _answer_one(asked: _Asked, as_json: bool, loading: dict[str, Any], options: 
         status.show("reading the prompt")
         chunks: list[Chunk] = []
         interrupted = False
-        answer = Answer()
+        answer = Answer(colour=Look.of_terminal().colour)
         messages = ask(asked.prompt, asked.images, asked.system).messages
         messages[-1]["content"] = [*asked.videos, *messages[-1]["content"]]
         try:
@@ -177,7 +177,7 @@ def _answer_one(asked: _Asked, as_json: bool, loading: dict[str, Any], options: 
                     status.clear()
                     chunks.append(chunk)
                     if not as_json:
-                        answer.write(chunk.text)
+                        answer.add(chunk)
                     interrupts.check()
         except KeyboardInterrupt:
             interrupted = True
@@ -185,7 +185,8 @@ def _answer_one(asked: _Asked, as_json: bool, loading: dict[str, Any], options: 
         click.echo()
     drawn = {}
     if asked.draw is not None and not interrupted:
-        text = processor.tokenizer.decode([chunk.token for chunk in chunks], skip_special_tokens=False)
+        answered = [chunk.token for chunk in chunks[chunks[-1].stats.thinking_tokens :]]
+        text = processor.tokenizer.decode(answered, skip_special_tokens=False)
         scale = processor.answer_scale((asked.images[0].height, asked.images[0].width))
         drawn["detections"] = draw_answer(text, asked.images[0], asked.draw, decode_masks, scale)
     if as_json:

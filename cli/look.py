@@ -50,7 +50,7 @@ class Look:
 
     def answer(self) -> Answer:
         """What writes the next answer."""
-        return MarkdownAnswer(colour=self.colour) if self.markdown else Answer()
+        return (MarkdownAnswer if self.markdown else Answer)(colour=self.colour)
 
     def note(self, text: str) -> None:
         """A line on stderr that is not the conversation's own."""

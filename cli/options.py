@@ -234,6 +234,11 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="TEXT",
                 help="End the answer before this text. May be repeated.",
             ),
+            click.option(
+                "--think/--no-think",
+                default=None,
+                help="Whether the model thinks before it answers.  [default: as its chat template does]",
+            ),
         ]
     ):
         function = option(function)

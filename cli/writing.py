@@ -3,9 +3,12 @@
 import io
 import sys
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from mlx_vlm_mini.generation.answering import Chunk
 
 # Control characters show as their symbols, so that an answer can neither move the cursor nor send sequences.
 _VISIBLE: dict[int, int | None] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
@@ -23,16 +26,37 @@ def echo(text: str) -> None:
 
 
 class Answer:
-    """Writes an answer piece by piece. Where stdout is no terminal, it is exactly what the model said."""
+    """Writes an answer piece by piece. Where stdout is no terminal, it is exactly what the model said.
+
+    What it thought before stands on stderr, where that is a terminal, dim where that has colours.
+    """
 
     waits = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, colour: bool = False) -> None:
+        """`colour`: whether stderr has them."""
         self._terminal = sys.stdout.isatty()
+        self._colour = colour
+        self._thinks = False
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a locale without all characters ends no answer
 
+    def add(self, chunk: "Chunk") -> None:
+        """Write what a chunk has."""
+        if chunk.thinking and sys.stderr.isatty():
+            text = neutralize(chunk.thinking)
+            click.echo(click.style(text, dim=True) if self._colour else text, err=True, nl=False)
+            self._thinks = True
+        if self._thinks and (chunk.text or chunk.finish_reason is not None):
+            click.echo("\n" if chunk.text else "", err=True)  # an empty line before the answer
+            self._thinks = False
+        if chunk.text:
+            self.write(chunk.text)
+        if chunk.finish_reason == "length" and chunk.stats.thinking_tokens == chunk.stats.generated_tokens:
+            click.echo("the model was still thinking when the answer had its most tokens (max tokens)", err=True)
+
     def write(self, text: str) -> None:
+        """Write a piece of the answer."""
         sys.stdout.write(neutralize(text) if self._terminal else text)  # click.echo would strip sequences
         sys.stdout.flush()
 
@@ -49,10 +73,9 @@ class MarkdownAnswer(Answer):
     """Renders each block of Markdown when it is whole: at an empty line outside of fences, and at the end."""
 
     def __init__(self, *, colour: bool) -> None:
-        super().__init__()
+        super().__init__(colour=colour)
         self._waiting = ""
         self._written = False
-        self._colour = colour
 
     def write(self, text: str) -> None:
         self._waiting += neutralize(text)

@@ -45,12 +45,14 @@ class Inputs:
         slots: bool[L] (numpy): true where a row of image features replaces the token's embedding.
         images: in the prompt's order; their slots follow one another.
         answer_length: tokens at the end that belong to an answer.
+        opens_thinking: whether the prompt's end opens the answer's thinking.
     """
 
     input_ids: mx.array
     slots: np.ndarray
     images: tuple[InputImage, ...] = ()
     answer_length: int = 0
+    opens_thinking: bool = False
 
     @property
     def prompt_length(self) -> int:

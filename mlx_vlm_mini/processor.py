@@ -76,6 +76,8 @@ class Processor:
         access: what names of images may reach: who serves others sets `image.SERVED`.
         eos_token_ids: the ids that end an answer.
         stops: texts that end it, too.
+        marker_texts: of special tokens that are part of a marker around an answer's thinking, which `decode` leaves
+            out, id to text.
     """
 
     def __init__(
@@ -119,6 +121,8 @@ class Processor:
         place = config.image_place or token
         self._own_tokens: dict[bool, frozenset[str]] = {}
         self.chat_template = ChatTemplate(chat_template, tokenizer.special_tokens, place, self.video_token)
+        markers = self.chat_template.markers
+        self.marker_texts = {} if markers is None else tokenizer.special_in("".join(markers))
 
     def limit_tiles(self, fewest: int | None = None, most: int | None = None) -> None:
         """Cut images into other numbers of tiles than the checkpoint says; None leaves a limit as it is.
@@ -236,7 +240,12 @@ class Processor:
         return [image.among or image for image in prepared] if len(prepared) > 1 else list(prepared)
 
     def expand(
-        self, messages: Sequence[Message], prepared: Sequence[PreparedImage], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        prepared: Sequence[PreparedImage],
+        *,
+        add_generation_prompt: bool = True,
+        think: bool | None = None,
     ) -> tuple[str, list[bool]]:
         """The prompt's text with an image token for every feature row, and of each whether it is an image's.
 
@@ -244,9 +253,10 @@ class Processor:
 
         Args:
             prepared: the images of the messages, in order.
+            think: whether the model is to think before it answers; None: as the template does by default.
         """
         text, *rest = self.chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, controls=self._controls()
+            messages, add_generation_prompt=add_generation_prompt, controls=self._controls(), think=think
         )
         slots = [False] * text.count(self.image_token)
         for image, piece in zip(self.forms(prepared), rest, strict=True):
@@ -310,7 +320,12 @@ class Processor:
         return np.array(ids, dtype=np.int32)
 
     def __call__(
-        self, prompt: Prompt, images: ImageSource | Sequence[ImageSource] = (), *, add_generation_prompt: bool = True
+        self,
+        prompt: Prompt,
+        images: ImageSource | Sequence[ImageSource] = (),
+        *,
+        add_generation_prompt: bool = True,
+        think: bool | None = None,
     ) -> Inputs:
         """Everything `model()` needs to answer a prompt, ready for prefill.
 
@@ -318,9 +333,10 @@ class Processor:
             prompt: a text, a list of texts and images in order, or OpenAI-style messages.
             images: come before the text.
             add_generation_prompt: whether the template opens the answer.
+            think: whether the model is to think before it answers; None: as the template does by default.
 
         Raises:
-            PromptError: the messages do not fit the model.
+            PromptError: the messages do not fit the model, or its template has no switch for thinking.
             ImageError: an image cannot be opened.
         """
         messages = to_messages(prompt, images, self.access)
@@ -331,7 +347,7 @@ class Processor:
                 f"family '{self.config.family}' answers about exactly one image, here are {len(parts)}: {advice}"
             )
         prepared = [self.prepare(part["image"]) for part in parts]
-        text, slots = self.expand(messages, prepared, add_generation_prompt=add_generation_prompt)
+        text, slots = self.expand(messages, prepared, add_generation_prompt=add_generation_prompt, think=think)
         instruction = self._instruction(messages)
         read = b"" if instruction is None else instruction.tobytes()
         given = [
@@ -365,4 +381,5 @@ class Processor:
             input_ids=mx.array(written)[None],
             slots=is_slot,
             images=tuple(given),
+            opens_thinking=add_generation_prompt and self.chat_template.opens_thinking(text),
         )

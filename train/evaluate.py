@@ -29,11 +29,17 @@ def evaluate(
     examples: Sequence[Example],
     *,
     blank: bool = True,
+    think: bool | None = None,
+    max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Score]:
     """Ask the last question of every example and compare with its answer, white space at the ends aside.
 
     A model that answers as well with blank pictures does not look at them; without `blank` that is not asked.
+
+    Args:
+        think: whether the model is to think before it answers; None: as its chat template does by default.
+        max_tokens: of an answer; by default eight more than the right one has, which is too few to think.
 
     Returns:
         A score for each kind, in the order of their names, and "all" at the end.
@@ -49,8 +55,8 @@ def evaluate(
         if blank:
             ways.append(("right_blank", [_blank(message) for message in asked]))
         for what, messages in ways:
-            limit = len(processor.tokenizer.encode(expected)) + 8
-            if generate(model, processor, messages, max_tokens=limit).strip() == expected:
+            limit = max_tokens or len(processor.tokenizer.encode(expected)) + 8
+            if generate(model, processor, messages, max_tokens=limit, think=think).strip() == expected:
                 for kind in (example.kind or "unnamed", "all"):
                     counts[what][kind] += 1
         if progress is not None:

@@ -12,6 +12,7 @@ import numpy as np
 from mlx_vlm_mini.inputs import InputImage, Inputs
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
+from mlx_vlm_mini.text.thinking import ThinkingFilter, length_of_beginning
 from mlx_vlm_mini.text.tokenizer import TextStream
 
 from .constraints import Constraint, vocabulary_of
@@ -33,6 +34,7 @@ class Stats:
         encoded_images: images that the vision tower encoded; those that a conversation had encoded before are not.
         context_limit: tokens that a conversation and its answer may have; None outside of one.
         generated_tokens: tokens of the answer, the one that ended it included.
+        thinking_tokens: those of them that are its thinking, the markers around it included; they come first.
         image_s: seconds to open, prepare and encode images and to tokenize the text.
         prefill_s: seconds to read the prompt.
         first_token_s: seconds from the call to the first token.
@@ -46,6 +48,7 @@ class Stats:
     encoded_images: int = 0
     context_limit: int | None = None
     generated_tokens: int = 0
+    thinking_tokens: int = 0
     image_s: float = 0.0
     prefill_s: float = 0.0
     first_token_s: float = 0.0
@@ -58,12 +61,13 @@ class Chunk:
     """One token of an answer.
 
     Attributes:
-        text: the text that the token completes; may be empty.
+        text: the text that the token completes; may be empty, as while the model thinks.
         token: its id.
         logprob: its log-probability under the model, before temperature and the like.
         finish_reason: on the last chunk "stop" (an end token, a stop string, or a form that is complete) or "length",
             else None.
         stats: the same object on every chunk, up to date.
+        thinking: the text of the answer's thinking that the token completes, without the markers around it.
     """
 
     text: str
@@ -71,6 +75,7 @@ class Chunk:
     logprob: float
     finish_reason: FinishReason | None
     stats: Stats
+    thinking: str = ""
 
 
 @dataclass
@@ -87,8 +92,7 @@ class _StopFilter:
         if found:
             shown, self.held = self.held[: min(found)], ""
             return shown, True
-        keep = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
-        cut = len(self.held) - keep
+        cut = len(self.held) - length_of_beginning(self.held, self.stops)
         shown, self.held = self.held[:cut], self.held[cut:]
         return shown, False
 
@@ -141,6 +145,10 @@ class Answering:
         self._filter = _StopFilter((*options.stops, *stops))
         self._drops_space = constraint is not None and constraint.drops_space
         self._text = TextStream(processor.tokenizer)
+        self._thinking = ThinkingFilter(
+            processor.chat_template.markers, "thinking" if inputs.opens_thinking else "beginning"
+        )
+        self._marker_texts = processor.marker_texts
 
     def find(self, image: InputImage) -> mx.array:
         """An image's features, encoded or found: float[tokens, C]."""
@@ -163,18 +171,30 @@ class Answering:
             stats.prefill_s = stats.first_token_s - stats.image_s
         stats.decode_s = now - self._begin - stats.first_token_s
         stats.peak_memory_bytes = mx.get_peak_memory()
-        ended = token.id in self._ends
-        text, stopped = self._filter.add("" if ended else self._said(self._text.add(token.id)))
+        ended, thinks = token.id in self._ends, self._thinking.place == "thinking"
+        thinking, said = self._thinking.add("" if ended else self._text_of(token.id))
+        if thinks or self._thinking.place == "thinking":
+            stats.thinking_tokens = stats.generated_tokens
+        text, stopped = self._filter.add(self._said(said))
         ended = ended or token.last
         last = ended or stopped or stats.generated_tokens == self.options.max_tokens
         if last and not stopped:
-            rest = self._said(self._text.finish())
+            more, rest = self._thinking.add(self._text.finish())
+            last_thought, left = self._thinking.finish()
+            thinking += more + last_thought
+            rest = self._said(rest + left)
             if self.choose.constraint is not None and not ended:
                 rest = rest.rstrip("\ufffd")  # a character that was cut is no part of the form
             rest, stopped = self._filter.add(rest)
             text += rest + ("" if stopped else self._filter.held)
         reason: FinishReason | None = None if not last else "stop" if ended or stopped else "length"
-        return Chunk(text, token.id, token.logprob, reason, stats)
+        return Chunk(text, token.id, token.logprob, reason, stats, thinking)
+
+    def _text_of(self, token: int) -> str:
+        """The text that a token completes, markers around thinking included."""
+        text = self._text.add(token)
+        marker = self._marker_texts.get(token)
+        return text if marker is None else text + self._text.finish() + marker
 
     def _said(self, text: str) -> str:
         """Text of the answer, without the space in front that is no part of its form."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from mlx_vlm_mini.inputs import Inputs
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.text.messages import Message, Prompt, images_of, split_turns, to_messages
+from mlx_vlm_mini.text.thinking import KEYS
 
 from .answering import Chunk, Stats
 from .cache import TurnCache, identify
@@ -37,12 +39,15 @@ class _Answer:
         messages: the conversation up to it, when it will have been given.
         prompt: the identity of their prompt.
         dropped: turns that it had to drop.
+        think: whether it was asked to think first.
     """
 
     messages: list[Message]
     prompt: np.ndarray
     dropped: int
+    think: bool | None
     text: list[str] = field(default_factory=list)
+    thinking: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
 
@@ -56,12 +61,13 @@ class Chat:
     Each turn equals a fresh run of the whole conversation, and reads only what the cache lacks. What that holds is
     decided position by position: on token ids and, at an image's slots, on the SHA-256 of the image's pixels, so that
     another picture never gets the answer about the old one. The prompt is the messages as text; an answer is read again
-    from the first token that its text does not give. Nothing of a cache is used again where that would not be exact:
-    where the prompt sees itself both ways (PaliGemma), where what was said before an image depends on it (Llama 3.2
-    Vision as transformers computes it), where the conversation is or was longer than its rotary angles are fixed for
-    (dynamic and longrope scaling), where the prompt has grown into another step of them (Qwen-VL), where the cache is
-    quantized, and where a full rotating one would have to go back. Where layers keep states (Qwen3.5), what is read
-    again begins at the nearest one that was kept.
+    from the first token that its text does not give. What the model thought before an answer stands in that answer's
+    message as `reasoning_content`; the chat template says whether later prompts hold it. Nothing of a cache is used
+    again where that would not be exact: where the prompt sees itself both ways (PaliGemma), where what was said before
+    an image depends on it (Llama 3.2 Vision as transformers computes it), where the conversation is or was longer than
+    its rotary angles are fixed for (dynamic and longrope scaling), where the prompt has grown into another step of them
+    (Qwen-VL), where the cache is quantized, and where a full rotating one would have to go back. Where layers keep
+    states (Qwen3.5), what is read again begins at the nearest one that was kept.
 
     Whatever is done while an answer is being given ends it; what was said so far stays, except with `clear`. What
     another thread asks while a token is computed is refused: each thread needs its own Chat, and these take turns.
@@ -128,7 +134,7 @@ class Chat:
     def _forget(self) -> None:
         self._open: _Answer | None = None
         self.messages: list[Message] = []
-        self._said: tuple[Message, list[int]] = {}, []
+        self._said: tuple[Message, list[int], bool | None] = {}, [], None
         self.dropped_turns = self._used = 0
         self.last_stats: Stats | None = None
         self._cache.clear()
@@ -150,8 +156,16 @@ class Chat:
     def last_tokens(self) -> list[int] | None:
         """Token ids of the last answer; None where it was not given here, but read from a file, say."""
         self._close_answer()
-        given, tokens = self._said
+        given, tokens, _ = self._said
         return list(tokens) if self.messages and self.messages[-1] is given else None
+
+    @property
+    def last_think(self) -> bool | None:
+        """Whether the last answer was asked to think first, see `Options`; as the options say where it was not given
+        here."""
+        self._close_answer()
+        given, _, think = self._said
+        return think if self.messages and self.messages[-1] is given else self.options.get("think")
 
     @property
     def context_used(self) -> int:
@@ -305,7 +319,9 @@ class Chat:
     def _count(self) -> None:
         """Count the tokens of the messages as they are."""
         try:
-            inputs = self.processor(self.messages, add_generation_prompt=False) if self.messages else None
+            think = self.options.get("think")
+            counted = partial(self.processor, add_generation_prompt=False, think=think)
+            inputs = counted(self.messages) if self.messages else None
         except VLMError:  # a template may refuse a system message alone
             inputs = None
         self._used = 0 if inputs is None else len(inputs.slots)
@@ -340,9 +356,9 @@ class Chat:
         turn = [{**message, "content": _copy(message["content"])} for message in turn]
         for part in images_of(turn):
             part["image"] = self.features.prepare(self.processor, part["image"])
-        before, inputs, dropped = self._fit(before, turn, chosen.max_tokens)
+        before, inputs, dropped = self._fit(before, turn, chosen)
         identity = identify(inputs)
-        answer = self._open = _Answer([*before, *turn], identity, dropped)
+        answer = self._open = _Answer([*before, *turn], identity, dropped, chosen.think)
         cached = self._cache.share(identity)
         try:
             for chunk in stream_inputs(
@@ -357,6 +373,7 @@ class Chat:
                 context=self.context,
             ):
                 answer.text.append(chunk.text)
+                answer.thinking.append(chunk.thinking)
                 answer.tokens.append(chunk.token)
                 self.last_stats = chunk.stats
                 yield chunk
@@ -371,12 +388,12 @@ class Chat:
             if answer is self._open:
                 self._close_answer()
 
-    def _fit(self, before: list[Message], turn: list[Message], max_tokens: int) -> tuple[list[Message], Inputs, int]:
+    def _fit(self, before: list[Message], turn: list[Message], options: Options) -> tuple[list[Message], Inputs, int]:
         """The messages that a turn is answered after, the prompt that gives, and how many turns were dropped for it."""
         opening, turns = split_turns(before)
-        dropped = 0
+        dropped, max_tokens = 0, options.max_tokens
         while True:
-            inputs = self.processor([*before, *turn])
+            inputs = self.processor([*before, *turn], think=options.think)
             length, images = len(inputs.slots), int(inputs.slots.sum())
             if length + max_tokens <= self.context:
                 return before, inputs, dropped
@@ -400,8 +417,10 @@ class Chat:
 
     def _keep_answer(self, answer: _Answer) -> None:
         self._cache.keep(answer.prompt, answer.tokens)
-        said = {"role": "assistant", "content": [{"type": "text", "text": "".join(answer.text)}]}
-        self.messages, self._said = [*answer.messages, said], (said, answer.tokens)
+        said: Message = {"role": "assistant", "content": [{"type": "text", "text": "".join(answer.text)}]}
+        if thinking := "".join(answer.thinking):
+            said[KEYS[0]] = thinking
+        self.messages, self._said = [*answer.messages, said], (said, answer.tokens, answer.think)
         self.dropped_turns += answer.dropped
         self._used = len(answer.prompt) + len(answer.tokens)
 

@@ -150,12 +150,13 @@ class Answer:
     """A whole answer.
 
     Attributes:
-        text: without what ended it.
+        text: without what ended it, and without its thinking.
         token_ids: of all its tokens, the one that ended it included.
         logprobs: of these.
         finish_reason: "stop" or "length"; None where it failed.
         stats: what it cost; None where it did not begin.
         error: what went wrong, in a line; None where nothing did.
+        thinking: what the model thought before it answered.
     """
 
     text: str = ""
@@ -164,10 +165,12 @@ class Answer:
     finish_reason: FinishReason | None = None
     stats: Stats | None = None
     error: str | None = None
+    thinking: str = ""
 
     def add(self, chunk: Chunk) -> None:
         """Append a chunk."""
         self.text += chunk.text
+        self.thinking += chunk.thinking
         self.token_ids.append(chunk.token)
         self.logprobs.append(chunk.logprob)
         self.finish_reason, self.stats = chunk.finish_reason, chunk.stats
@@ -264,10 +267,12 @@ class Engine:
                 job.cancelled = request.cancelled
                 self._arrived.put((request, job))
 
-        self._opening.submit(self._prepare, request, prompt, images).add_done_callback(arrive)
+        self._opening.submit(self._prepare, request, prompt, images, chosen.think).add_done_callback(arrive)
         return request
 
-    def _prepare(self, request: Request, prompt: Prompt, images: ImageSource | Sequence[ImageSource]) -> Inputs:
+    def _prepare(
+        self, request: Request, prompt: Prompt, images: ImageSource | Sequence[ImageSource], think: bool | None
+    ) -> Inputs:
         if request.cancelled:
             raise PromptError("the request was cancelled")
         messages = [
@@ -279,7 +284,7 @@ class Engine:
             }
             for message in to_messages(prompt, images, self.processor.access)
         ]
-        inputs = self.processor(messages)
+        inputs = self.processor(messages, think=think)
         mx.eval(inputs.input_ids)
         return inputs
 
@@ -412,7 +417,8 @@ def batch_generate(
             )
             try:
                 asked, images = own.pop("prompt"), own.pop("images", ())
-                job = Job(processor(asked, images), Options(**{**options, **own}), begin)
+                chosen = Options(**{**options, **own})
+                job = Job(processor(asked, images, think=chosen.think), chosen, begin)
             except (VLMError, TypeError) as error:
                 answers[number].error = str(error)
                 end(number)

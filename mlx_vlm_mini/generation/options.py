@@ -32,6 +32,7 @@ class Options:
         stop: texts that end the answer; they are not part of it.
         schema, choices, regex, grammar: one of these keeps the answer in a form, see `text/forms.py: make_form`.
         sampler, logits_processors: own ones, in mlx-lm's form, in place of those above.
+        think: whether the model is to think before it answers; None: as its chat template does by default.
         prefill_step: prompt tokens a chunk.
         progress: called with prompt tokens read and prompt tokens in all.
         form: what the answer's form is; None where it has none.
@@ -45,6 +46,7 @@ class Options:
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | Sequence[str] = ()
+    think: bool | None = None
     sampler: Sampler | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
     prefill_step: int = PREFILL_STEP
@@ -71,6 +73,8 @@ class Options:
             isinstance(self.stop, Sequence) and all(isinstance(stop, str) for stop in self.stop)
         ):
             raise PromptError(f"stop must be a text or a list of texts, not {self.stop!r}")
+        if not isinstance(self.think, bool | None):
+            raise PromptError(f"think must be True, False or None, not {self.think!r}")
         form = make_form(schema=self.schema, choices=self.choices, regex=self.regex, grammar=self.grammar)
         object.__setattr__(self, "form", form)
 

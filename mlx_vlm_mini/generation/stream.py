@@ -80,7 +80,7 @@ def stream_generate(
     Args:
         prompt: a text, a list of texts and images in order, or OpenAI-style messages.
         images: come before the text.
-        options: see `Options`: max_tokens, temperature, top_p, seed, stop, ...
+        options: see `Options`: max_tokens, temperature, top_p, seed, stop, think, ...
 
     Yields:
         A `Chunk` a token; the last one has a `finish_reason`.
@@ -90,7 +90,7 @@ def stream_generate(
     """
     started = time.perf_counter()
     chosen = Options(**options)
-    inputs = processor(prompt, images)
+    inputs = processor(prompt, images, think=chosen.think)
     yield from stream_inputs(model, processor, inputs, model.make_state(), options=chosen, started=started)
 
 
@@ -102,5 +102,5 @@ def generate(
     images: Sequence[ImageSource] = (),
     **options: Any,
 ) -> str:
-    """Answer a prompt: the text of `stream_generate`, whole."""
+    """Answer a prompt: the text of `stream_generate`, whole, without what the model thought."""
     return "".join(chunk.text for chunk in stream_generate(model, processor, prompt, images=images, **options))

@@ -5,7 +5,8 @@
                                                {"type": "image", "path": ..., "sha256": ...}]}],
      "cache": null or the SHA-256 of what the cache beside it holds}
 
-A picture that came from no file is written beside the JSON, under its SHA-256.
+An answer's message also has its "reasoning_content" where the model thought before it. A picture that came from no file
+is written beside the JSON, under its SHA-256.
 """
 
 import hashlib
@@ -23,12 +24,13 @@ from mlx_vlm_mini.files import read_json, write_whole
 from mlx_vlm_mini.images.source import Picture, read_image
 from mlx_vlm_mini.processor import PreparedImage
 from mlx_vlm_mini.text.messages import Message
+from mlx_vlm_mini.text.thinking import KEYS
 
 FORMAT, VERSION = "mlx-vlm-mini conversation", 1
 _NUMBER, _WHOLE = (int, float), (int,)
 _OPTIONS: dict[str, tuple[type, ...]] = {  # of stream.Options, those that a file can hold
     "max_tokens": _WHOLE, "temperature": _NUMBER, "top_p": _NUMBER, "min_p": _NUMBER, "top_k": _WHOLE,
-    "repetition_penalty": _NUMBER, "seed": _WHOLE, "stop": (str, list), "prefill_step": _WHOLE,
+    "repetition_penalty": _NUMBER, "seed": _WHOLE, "stop": (str, list), "think": (bool,), "prefill_step": _WHOLE,
 }  # fmt: skip
 _SETTINGS: dict[str, tuple[type, ...]] = {"context": _WHOLE, "on_full": (str,), "kv_bits": _WHOLE, "rotate": _WHOLE}
 
@@ -87,18 +89,24 @@ def write_transcript(
 
 def _fits(name: str, value: Any) -> bool:
     value = list(value) if isinstance(value, tuple) else value
-    if not isinstance(value, _OPTIONS.get(name, ())) or isinstance(value, bool):
+    return _is_one_of(value, _OPTIONS.get(name, ()))
+
+
+def _is_one_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a value has one of these types; a list is one of texts, and True is no number."""
+    if isinstance(value, list) and not all(isinstance(item, str) for item in value):
         return False
-    return not isinstance(value, list) or all(isinstance(item, str) for item in value)
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
 def _plain_message(message: Message, file: Path) -> Message:
+    more = {key: message[key] for key in KEYS if key in message}
     if isinstance(message["content"], str):
-        return {"role": message["role"], "content": message["content"]}
+        return {"role": message["role"], "content": message["content"], **more}
     if any(part["type"] == "video" for part in message["content"]):
         raise PromptError("a conversation with a video is not saved: clear it, or go on without saving")
     content = [_plain_image(part["image"], file) if part["type"] == "image" else part for part in message["content"]]
-    return {"role": message["role"], "content": content}
+    return {"role": message["role"], "content": content, **more}
 
 
 def _plain_image(image: PreparedImage, file: Path) -> dict[str, str]:
@@ -138,10 +146,8 @@ def read_transcript(file: Path) -> Transcript:
         if not isinstance(values, dict):
             raise PromptError(f"{file}: {name} must be an object")
         for key, value in values.items():
-            kinds = known.get(key)
-            wrong = kinds is None or isinstance(value, bool) or not isinstance(value, kinds)
-            listed = isinstance(value, list) and not all(isinstance(item, str) for item in value)
-            if (wrong or listed) and not (name == "settings" and key in known and value is None):
+            wrong = not _is_one_of(value, known.get(key, ()))
+            if wrong and not (name == "settings" and key in known and value is None):
                 raise PromptError(f"{file}: {key}={json.dumps(value)[:80]} is none of a conversation's {name}")
     notes: list[str] = []
     read = [_read_message(message, file, number, notes) for number, message in enumerate(messages, 1)]
@@ -150,8 +156,12 @@ def read_transcript(file: Path) -> Transcript:
 
 def _read_message(message: Any, file: Path, number: int, notes: list[str]) -> Message:
     role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+    thinking = message.get(KEYS[0]) if role == "assistant" else None
+    if not isinstance(thinking, str | None):
+        raise PromptError(f"{file}: message {number} has a {KEYS[0]} that is no text")
+    more = {} if thinking is None else {KEYS[0]: thinking}
     if isinstance(role, str) and isinstance(content, str):
-        return {"role": role, "content": content}
+        return {"role": role, "content": content, **more}
     if not isinstance(role, str) or not isinstance(content, list):
         raise PromptError(f"{file}: message {number} is not a role with a text or a list of parts")
     parts: list[dict[str, Any]] = []
@@ -163,7 +173,7 @@ def _read_message(message: Any, file: Path, number: int, notes: list[str]) -> Me
             parts.append({"type": "image", "image": _read_picture(part, file, notes)})
         else:
             raise PromptError(f"{file}: message {number} has a part that is neither text nor an image with its sha256")
-    return {"role": role, "content": parts}
+    return {"role": role, "content": parts, **more}
 
 
 def _read_picture(part: Mapping[str, str], file: Path, notes: list[str]) -> Picture:

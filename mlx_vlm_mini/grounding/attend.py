@@ -88,7 +88,7 @@ def attend(
     prepared: list[PreparedImage] = [part["image"] for part in images_of(messages)]
     if not prepared:
         raise PromptError("the prompt has no image, so there are no patches to look at: give one")
-    inputs, state = processor(messages), model.make_state()
+    inputs, state = processor(messages, think=chosen.think), model.make_state()
     boxes = [find_boxes(model, processor, image) for image in inputs.images]
     encode = partial(kept.encode, encode=model.encode)
     with wired_memory():
@@ -100,7 +100,9 @@ def attend(
                 if listen is not None:
                     listen(chunk)
         else:
-            tokens = list(answer) if not isinstance(answer, str) else encode_answer(processor, messages, inputs, answer)
+            if isinstance(answer, str):
+                answer = encode_answer(processor, messages, inputs, answer, chosen.think)
+            tokens = list(answer)
             if not tokens:
                 raise PromptError("the answer is empty: there is no token to explain")
         _check_tokens(tokens, config.vocab_size)
@@ -184,20 +186,26 @@ def _columns(inputs: Inputs, state: State) -> np.ndarray:
     return np.concatenate([begin + np.arange(span.seen) for begin, span in zip(begins, state.spans, strict=False)])
 
 
-def encode_answer(processor: Processor, messages: Sequence[Message], inputs: Inputs, answer: str) -> list[int]:
+def encode_answer(
+    processor: Processor, messages: Sequence[Message], inputs: Inputs, answer: str, think: bool | None = None
+) -> list[int]:
     """Token ids of an answer as the chat template would write it behind the prompt, whose tokens stay as they are.
+    Where the prompt opens the answer's thinking, the template writes the end of an empty one.
 
     Args:
         messages: the prompt's, their images prepared.
         inputs: of them.
+        think: as the prompt was made.
     """
     prepared = [part["image"] for part in images_of(messages)]
-    opened, slots = processor.expand(messages, prepared)
+    opened, slots = processor.expand(messages, prepared, think=think)
     said = [*messages, {"role": "assistant", "content": answer}]
-    whole, _ = processor.expand(said, prepared, add_generation_prompt=False)
+    whole, _ = processor.expand(said, prepared, add_generation_prompt=False, think=think)
     text, behind = answer.strip(), whole[len(opened) :] if whole.startswith(opened) else ""
     space = behind[: behind.find(text)] if text in behind else None
-    text = space + text if space is not None and not space.strip() else answer
+    markers = processor.chat_template.markers
+    between = "" if space is None or markers is None or not inputs.opens_thinking else markers.close
+    text = space + text if space is not None and space.strip() in ("", between) else answer
     ids, _, _ = processor.tokenize(opened + text, [*slots, *[False] * text.count(processor.image_token)])
     length = len(inputs.slots)
     if len(ids) > length and ids[:length] == inputs.input_ids[0].tolist():

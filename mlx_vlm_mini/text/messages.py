@@ -8,9 +8,11 @@ from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.images.source import Access, ImageSource, may_have_pages, read_images
 from mlx_vlm_mini.images.video import Video
 
+from .thinking import KEYS
+
 Message = dict[str, Any]
 """{"role": str, "content": str or list of {"type": "text", "text": str} and {"type": "image", "image": ImageSource},
-or {"type": "video", "image": Video}}"""
+or {"type": "video", "image": Video}}; of an answer that was thought about also "reasoning_content": str"""
 
 Prompt = str | Sequence[Any]
 """Text; texts and images in order; or OpenAI-style messages."""
@@ -130,13 +132,18 @@ def take_beside(entry: Mapping[str, Any]) -> Any:
 
 def _message(item: Mapping[str, Any], waiting: list[ImageSource]) -> Message:
     role, content, own = str(item["role"]), item.get("content"), item.get("images")
-    _check_keys(f"the {role[:40]} message", item, _MESSAGE_KEYS)
+    answers = role == "assistant"
+    _check_keys(f"the {role[:40]} message", item, _MESSAGE_KEYS | {*(KEYS if answers else ())})
+    thinking = next((item[key] for key in KEYS if answers and not _says_nothing(item.get(key))), None)
+    if not isinstance(thinking, str | None):
+        raise PromptError("the assistant message's thinking is no text: leave it out")
+    more = {} if thinking is None else {KEYS[0]: thinking}
     shown: list[Any] = [] if own is None else [own] if _is_one(own) else list(own)
     if isinstance(content, str):
         if not shown:
-            return {"role": role, "content": content}
+            return {"role": role, "content": content, **more}
         images = [{"type": "image", "image": image} for image in shown]
-        return {"role": role, "content": [*images, {"type": "text", "text": content}]}
+        return {"role": role, "content": [*images, {"type": "text", "text": content}], **more}
     if not isinstance(content, Sequence):
         raise PromptError(f"the {role[:40]} message has no content: give a text or a list of parts")
     parts = [_part(part, shown if own is not None else waiting) for part in content]
@@ -144,7 +151,7 @@ def _message(item: Mapping[str, Any], waiting: list[ImageSource]) -> Message:
         raise PromptError(
             f"{len(shown)} of the {role[:40]} message's images have no place in it: add an image part each"
         )
-    return {"role": role, "content": parts}
+    return {"role": role, "content": parts, **more}
 
 
 def _part(part: Any, waiting: list[ImageSource]) -> dict[str, Any]:

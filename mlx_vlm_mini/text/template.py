@@ -11,6 +11,7 @@ from mlx_vlm_mini.files import read_bytes, read_json
 
 from .literal import mark
 from .messages import Message, images_of
+from .thinking import KEYS, SWITCH, find_markers
 
 
 def find_chat_template(folder: Path) -> str | None:
@@ -41,14 +42,18 @@ def find_chat_template(folder: Path) -> str | None:
 
 
 def _as_text(messages: Sequence[Message], tokens: Collection[str]) -> list[Message]:
-    """Messages with marks inside the tokens that they have in their texts, and in their roles."""
+    """Messages with marks inside the tokens that they have in their texts, and in their roles; an answer's thinking
+    goes by all names that templates have for it."""
     texts = [
         text
         for message in messages
         for text in (
-            [message["content"]]
-            if isinstance(message["content"], str)
-            else [part["text"] for part in message["content"] if part["type"] == "text"]
+            *([message[KEYS[0]]] if KEYS[0] in message else []),
+            *(
+                [message["content"]]
+                if isinstance(message["content"], str)
+                else [part["text"] for part in message["content"] if part["type"] == "text"]
+            ),
         )
     ]
     marked = iter(mark(texts, tokens))
@@ -56,6 +61,7 @@ def _as_text(messages: Sequence[Message], tokens: Collection[str]) -> list[Messa
         {
             **message,
             "role": mark([message["role"]], tokens)[0],
+            **(dict.fromkeys(KEYS, next(marked)) if KEYS[0] in message else {}),
             "content": next(marked)
             if isinstance(message["content"], str)
             else [{**part, "text": next(marked)} if part["type"] == "text" else part for part in message["content"]],
@@ -76,6 +82,7 @@ class ChatTemplate:
         variables: what else it may read: `bos_token`, `eos_token`, ...
         image_token: what stands for an image in the text.
         video_token: what stands for a video; None where the model takes none.
+        markers: what stands around an answer's thinking; None where the model does not think.
     """
 
     source: str
@@ -86,6 +93,7 @@ class ChatTemplate:
     def __post_init__(self) -> None:
         from .sandbox import compile_template
 
+        self.markers = find_markers(self.source)
         try:
             self._template = compile_template(self.source)
         except RecursionError:
@@ -110,14 +118,36 @@ class ChatTemplate:
         found = rendered(parts)
         return "'text'" not in found and (found != "" or not rendered(probe))
 
-    def _try(self, messages: list[Message]) -> str:
+    def _try(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         try:
-            return self._render(messages, add_generation_prompt=False)
+            return self._render(messages, add_generation_prompt=add_generation_prompt)
         except PromptError:
             return ""
 
+    def opens_thinking(self, text: str) -> bool:
+        """Whether a prompt's end opens the answer's thinking."""
+        return self.markers is not None and text.rstrip().endswith(self.markers.open)
+
+    def check_think(self, think: bool | None) -> None:
+        """Raises PromptError where the template cannot do what `think` says. One without a switch for thinking does
+        what its model always does: that may be said, too."""
+        if think is None or SWITCH in self.source:
+            return
+        always = self.opens_thinking(self._try([{"role": "user", "content": "Hi"}], add_generation_prompt=True))
+        if always and not think:
+            raise PromptError(
+                f"this model always thinks: its chat template has no switch for that ({SWITCH}); leave think out"
+            )
+        if not always and (think or self.markers is not None):
+            raise PromptError(f"this model's chat template has no switch for thinking ({SWITCH}): leave think out")
+
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, controls: Collection[str] = ()
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        controls: Collection[str] = (),
+        think: bool | None = None,
     ) -> list[str]:
         """The prompt's text, cut where the images and videos stand: one piece more than there are of them.
 
@@ -126,16 +156,19 @@ class ChatTemplate:
 
         Args:
             controls: tokens that only the template may write: roles, ends, ...
+            think: whether the model is to think before it answers; None: as the template does by default.
 
         Raises:
-            PromptError: the template refuses the messages, or has not as many places as they hold images.
+            PromptError: the template refuses the messages, or has not as many places as they hold images, or cannot do
+                what `think` says.
         """
+        self.check_think(think)
         tokens = {self.image_token, *controls, *([] if self.video_token is None else [self.video_token])}
         plain = [
             {**message, "content": self._content(message["content"], message["role"])}
             for message in _as_text(messages, tokens)
         ]
-        text = self._render(plain, add_generation_prompt=add_generation_prompt)
+        text = self._render(plain, add_generation_prompt=add_generation_prompt, think=think)
         kinds = [part["type"] for part in images_of(messages)]
         if self.video_token is not None and "video" in kinds:
             return self._cut(text, kinds, self.video_token)
@@ -170,11 +203,14 @@ class ChatTemplate:
         tokens = {"image": self.image_token, "video": self.video_token}
         return "".join(part["text"] if part["type"] == "text" else f"{tokens[part['type']]}\n" for part in parts)
 
-    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[Message], *, add_generation_prompt: bool, think: bool | None = None) -> str:
         from .sandbox import Stopped, render
 
+        given: dict[str, Any] = {**self.variables, "add_generation_prompt": add_generation_prompt}
+        if think is not None:
+            given[SWITCH] = think
         try:
-            return render(self._template, {**self.variables, "add_generation_prompt": add_generation_prompt}, messages)
+            return render(self._template, given, messages)
         except Stopped as error:
             raise CheckpointError(f"the chat template was stopped: {error}") from None
         except RecursionError:

@@ -139,6 +139,14 @@ class Tokenizer:
             text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def special_in(self, text: str) -> dict[int, str]:
+        """The special tokens that a text has inside, id to text: `decode` leaves them out."""
+        return {
+            token_id: token.content
+            for token_id, token in self.backend.get_added_tokens_decoder().items()
+            if token.special and token.content and token.content in text
+        }
+
     def show(self, tokens: Collection[str]) -> None:
         """Make these tokens text as others are, which `decode` gives, where they are special ones."""
         added = self.backend.get_added_tokens_decoder().values()
