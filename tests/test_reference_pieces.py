@@ -6,7 +6,7 @@ import shutil
 import pytest
 from pieces import FOLDER, MODELS, texts, train
 
-from mlx_vlm_mini.text.sentencepiece import build_backend, read_sentencepiece
+from mlx_vlm_mini.text.formats.sentencepiece import build_backend, read_sentencepiece
 from mlx_vlm_mini.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.reference

@@ -31,7 +31,7 @@ from mlx_vlm_mini.families.parts.configs import text_decoder
 from mlx_vlm_mini.families.parts.maps import Weights, qwen_decoder, qwen_vision
 from mlx_vlm_mini.preprocessing.pixels import preprocess
 from mlx_vlm_mini.preprocessing.settings import ImageSettings
-from mlx_vlm_mini.text.ranks import END_OF_TEXT, MESSAGE_END, MESSAGE_START, PLACES
+from mlx_vlm_mini.text.formats.ranks import END_OF_TEXT, MESSAGE_END, MESSAGE_START, PLACES
 
 WEIGHTS: Weights = {
     **qwen_vision("transformer.visual."),

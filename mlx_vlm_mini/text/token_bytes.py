@@ -17,8 +17,8 @@ from tokenizers import Tokenizer as Backend
 
 from mlx_vlm_mini.errors import CheckpointError
 
+from .formats.ranks import byte_letters
 from .patterns import library_errors
-from .ranks import byte_letters
 from .tokenizer import Tokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")

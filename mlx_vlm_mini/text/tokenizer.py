@@ -17,7 +17,10 @@ from tokenizers.processors import TemplateProcessing
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.files import read_json
 
-from .bytelevel import MERGES, VOCABULARY, read_byte_level
+from .formats.bytelevel import MERGES, VOCABULARY, read_byte_level
+from .formats.ranks import RANKS, read_tiktoken
+from .formats.sentencepiece import Prefix, build_backend, read_sentencepiece
+from .formats.wordpieces import WORDS, read_word_pieces
 from .literal import MARK, unmark
 from .patterns import (
     LONGEST_TOKEN,
@@ -28,9 +31,6 @@ from .patterns import (
     library_errors,
     longest_replacement,
 )
-from .ranks import RANKS, read_tiktoken
-from .sentencepiece import Prefix, build_backend, read_sentencepiece
-from .wordpieces import WORDS, read_word_pieces
 
 _CLASS_DEFAULTS = {  # of classes whose tokenizer_config.json may leave them out
     "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},

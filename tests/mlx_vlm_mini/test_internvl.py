@@ -30,7 +30,7 @@ from mlx_vlm_mini.families.parts.maps import PerHead
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.preprocessing.tiles import Tiles, choose_grid, count_tiles, cut_tiles
 from mlx_vlm_mini.projectors.mlp import pixel_shuffle
-from mlx_vlm_mini.text.bytelevel import read_byte_level
+from mlx_vlm_mini.text.formats.bytelevel import read_byte_level
 from mlx_vlm_mini.text.tokenizer import load_tokenizer
 from mlx_vlm_mini.train.trainer import Settings, Trainer
 

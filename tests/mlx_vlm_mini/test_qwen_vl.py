@@ -34,7 +34,7 @@ from mlx_vlm_mini.generation.options import Options
 from mlx_vlm_mini.grounding.attend import find_boxes
 from mlx_vlm_mini.grounding.draw import COLOURS
 from mlx_vlm_mini.projectors.resampler import Resampler
-from mlx_vlm_mini.text.ranks import read_tiktoken
+from mlx_vlm_mini.text.formats.ranks import read_tiktoken
 from mlx_vlm_mini.text.tokenizer import TextStream, load_tokenizer
 
 QWEN = GOLDEN / "qwen-vl-chat"

@@ -9,8 +9,8 @@ from checkpoints import edit_json
 from pieces import FOLDER
 
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.text import sentencepiece as room
-from mlx_vlm_mini.text.sentencepiece import Piece, SentencePiece, build_backend, read_sentencepiece
+from mlx_vlm_mini.text.formats import sentencepiece as room
+from mlx_vlm_mini.text.formats.sentencepiece import Piece, SentencePiece, build_backend, read_sentencepiece
 from mlx_vlm_mini.text.tokenizer import TextStream, load_tokenizer
 
 EXPECTED = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))

@@ -12,8 +12,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_vlm_mini.checkpoints import bundled
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.text import sentencepiece
 from mlx_vlm_mini.text import tokenizer as own
+from mlx_vlm_mini.text.formats import sentencepiece
 from mlx_vlm_mini.text.token_bytes import TokenBytes, read_token_bytes
 from mlx_vlm_mini.text.tokenizer import load_tokenizer
 

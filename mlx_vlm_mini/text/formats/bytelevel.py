@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from .patterns import check_size, library_errors
+from mlx_vlm_mini.text.patterns import check_size, library_errors
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 

@@ -15,8 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.files import read_bytes
-
-from .patterns import LONGEST_TOKEN, MOST_TOKENS
+from mlx_vlm_mini.text.patterns import LONGEST_TOKEN, MOST_TOKENS
 
 SPACE = "▁"  # U+2581, what stands for a space in pieces
 

@@ -19,9 +19,9 @@ from tokenizers.models import BPE
 
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.files import read_bytes
+from mlx_vlm_mini.text.patterns import LONGEST_TOKEN, MOST_TOKENS
 
 from .bytelevel import WORDS
-from .patterns import LONGEST_TOKEN, MOST_TOKENS
 
 RANKS = "qwen.tiktoken"
 

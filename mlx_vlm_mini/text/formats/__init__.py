@@ -1,0 +1,1 @@
+"""Tokenizers in other files than tokenizer.json: vocabularies of bytes, ranks, pieces and words."""
