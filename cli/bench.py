@@ -148,6 +148,8 @@ def table(found: dict[str, Any]) -> str:
     lines.append(
         f"| peak memory: MLX, process | {_bytes(found['peak_memory_bytes'])}, {_bytes(found['peak_rss_bytes'])} |"
     )
+    if found["trace_fault"] is not None:
+        lines.append(f"| decoding steps are built by Python | {found['trace_fault']} |")
     if "against" in found:
         lines += ["", *_against(found["against"])]
     machine, versions = found["machine"], dict(found["versions"])

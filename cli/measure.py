@@ -28,7 +28,7 @@ from mlx_vlm_mini.decoder.rope import longest_context
 from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.generation.chat import Chat
 from mlx_vlm_mini.generation.decode import Chooser, decode, prefill
-from mlx_vlm_mini.generation.step import make_step
+from mlx_vlm_mini.generation.step import make_step, trace_fault
 from mlx_vlm_mini.inputs import InputImage
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
@@ -112,8 +112,8 @@ def bench(
         loading: see `load`.
 
     Returns:
-        Names to values, JSON-ready; `decoding` is a list, an entry a context. None stands for what the model does not
-        do.
+        Names to values, JSON-ready; `decoding` is a list, an entry a context; `trace_fault` says why steps are built
+        that a GPU would trace. None stands for what the model does not do.
 
     Raises:
         CheckpointError, ImageError, PromptError: as `load`, and an answer.
@@ -143,6 +143,7 @@ def bench(
         _measure_decoding(model, processor, [*images, question], context, max_tokens, sizes["token"], say)
         for context in contexts
     ]
+    found["trace_fault"] = trace_fault(model.decoder)
     found |= {"peak_memory_bytes": mx.get_peak_memory(), "peak_rss_bytes": _peak_rss()}
     if bandwidth is None:  # last, as it takes memory
         say("measuring memory bandwidth")

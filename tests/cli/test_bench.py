@@ -39,6 +39,7 @@ def test_json_and_table_have_all_columns():
         share = one["bytes_per_token"] * one["tokens_per_s"] / 10e9
         assert abs(one["bandwidth_share"] - share) < 1e-9 * share
     assert set(found["versions"]) == {"mlx-vlm-mini", "mlx", "mlx-lm", "python"}
+    assert found["trace_fault"] is None
     code, out, _ = run(GOLDEN / "gemma3-text", *QUICK)
     titles = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")]
     assert code == 0 and titles[2:] == [
@@ -47,6 +48,16 @@ def test_json_and_table_have_all_columns():
         "memory bandwidth", "decoding behind 40 tokens", "decoding behind 60 tokens", "peak memory: MLX, process",
     ]  # fmt: skip
     assert "| picture: encoding | - |" in out and "10.0 GB/s" in out
+
+
+def test_a_trace_that_failed_is_named(monkeypatch, traced_steps):
+    def fail(decoder):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("mlx_vlm_mini.generation.step._trace", fail)
+    monkeypatch.setattr("mlx_vlm_mini.generation.step.BUILT_FIRST", 0)
+    code, out, _ = run(PLAIN, *QUICK)
+    assert code == 0 and "| decoding steps are built by Python | tracing failed: no such kernel |" in out.splitlines()
 
 
 def test_bytes_of_a_token_are_those_of_the_weights_that_it_reads(llava):

@@ -15,9 +15,10 @@ from reference import GOLDEN
 from mlx_vlm_mini import Chat, load, stream_generate
 from mlx_vlm_mini.decoder.reading import Reading
 from mlx_vlm_mini.decoder.rope import make_rope
+from mlx_vlm_mini.generation import step as step_module
 from mlx_vlm_mini.generation.cache import make_state
 from mlx_vlm_mini.generation.decode import prefill
-from mlx_vlm_mini.generation.step import COMPILE, compiles, make_step
+from mlx_vlm_mini.generation.step import COMPILE, compiles, make_step, trace_fault
 from mlx_vlm_mini.layers import kernels
 
 ASK = "What is in this image?"
@@ -175,3 +176,52 @@ def test_a_model_with_a_trace_is_freed(traced_steps):
     del model, processor
     gc.collect()
     assert seen() is None
+
+
+def test_layers_with_a_window_read_their_window_alone(traced_steps, monkeypatch):
+    """Gemma 3's, before and after its window is full, and where the store is shorter than the window."""
+    model, _ = load(GOLDEN / "gemma3-hub")
+    window = model.config.decoder.sliding_window
+    lengths = []
+    slice_of = mx.slice
+    monkeypatch.setattr(
+        mx, "slice", lambda array, start, axes, size: lengths.append(size[2]) or slice_of(array, start, axes, size)
+    )
+    for length in (3, window - 2, window + 5, 250):
+        del lengths[:]
+        _, step = read(model, length)
+        other, _ = read(model, length)
+        monkeypatch.setenv(COMPILE, "0")
+        plain = make_step(model.decoder, other)
+        monkeypatch.setenv(COMPILE, "1")
+        for token in range(5, 5 + 4):
+            np.testing.assert_allclose(step(mx.array([token])), plain(mx.array([token])), atol=1e-4)
+        assert {*lengths} == {window}
+
+
+@pytest.mark.parametrize("fault", ["differs", "raises"])
+def test_a_trace_that_is_wrong_is_never_used(fault, traced_steps, monkeypatch):
+    """The answer is the one that is built, and the fault is named."""
+    model, processor = load(GOLDEN / "llava-clip-llama")
+    monkeypatch.setenv(COMPILE, "0")
+    expected = answer(model, processor)
+    monkeypatch.setenv(COMPILE, "1")
+    real, calls = step_module._trace, []
+
+    def wrong(decoder):
+        def step(*given):
+            calls.append(1)
+            if fault == "raises":
+                raise RuntimeError("[metal] no such kernel\nmore")
+            logits, held = real(decoder)(*given)
+            return logits + 0.01 * mx.arange(logits.shape[1]), held
+
+        return step
+
+    monkeypatch.setattr(step_module, "_trace", wrong)
+    assert answer(model, processor) == expected == answer(model, processor)
+    assert len(calls) == 1 and not hasattr(model.decoder, "traced_step")
+    assert ("differ by" if fault == "differs" else "tracing failed: [metal] no such kernel") in trace_fault(
+        model.decoder
+    )
+    assert "more" not in trace_fault(model.decoder)
