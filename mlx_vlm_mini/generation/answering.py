@@ -16,7 +16,7 @@ from mlx_vlm_mini.text.thinking import ThinkingFilter, length_of_beginning
 from mlx_vlm_mini.text.tokenizer import TextStream
 
 from .constraints import Constraint, vocabulary_of
-from .decode import Chooser, Token
+from .decode import Chooser, Token, release_buffers
 from .features import Features
 from .options import Options
 
@@ -160,6 +160,8 @@ class Answering:
 
     def read_images(self) -> None:
         """Note that images are encoded and the text is tokenized."""
+        if self.stats.encoded_images:
+            release_buffers()
         self.stats.image_s = time.perf_counter() - self._begin
 
     def chunk(self, token: Token) -> Chunk:

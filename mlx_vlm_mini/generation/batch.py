@@ -9,6 +9,7 @@ What cannot be a row (see `can_be_row`) is decoded beside the batch, in the same
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -221,6 +222,7 @@ class Batch:
         self._waiting: deque[Job] = deque()
         self._reading: tuple[Job, Generator[int, None, _Group]] | None = None
         self._batched = can_be_row(model)
+        self._wired, self._run = False, ExitStack()
         self._bytes = bytes_per_token(model.config.decoder, model.dtype)
 
     def add(self, job: Job) -> None:
@@ -245,22 +247,32 @@ class Batch:
     def step(self) -> list[Said]:
         """One chunk of one prompt, and one token of each row."""
         said: list[Said] = []
-        with wired_memory():
-            self._drop_cancelled()
-            if self._reading is None and self._waiting and self._fits(self._waiting[0]):
-                job = self._waiting.popleft()
-                self._reading = job, self._read(job)
-            if self._reading is not None:
-                said += self._read_on(*self._reading)
-            for group in self._groups:
-                said += group.step(self.model)
-            self._groups = [group for group in self._groups if group.rows]
+        if not self._wired:
+            self._wired = True
+            self._run.enter_context(wired_memory())
+        self._drop_cancelled()
+        if self._reading is None and self._waiting and self._fits(self._waiting[0]):
+            job = self._waiting.popleft()
+            self._reading = job, self._read(job)
+        if self._reading is not None:
+            said += self._read_on(*self._reading)
+        for group in self._groups:
+            said += group.step(self.model)
+        self._groups = [group for group in self._groups if group.rows]
+        if not self.busy:
+            self._end()
         return said
 
     def clear(self) -> None:
         """Give up all prompts and rows."""
         self._waiting.clear()
         self._groups, self._reading = [], None
+        self._end()
+
+    def _end(self) -> None:
+        """Nothing is left to do: memory need not stay resident."""
+        self._wired = False
+        self._run.close()
 
     def _drop_cancelled(self) -> None:
         self._waiting = deque(job for job in self._waiting if not job.cancelled)

@@ -34,7 +34,8 @@ _REMEDIES = {"float16": "its numbers are too large for that type, load it as bfl
 
 Step = TypeVar("Step")
 _turn = threading.RLock()
-_wired: list[int] = []  # of each answer that is being given, the limit to go back to
+_wired: list[tuple[int, int]] = []  # of each answer that is being given, the limits to go back to: wired, unused
+UNUSED_SHARE = 0.125  # of the memory that a GPU recommends, for buffers that nothing uses
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,16 @@ def one_at_a_time(step: Callable[[], Step]) -> Step:
 
 @contextmanager
 def wired_memory() -> Iterator[None]:
-    """On Metal, let weights and caches stay resident while generating: up to what the GPU recommends. Where several
-    answers are being given, until the last of them has ended."""
+    """On Metal, let weights and caches stay resident while generating, up to what the GPU recommends, and let MLX keep
+    at most a share of that in buffers that nothing uses. Where several answers are being given, until the last of them
+    has ended."""
     limit = None
     if mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu:
         limit = mx.device_info(mx.Device(mx.gpu)).get("max_recommended_working_set_size")
     if limit is None:
         yield
         return
-    before = mx.set_wired_limit(int(limit))
+    before = mx.set_wired_limit(int(limit)), mx.set_cache_limit(int(UNUSED_SHARE * int(limit)))
     _wired.append(_wired[0] if _wired else before)
     try:
         yield
@@ -95,7 +97,16 @@ def wired_memory() -> Iterator[None]:
         mx.synchronize()
         before = _wired.pop()
         if not _wired:
-            mx.set_wired_limit(before)
+            mx.set_wired_limit(before[0])
+            mx.set_cache_limit(before[1])
+            mx.clear_cache()
+
+
+def release_buffers() -> None:
+    """Give the buffers that nothing uses back to the system: a vision tower's are of sizes that the decoder never asks
+    for. On a GPU; a CPU's allocator serves every size from them."""
+    if mx.default_device().type == mx.DeviceType.gpu:
+        mx.clear_cache()
 
 
 def read_in_chunks(

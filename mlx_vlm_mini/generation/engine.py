@@ -408,32 +408,37 @@ def batch_generate(
         if progress is not None:
             progress(done, len(answers))
 
-    while True:
-        while batch.waiting < 2 and (following := next(coming, None)) is not None:  # pictures are opened when needed
-            number, prompt = following
-            begin = time.perf_counter()
-            own: dict[str, Any] = (
-                dict(prompt) if isinstance(prompt, Mapping) and "prompt" in prompt else {"prompt": prompt}
-            )
-            try:
-                asked, images = own.pop("prompt"), own.pop("images", ())
-                chosen = Options(**{**options, **own})
-                job = Job(processor(asked, images, think=chosen.think), chosen, begin)
-            except (VLMError, TypeError) as error:
-                answers[number].error = str(error)
-                end(number)
-                continue
-            of[job] = number
-            batch.add(job)
-        if not batch.busy:
-            return answers
-        said: list[Said] = one_at_a_time(batch.step)
-        for job, found in said:
-            number = of[job]
-            if isinstance(found, VLMError):
-                answers[number].error = str(found)
-            else:
-                answers[number].add(found)
-            if isinstance(found, VLMError) or found.finish_reason is not None:
-                del of[job]
-                end(number)
+    try:
+        while True:
+            while (
+                batch.waiting < 2 and (following := next(coming, None)) is not None
+            ):  # pictures are opened when needed
+                number, prompt = following
+                begin = time.perf_counter()
+                own: dict[str, Any] = (
+                    dict(prompt) if isinstance(prompt, Mapping) and "prompt" in prompt else {"prompt": prompt}
+                )
+                try:
+                    asked, images = own.pop("prompt"), own.pop("images", ())
+                    chosen = Options(**{**options, **own})
+                    job = Job(processor(asked, images, think=chosen.think), chosen, begin)
+                except (VLMError, TypeError) as error:
+                    answers[number].error = str(error)
+                    end(number)
+                    continue
+                of[job] = number
+                batch.add(job)
+            if not batch.busy:
+                return answers
+            said: list[Said] = one_at_a_time(batch.step)
+            for job, found in said:
+                number = of[job]
+                if isinstance(found, VLMError):
+                    answers[number].error = str(found)
+                else:
+                    answers[number].add(found)
+                if isinstance(found, VLMError) or found.finish_reason is not None:
+                    del of[job]
+                    end(number)
+    finally:
+        batch.clear()

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from checkpoints import PHOTO, PLAIN, SHAPES
 from reference import GOLDEN
 
-from mlx_vlm_mini import Chat, generate, load, stream_generate
+from mlx_vlm_mini import Chat, Engine, batch_generate, generate, load, stream_generate
 from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.generation.decode import wired_memory
 from mlx_vlm_mini.generation.step import COMPILE
@@ -129,24 +130,51 @@ def on_metal(monkeypatch, default: mx.DeviceType, **info: int) -> None:
 def test_without_a_limit_to_recommend_memory_is_not_wired(default, monkeypatch):
     """On a Mac's CPU, and where the GPU says nothing of the kind."""
     on_metal(monkeypatch, default, **({"max_recommended_working_set_size": 100} if default == mx.cpu else {}))
-    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: pytest.fail(f"limit {limit}"))
+    for name in ("set_wired_limit", "set_cache_limit"):
+        monkeypatch.setattr(mx, name, lambda limit: pytest.fail(f"limit {limit}"))
     with wired_memory():
         pass
 
 
-def test_wired_memory_lasts_as_long_as_any_answer(llava, monkeypatch):
-    limits = [5]
+@pytest.fixture
+def limits(monkeypatch):
+    """The limits that a Mac's memory has: of what is wired, of buffers that nothing uses; all that were set."""
+    limits = {"set_wired_limit": [5], "set_cache_limit": [9]}
 
-    def set_limit(limit: int) -> int:
-        limits.append(limit)
-        return limits[-2]
+    def set_limit(name: str, limit: int) -> int:
+        limits[name].append(limit)
+        return limits[name][-2]
 
-    on_metal(monkeypatch, mx.gpu, max_recommended_working_set_size=100)
+    on_metal(monkeypatch, mx.gpu, max_recommended_working_set_size=80)
     monkeypatch.setenv(COMPILE, "0")
-    monkeypatch.setattr(mx, "set_wired_limit", set_limit)
+    for name in limits:
+        monkeypatch.setattr(mx, name, partial(set_limit, name))
+    return limits
+
+
+def test_wired_memory_lasts_as_long_as_any_answer(llava, limits):
     one, other = (stream_generate(*llava, "Hello", max_tokens=4) for _ in range(2))
     next(one), next(other)
     list(one)
-    assert limits == [5, 100, 100]
+    assert limits == {"set_wired_limit": [5, 80, 80], "set_cache_limit": [9, 10, 10]}
     list(other)
-    assert limits == [5, 100, 100, 5]
+    assert limits == {"set_wired_limit": [5, 80, 80, 5], "set_cache_limit": [9, 10, 10, 9]}
+
+
+def test_memory_is_wired_once_for_many_answers(llava, limits):
+    answers = batch_generate(*llava, ["Hello", "What?", "Why?"], max_tokens=4, batch_size=2)
+    assert all(len(answer.token_ids) == 4 for answer in answers)
+    assert limits["set_wired_limit"] == [5, 80, 5]
+    with Engine(*llava, max_tokens=3) as engine:
+        for _ in range(2):
+            assert len(engine.submit("Hello").result().token_ids) == 3
+    assert limits["set_wired_limit"] == [5, 80, 5, 80, 5, 80, 5]
+
+
+def test_buffers_are_released_after_the_vision_tower(llava, limits, monkeypatch):
+    released = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: released.append(1))
+    list(stream_generate(*llava, "Hello", max_tokens=2))
+    assert len(released) == 1  # at the answer's end
+    list(stream_generate(*llava, "Hello", images=[PHOTO], max_tokens=2))
+    assert len(released) == 3
