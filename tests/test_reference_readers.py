@@ -17,13 +17,13 @@ from reference import CASES, GOLDEN, SPECS, Reference
 
 from mlx_vlm_mini import load
 from mlx_vlm_mini.checkpoints.load import plan
-from mlx_vlm_mini.preprocessing.grid import RaisedGrid
+from mlx_vlm_mini.preprocessing.grid import FramesGrid, RaisedGrid
 from mlx_vlm_mini.vision.positions import resize
 
 pytestmark = pytest.mark.reference
 
 sides = st.integers(1, 60) | st.integers(1, 5000)
-READERS = ("paddleocr-vl",)
+READERS = ("paddleocr-vl", "glm-ocr", "glm4v")
 
 
 @settings(max_examples=500, deadline=None)
@@ -34,6 +34,17 @@ def test_sizes_of_paddleocr_vl(height, width, limits):
     patch, low, high = limits
     grid = RaisedGrid(patch_size=patch, merge=2, min_pixels=low, max_pixels=high)
     compare_sizes(grid, (height, width), lambda: smart_resize(height, width, 2 * patch, low, high))
+
+
+@settings(max_examples=500, deadline=None)
+@given(sides, sides, st.sampled_from([(14, 12544, 9633792), (6, 2, 1000), (6, 1152, 8000)]))
+def test_sizes_of_glm(height, width, limits):
+    from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize
+
+    patch, low, high = limits
+    grid = FramesGrid(patch_size=patch, merge=2, min_pixels=low, max_pixels=high, frames=2, step=2)
+    options = {"factor": 2 * patch, "min_pixels": low, "max_pixels": high}
+    compare_sizes(grid, (height, width), lambda: smart_resize(2, height, width, **options))
 
 
 def compare_sizes(grid: Any, size: tuple[int, int], expected: Any) -> None:
@@ -68,6 +79,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
     "paddle: one row of tokens": ("paddleocr-vl", {}, {}, {"min_pixels": 1, "max_pixels": 600}),
     "paddle: large pictures": ("paddleocr-vl", {}, {}, {"min_pixels": 20000, "max_pixels": 30000}),
     "paddle: eps": ("paddleocr-vl", {"rms_norm_eps": 0.05}, {"layer_norm_eps": 0.01}, {}),
+    "glm4v: one row of tokens": ("glm4v", {}, {}, {"size": {"shortest_edge": 2, "longest_edge": 1200}}),
+    "glm4v: large pictures": ("glm4v", {}, {}, {"size": {"shortest_edge": 40000, "longest_edge": 60000}}),
+    "glm4v: eps": ("glm4v", {"rms_norm_eps": 0.05}, {"rms_norm_eps": 0.01}, {}),
+    "glm4v: other sections": (
+        "glm4v", {"rope_scaling": {"type": "default", "mrope_section": [2, 1, 1]}, "rope_theta": 100.0}, {}, {},
+    ),
+    "glm-ocr: eps": ("glm-ocr", {"rms_norm_eps": 0.05}, {"rms_norm_eps": 0.01}, {}),
+    "glm-ocr: half of a head": ("glm-ocr", {"rope_parameters": {
+        "rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 1], "partial_rotary_factor": 0.5}}, {}, {}),
     "paddle: a base and sections": (
         "paddleocr-vl",
         {"rope_theta": 100.0, "rope_scaling": {"mrope_section": [4, 1, 3], "rope_type": "default"}}, {}, {},
@@ -100,7 +120,10 @@ def hub_names_of_paddle(name: str) -> str:
     return name
 
 
-PUBLISHED = {"PaddlePaddle/PaddleOCR-VL": hub_names_of_paddle}
+PUBLISHED = {
+    "PaddlePaddle/PaddleOCR-VL": hub_names_of_paddle,
+    **dict.fromkeys(("zai-org/GLM-OCR", "zai-org/GLM-4.1V-9B-Thinking", "zai-org/GLM-4.6V-Flash"), str),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

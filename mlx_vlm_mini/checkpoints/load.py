@@ -30,7 +30,7 @@ from . import bundled
 from .assembly import open_model
 from .folder import DTYPES, Checkpoint
 from .hub import INSTRUCTIONS
-from .weights import build, load_weights, match_names
+from .weights import build, load_weights, match_names, without_drafts
 
 GENERATION = "generation_config.json"
 
@@ -83,7 +83,9 @@ def plan(checkpoint: Checkpoint) -> Plan:
     ours, unused = match_names(checkpoint.tensors, family.WEIGHTS, config.family)
     if "decoder.lm_head.weight" in ours:  # a head in the file counts, whatever the flags say
         config = replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
-    return Plan(checkpoint, family, config, ours, tuple(unused), build(config, ours, checkpoint, family.WEIGHTS))
+    ours, drafts = without_drafts(ours, config)
+    model = build(config, ours, checkpoint, family.WEIGHTS)
+    return Plan(checkpoint, family, config, ours, (*unused, *drafts), model)
 
 
 def eos_token_ids(

@@ -16,7 +16,7 @@ from mlx_vlm_mini.model import VLM
 
 from .folder import Checkpoint
 
-CONVOLUTIONS = frozenset({"vision.patch_embed.weight", "patch_embed.weight"})
+CONVOLUTIONS = frozenset({"vision.patch_embed.weight", "patch_embed.weight", "projector.downsample.weight"})
 """Our names of convolution kernels: (out, in, h, w) on the Hub, (out, h, w, in) here and in MLX's files; of videos
 with time in front of h. Besides them, those of one axis in layers, see `is_convolution`."""
 
@@ -117,6 +117,15 @@ def match_names(names: Iterable[str], weights: Weights, family: str) -> tuple[di
     if unknown:
         raise CheckpointError(f"the checkpoint has {_list(unknown)}, which family '{family}' does not know")
     return ours, unused
+
+
+def without_drafts(ours: Mapping[str, str], config: VLMConfig) -> tuple[dict[str, str], list[str]]:
+    """Our names to a checkpoint's without those of layers that draft tokens ahead; and its names of these."""
+    first, count = config.decoder.num_hidden_layers, config.draft_layers
+    layers = {f"decoder.layers.{number}." for number in range(first, first + count)}
+    drafts = {name for name in ours for layer in layers if name.startswith(layer)}
+    kept = {name: theirs for name, theirs in ours.items() if name not in drafts}
+    return kept, list(dict.fromkeys(ours[name] for name in drafts))
 
 
 def _is_idle(name: str, config: VLMConfig) -> bool:

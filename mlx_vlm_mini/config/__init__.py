@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mlx_vlm_mini.errors import CheckpointError
 
-from .checks import Activation, NormType, check_layers
+from .checks import Activation, NormType, check_layers, check_sizes
 from .decoder import (
     AttentionShape,
     BiasConfig,
@@ -29,7 +29,7 @@ from .decoder import (
     TwoWay,
     WindowConfig,
 )
-from .projector import MergerConfig, PoolConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
+from .projector import MergerConfig, MergerKind, PoolConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
 from .qformer import InstructionConfig, QFormerConfig
 from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, GridConfig, Resize, TiledConfig, VisionConfig
@@ -37,9 +37,10 @@ from .vision import MOST_TILES, BlockConfig, GridConfig, Resize, TiledConfig, Vi
 __all__ = [
     "MOST_TILES", "Activation", "AttentionShape", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig",
     "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "ExpertConfig", "GridConfig", "InstructionConfig",
-    "LayerType", "MLPType", "MergerConfig", "NormConfig", "NormType", "PoolConfig", "Prescribed", "ProjectorConfig",
-    "QFormerConfig", "QueryConfig", "QueryScale", "QueryScaleType", "ResamplerConfig", "Resize", "ScaleConfig",
-    "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "WindowConfig", "check_layers",
+    "LayerType", "MLPType", "MergerConfig", "MergerKind", "NormConfig", "NormType", "PoolConfig", "Prescribed",
+    "ProjectorConfig", "QFormerConfig", "QueryConfig", "QueryScale", "QueryScaleType", "ResamplerConfig", "Resize",
+    "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "WindowConfig",
+    "check_layers",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
@@ -93,6 +94,8 @@ class VLMConfig:
     text_alone: bool = False
     """There is no tower and no projector, and `vision` and `projector` mean nothing."""
     contrast: ContrastConfig | None = None
+    draft_layers: int = 0
+    """Decoder layers in the files after the last one, which draft tokens ahead and are not read (GLM-OCR)."""
 
     def __post_init__(self) -> None:
         patches = (self.vision.image_size // self.vision.patch_size) ** 2
@@ -101,6 +104,8 @@ class VLMConfig:
                 f"config.json: tiles need a feature for each of their {patches} patches, and vision_config with "
                 f"vision_feature_select_strategy gives {self.vision.num_features}"
             )
+        if self.draft_layers != 0:
+            check_sizes(self, "draft_layers")
         named = self.image_token_id is None and (self.prescribed is not None or self.text_alone)
         if not named and (not isinstance(self.image_token_id, int) or self.image_token_id < 0):
             raise CheckpointError(f"config.json: the image token must be a token id, not {self.image_token_id!r}")

@@ -128,13 +128,15 @@ class AttentionShape:
     head_dim: int
     rotary_dims: int
     """Numbers of a head that rotary positions rotate, its first ones."""
+    neighbours: bool = False
+    """They rotate each even number against the next (GLM-4); else one half against the other."""
     gated: bool = False
     """Each head's output is multiplied by a gate that q_proj gives besides the query (Qwen3-Next)."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "num_heads", "num_kv_heads", "head_dim", "rotary_dims")
         check_multiple(self, "num_heads", "num_kv_heads")
-        check_flags(self, "gated")
+        check_flags(self, "neighbours", "gated")
         if self.rotary_dims % 2 or self.rotary_dims > self.head_dim:
             raise CheckpointError(
                 f"config.json: rotary positions need an even number of a head's {self.head_dim} numbers, not "

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from math import isqrt
+from typing import Literal, get_args
 
 from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation, NormType, check_flags, check_positive, check_sizes
 from .qformer import QFormerConfig
+
+MergerKind = Literal["joined", "channels", "gated"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +38,21 @@ class PoolConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MergerConfig:
-    """Each feature normed, squares of them joined, two layers (Qwen2-VL); see `merger.py`."""
+    """Squares of features become embeddings; see `merger.py`."""
 
     norm_type: NormType
+    kind: MergerKind = "joined"
+    """Each feature normed, squares joined, two layers (Qwen2-VL); joined channel by channel and narrowed by a layer
+    before the two (Mistral 3); or a convolution of each square, a norm and a gated MLP (GLM-4V)."""
+    inner_size: int | None = None
+    """Of the gated MLP."""
     taps: int = 0
     """Further mergers, for features of earlier blocks, whose norm is of the joined ones (Qwen3-VL)."""
-    by_channel: bool = False
-    """Squares are joined channel by channel, and a layer narrows them in front of the two (Mistral 3)."""
 
     def __post_init__(self) -> None:
-        check_sizes(self, *(["taps"] if self.taps != 0 else []))
-        check_flags(self, "by_channel")
+        check_sizes(self, *(["taps"] if self.taps != 0 else []), *(["inner_size"] if self.kind == "gated" else []))
+        if self.kind not in get_args(MergerKind):
+            raise CheckpointError(f"config.json: unknown merger {self.kind!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,8 @@ class BlockConfig:
     o_bias: bool = True
     qk_norm_eps: float | None = None
     """Of an RMS norm over the queries of all heads, and one over the keys (InternViT-6B); None: there are none."""
+    qk_norm_heads: bool = False
+    """These norms are of each head by itself (GLM-OCR)."""
     layer_scale: bool = False
     """Learned factors of what attention and MLP add to the stream (arXiv:2103.17239)."""
     gated_mlp: bool = False
@@ -29,7 +31,7 @@ class BlockConfig:
     """Biases in a gated MLP (Qwen2.5-VL; Pixtral's has none)."""
 
     def __post_init__(self) -> None:
-        check_flags(self, "qkv_bias", "o_bias", "layer_scale", "gated_mlp", "mlp_bias")
+        check_flags(self, "qkv_bias", "o_bias", "qk_norm_heads", "layer_scale", "gated_mlp", "mlp_bias")
         if self.norm_type not in get_args(NormType):
             raise CheckpointError(f"config.json: unknown norm_type {self.norm_type!r} of the vision tower")
         if self.qk_norm_eps is not None:

@@ -170,15 +170,16 @@ def make_rope(config: DecoderConfig, kind: LayerType = "full_attention") -> Rota
     found = kinds.get(name, lambda: _borrowed(dims, base, scaling, longest))()
     depends_on = _DEPENDS_ON.get(name, "nothing")
     axes = None if own is not None or not config.has_sections else _axes(config, dims // 2, depends_on)
-    return Rotary(dims, found, depends_on=depends_on, axes=axes)
+    return Rotary(dims, found, depends_on=depends_on, axes=axes, neighbours=config.shape(kind).neighbours)
 
 
 def make_ropes(config: DecoderConfig, kinds: Iterable[LayerType]) -> dict[LayerType, Rotary]:
     """Of several kinds of layers; those whose positions rotate alike have the same one."""
-    made: dict[tuple[float | None, int], Rotary] = {}
+    made: dict[tuple[float | None, int, bool], Rotary] = {}
     found = {}
     for kind in kinds:
-        key = _own_base(config, kind), config.shape(kind).rotary_dims
+        shape = config.shape(kind)
+        key = _own_base(config, kind), shape.rotary_dims, shape.neighbours
         if key not in made:
             made[key] = make_rope(config, kind)
         found[kind] = made[key]

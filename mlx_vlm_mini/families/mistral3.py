@@ -69,7 +69,7 @@ def merged_model(
             bias=hf.get("multimodal_projector_bias", False),
             shuffle=shuffle,
             norm_eps=decoder.norms.rms_norm_eps,
-            merger=MergerConfig(norm_type="rms_norm", by_channel=True),
+            merger=MergerConfig(norm_type="rms_norm", kind="channels"),
         ),
         decoder=decoder,
         image_token_id=image_token_id,

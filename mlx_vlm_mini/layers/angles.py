@@ -5,9 +5,12 @@ import numpy as np
 
 
 class Turn:
-    """Rotates the first `dims` numbers of float[..., L, D] by given angles, one half of them against the other."""
+    """Rotates the first `dims` numbers of float[..., L, D] by given angles, one half of them against the other; or
+    `neighbours`, each even one against the next."""
 
-    def __init__(self, angles: np.ndarray | mx.array, scale: float = 1.0, dims: int | None = None) -> None:
+    def __init__(
+        self, angles: np.ndarray | mx.array, scale: float = 1.0, dims: int | None = None, *, neighbours: bool = False
+    ) -> None:
         """
         Args:
             angles: float32[..., L, dims / 2].
@@ -16,7 +19,7 @@ class Turn:
         """
         parts = (mx.cos(angles), mx.sin(angles)) if isinstance(angles, mx.array) else (np.cos(angles), np.sin(angles))
         self._cos, self._sin = (mx.array(part if scale == 1 else part * scale) for part in parts)
-        self._dims = dims
+        self._dims, self._neighbours = dims, neighbours
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._dims is not None and self._dims < x.shape[-1]:
@@ -25,8 +28,11 @@ class Turn:
         return self._rotate(x)
 
     def _rotate(self, x: mx.array) -> mx.array:
-        one, other = mx.split(x.astype(mx.float32), 2, axis=-1)
+        y = x.astype(mx.float32)
+        one, other = (y[..., ::2], y[..., 1::2]) if self._neighbours else mx.split(y, 2, axis=-1)
         turned = [one * self._cos - other * self._sin, other * self._cos + one * self._sin]
+        if self._neighbours:
+            return mx.stack(turned, axis=-1).flatten(-2).astype(x.dtype)
         return mx.concatenate(turned, axis=-1).astype(x.dtype)
 
 

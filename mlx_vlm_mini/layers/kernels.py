@@ -25,9 +25,9 @@ from .types import Kernels, Rope
 CHOICE = "MLX_VLM_MINI_KERNELS"
 
 
-def _rope(periods: mx.array, scale: float, first: int | mx.array, length: int, dims: int) -> Rope:
+def _rope(periods: mx.array, scale: float, first: int | mx.array, length: int, dims: int, neighbours: bool) -> Rope:
     def rotate(x: mx.array) -> mx.array:
-        x = mx.fast.rope(x, dims, traditional=False, base=None, scale=1.0, offset=first, freqs=periods)
+        x = mx.fast.rope(x, dims, traditional=neighbours, base=None, scale=1.0, offset=first, freqs=periods)
         if scale == 1:
             return x
         return x * scale if dims == x.shape[-1] else mx.concatenate([x[..., :dims] * scale, x[..., dims:]], axis=-1)

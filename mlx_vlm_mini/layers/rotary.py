@@ -28,12 +28,20 @@ class Rotary:
         depends_on: whose length the frequencies depend on: nothing's, that of all tokens so far, or that of the prompt
             that the sequence began with.
         axes: int[dims / 2], by which of three axes each frequency goes; None where positions are one number.
+        neighbours: numbers 2 i and 2 i + 1 of a head are a pair (GLM-4), not i and i + dims / 2.
     """
 
     def __init__(
-        self, dims: int, scaling: Scaling, *, depends_on: DependsOn = "nothing", axes: np.ndarray | None = None
+        self,
+        dims: int,
+        scaling: Scaling,
+        *,
+        depends_on: DependsOn = "nothing",
+        axes: np.ndarray | None = None,
+        neighbours: bool = False,
     ) -> None:
         self.dims, self.scaling, self.depends_on, self.axes = dims, scaling, depends_on, axes
+        self.neighbours = neighbours
         mx.eval(scaling(1)[0])  # what is left to be computed belongs to the thread that asked for it
 
     def at(self, first: int | mx.array | np.ndarray, length: int, *, total: int = 1) -> Rope:
@@ -46,7 +54,7 @@ class Rotary:
         """
         periods, scale = self.scaling(total)
         if not isinstance(first, np.ndarray):
-            return kernels().rope(periods, scale, first, length, self.dims)
+            return kernels().rope(periods, scale, first, length, self.dims, self.neighbours)
         positions = first[self.axes].T  # (L, dims / 2)
         frequencies = np.float32(1) / np.array(periods, dtype=np.float32)
-        return Turn(positions.astype(np.float32) * frequencies, scale, self.dims)
+        return Turn(positions.astype(np.float32) * frequencies, scale, self.dims, neighbours=self.neighbours)

@@ -33,8 +33,8 @@ class Kernels:
         attend: (queries, keys, values, scale, mask) -> float[B, H, L, D]: attention that gives no weights and has no
             softcap.
         activations: by Hugging Face's names.
-        rope: (periods float32[dims / 2], scale, first, length, dims) -> a `Rope` of `length` tokens, the first of which
-            stands at `first`, a number or int[B]; see `rotary.Rotary`.
+        rope: (periods float32[dims / 2], scale, first, length, dims, neighbours) -> a `Rope` of `length` tokens, the
+            first of which stands at `first`, a number or int[B]; see `rotary.Rotary`.
         log_softmax: float[..., n] -> float32[..., n].
         delta: the gated delta rule, as `delta.gated_delta`.
         unpack: makes a part's quantized layers ones of floats, in place, where products with these are faster: (part,
@@ -45,7 +45,7 @@ class Kernels:
 
     attend: Callable[[mx.array, mx.array, mx.array, float, Mask], mx.array]
     activations: Mapping[Activation, Callable[[mx.array], mx.array]]
-    rope: Callable[[mx.array, float, Any, int, int], Rope]
+    rope: Callable[[mx.array, float, Any, int, int, bool], Rope]
     log_softmax: Callable[[mx.array], mx.array]
     delta: Callable[[mx.array, mx.array, mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
     unpack: Callable[[nn.Module, mx.Dtype], None]

@@ -1,19 +1,25 @@
 """Image features -> decoder embeddings: `make_projector` makes the projector that a config asks for."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from mlx_vlm_mini.config import ProjectorConfig
+from mlx_vlm_mini.config import MergerKind, ProjectorConfig
 
-from .merger import ChannelMerger, PatchMerger
+from .merger import ChannelMerger, GatedMerger, PatchMerger
 from .mlp import Projector
 from .pooling import PooledProjector
 from .qformer import QFormer
 from .resampler import Resampler
 
+MERGERS: Mapping[MergerKind, Any] = MappingProxyType(
+    {"joined": PatchMerger, "channels": ChannelMerger, "gated": GatedMerger}
+)
+
 
 def make_projector(config: ProjectorConfig) -> Any:
     """The projector of a config: that of the first part that it has, or linear layers."""
-    merger = ChannelMerger if config.merger is not None and config.merger.by_channel else PatchMerger
+    merger = None if config.merger is None else MERGERS[config.merger.kind]
     kinds: list[tuple[object, Any]] = [
         (config.resampler, Resampler),
         (config.pool, PooledProjector),

@@ -1,7 +1,7 @@
 """The projector of patch grids: squares of neighbouring features joined, and two layers.
 
-Source: models/qwen2_vl, models/qwen3_vl and models/mistral3 in huggingface/transformers. Qwen3-VL has one more for each
-tap, the features of an earlier block that the decoder's first layers add to its image tokens (arXiv:2406.04334).
+Source: models/qwen2_vl, qwen3_vl, mistral3 and glm4v in huggingface/transformers. Qwen3-VL has one more for each tap,
+the features of an earlier block that the decoder's first layers add to its image tokens (arXiv:2406.04334).
 """
 
 import mlx.core as mx
@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from mlx_vlm_mini.config import ProjectorConfig
 from mlx_vlm_mini.layers.kernels import activation
+from mlx_vlm_mini.layers.mlp import GatedMLP
 from mlx_vlm_mini.layers.norms import NORMS
 
 from .mlp import join_squares
@@ -70,3 +71,35 @@ class ChannelMerger(nn.Module):
         x = join_squares(self.norm(features), self.factor).flatten(1, 2)  # (B, tokens, n * n * C)
         x = mx.unflatten(x, -1, (self.factor**2, -1)).swapaxes(-1, -2).flatten(-2)  # (B, tokens, C * n * n)
         return self.layers[1](self.act(self.layers[0](self.merging_layer(x))))
+
+
+class Downsample(nn.Module):
+    """A convolution whose stride is its kernel, as a product with joined squares."""
+
+    def __init__(self, width: int, out: int, factor: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((out, factor, factor, width))
+        self.bias = mx.zeros(out)
+
+    def __call__(self, squares: mx.array) -> mx.array:
+        """float[..., n * n * C] -> float[..., out]."""
+        return squares @ self.weight.reshape(len(self.weight), -1).T + self.bias
+
+
+class GatedMerger(nn.Module):
+    """GLM-4V's: each square through a convolution, a layer, a norm and GELU, and a gated MLP."""
+
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        assert config.merger is not None and config.shuffle is not None and config.norm_eps is not None
+        assert config.merger.inner_size is not None
+        self.factor, self.act, size = config.shuffle.factor, activation("gelu"), config.hidden_size
+        self.downsample = Downsample(config.input_size // self.factor**2, size, self.factor)
+        self.proj = nn.Linear(size, size, bias=config.bias)
+        self.norm = NORMS[config.merger.norm_type](size, eps=config.norm_eps)
+        self.mlp = GatedMLP(size, config.merger.inner_size, config.hidden_act, bias=config.bias)
+
+    def __call__(self, features: mx.array) -> mx.array:
+        """float[B, rows, columns, C] -> float[B, tokens, hidden_size]."""
+        x = self.downsample(join_squares(features, self.factor).flatten(1, 2))
+        return self.mlp(self.act(self.norm(self.proj(x))))

@@ -91,10 +91,10 @@ class GridVisionTransformer(Tower):
         if not rows or not columns or height % config.patch_size or width % config.patch_size:
             raise ImageError(f"an image of {width}x{height} pixels is not made of patches of {config.patch_size}")
         x = self.patch_embed(pixel_values).astype(pixel_values.dtype)  # (1, P, C)
-        if "pos_embed" in self:
-            x = x + resize(self.pos_embed, rows, columns, self.grid.position_resize).astype(x.dtype)
         if "norm_pre" in self:
             x = self.norm_pre(x)
+        if "pos_embed" in self:
+            x = x + resize(self.pos_embed, rows, columns, self.grid.position_resize).astype(x.dtype)
         window = self.grid.window
         order, groups = window_order(rows, columns, max(rows, columns) if window is None else window)
         dims = config.hidden_size // config.num_attention_heads

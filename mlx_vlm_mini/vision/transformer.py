@@ -57,8 +57,9 @@ class Block(nn.Module):
             o_bias=config.blocks.o_bias,
         )
         if qk_norm_eps is not None:
-            self.attn.q_norm = nn.RMSNorm(config.hidden_size, eps=qk_norm_eps)
-            self.attn.k_norm = nn.RMSNorm(config.hidden_size, eps=qk_norm_eps)
+            width = config.hidden_size // heads if config.blocks.qk_norm_heads else config.hidden_size
+            self.attn.q_norm = nn.RMSNorm(width, eps=qk_norm_eps)
+            self.attn.k_norm = nn.RMSNorm(width, eps=qk_norm_eps)
         self.norm2 = norm(config.hidden_size, eps=config.layer_norm_eps)
         sizes = config.hidden_size, config.intermediate_size, config.hidden_act
         self.mlp = GatedMLP(*sizes, bias=config.blocks.mlp_bias) if config.blocks.gated_mlp else MLP(*sizes)

@@ -18,6 +18,12 @@ PADDLE = (  # all pictures of a message before its words
     "{%- for content in message['content'] -%}{{ content['text'] }}{%- endfor -%}{{ '</s>' }}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ 'Assistant: ' }}{%- endif -%}"
 )
+GLM = (
+    "[gMASK]<sop>{%- for message in messages -%}{{ '<|' + message.role + '|>\n' }}{%- if message.content is string -%}"
+    "{{ message.content }}{%- else -%}{%- for item in message.content -%}{%- if item.type == 'image' -%}"
+    "<|begin_of_image|><|image|><|end_of_image|>{%- else -%}{{ item.text }}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|assistant|>\n' }}{%- endif -%}"
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,23 @@ def rows_of_patches(inputs: Any, processor: Any) -> np.ndarray:
     return np.concatenate(found)
 
 
+def merged_patches(inputs: Any, processor: Any) -> np.ndarray:
+    """Of patches in the order of merged squares, two frames alike (GLM-4V)."""
+    merge, patch = processor.image_processor.merge_size, processor.image_processor.patch_size
+    found, done = [], 0
+    for _, rows, columns in inputs["image_grid_thw"].tolist():
+        part = inputs["pixel_values"][done : done + rows * columns].numpy()
+        done += rows * columns
+        part = part.reshape(rows // merge, columns // merge, merge, merge, 3, 2, patch, patch)
+        assert (part[..., 0, :, :] == part[..., 1, :, :]).all()
+        found.append(part[..., 0, :, :].transpose(0, 2, 5, 1, 3, 6, 4).reshape(-1, 3))
+    return np.concatenate(found)
+
+
+GLM_TOKENS = (
+    "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|begin_of_image|>", "<|end_of_image|>",
+    "<|image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|video|>",
+)  # fmt: skip
 READERS = {
     "paddleocr_vl": Reader(
         tokens=("<|begin_of_sentence|>", "</s>", "<|IMAGE_START|>", "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_END|>"),
@@ -59,6 +82,16 @@ READERS = {
         pixels=rows_of_patches,
         names={"image_token": "<|IMAGE_PLACEHOLDER|>"},
     ),
+    **{
+        family: Reader(
+            tokens=GLM_TOKENS, image_token="<|image|>", end="<|user|>", processor=processor, pixels=merged_patches
+        )
+        for family, processor in (
+            ("glm4v", "Glm4vProcessor"),
+            ("glm46v", "Glm46VProcessor"),
+            ("glm_ocr", "Glm46VProcessor"),
+        )
+    },
 }
 
 
@@ -96,9 +129,15 @@ def images_only(family: str) -> Any:
 
 def image_processors() -> dict[str, Any]:
     """Classes of image processors, by their names without `ImageProcessorPil`."""
+    from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+    from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
     from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
 
-    return {"PaddleOCRVL": PaddleOCRVLImageProcessorPil}
+    return {
+        "PaddleOCRVL": PaddleOCRVLImageProcessorPil,
+        "Glm4v": Glm4vImageProcessorPil,
+        "Glm46V": Glm46VImageProcessorPil,
+    }
 
 
 def flatten_paddle(config: dict[str, Any]) -> None:
@@ -132,3 +171,36 @@ def with_unread_tensors(folder: Path) -> None:
     size = settings.pop("size")
     settings |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
     file.write_text(json.dumps(settings, indent=1))
+
+
+def as_glm4v(config: dict[str, Any]) -> None:
+    """A config as GLM-4.1V's on the Hub: how much of a head is rotated stands beside the rope."""
+    text = config["text_config"]
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope["partial_rotary_factor"]}
+    text |= {"rope_scaling": {"type": "default", "mrope_section": rope["mrope_section"]}}
+    config["vision_config"].pop("rope_parameters", None)
+    config["torch_dtype"] = config.pop("dtype", "float32")
+
+
+def as_glm_ocr(config: dict[str, Any]) -> None:
+    """A config as GLM-OCR's: a layer that drafts tokens ahead."""
+    config["text_config"]["num_nextn_predict_layers"] = 1
+
+
+def with_draft_layer(folder: Path) -> None:
+    """As GLM-OCR's files: a layer behind the last one."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    layers = "model.language_model.layers."
+    last = max(int(name.removeprefix(layers).partition(".")[0]) for name in tensors if name.startswith(layers))
+    drafts = {
+        name.replace(f"{layers}{last}.", f"{layers}{last + 1}."): tensor.clone()
+        for name, tensor in tensors.items()
+        if name.startswith(f"{layers}{last}.")
+    }
+    for name in ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head", "embed_tokens"):
+        drafts[f"{layers}{last + 1}.{name}.weight"] = torch.ones(3, 2)
+    save_file(tensors | drafts, folder / "model.safetensors", {"format": "pt"})

@@ -38,7 +38,16 @@ from qwen_reference import (
     neighbours,
     pixels_of,
 )
-from readers_reference import PADDLE, READERS, flatten_paddle, with_unread_tensors
+from readers_reference import (
+    GLM,
+    PADDLE,
+    READERS,
+    as_glm4v,
+    as_glm_ocr,
+    flatten_paddle,
+    with_draft_layer,
+    with_unread_tensors,
+)
 
 GOLDEN = Path(__file__).parent
 STEPS = 10  # tokens decoded with the cache
@@ -757,6 +766,28 @@ SPECS = {
             patch_size=6, size={"shortest_edge": 576, "longest_edge": 4000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
         tokenizer="qwen2", chat_template=PADDLE, template_file="chat_template.json",
         config=flatten_paddle, finish=with_unread_tensors, seed=60, family="paddleocr_vl", cases=tuple(CASES)),
+    "glm4v": Spec(  # half of a head is rotated; photo.jpg, above the limit: 6 x 4 tokens; shapes.png: 4 x 7; strip.png: 2 x 11
+        vision=("glm4v_vision", dict(
+            depth=2, hidden_size=24, num_heads=2, image_size=30, patch_size=6, out_hidden_size=48, intermediate_size=40)),
+        text=("glm4v_text", dict(
+            hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+            max_position_embeddings=512, rope_parameters={
+                "rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5})),
+        llava=dict(tie_word_embeddings=False),
+        image_processor=("Glm4v", dict(patch_size=6, size={"shortest_edge": 1152, "longest_edge": 8000})),
+        tokenizer="qwen2", chat_template=GLM, template_file="chat_template.jinja",
+        config=as_glm4v, seed=61, family="glm4v", cases=tuple(CASES)),
+    "glm-ocr": Spec(  # a layer that drafts tokens behind the two; pictures as of glm4v
+        vision=("glm_ocr_vision", dict(
+            depth=2, hidden_size=24, num_heads=2, patch_size=6, out_hidden_size=36, intermediate_size=32)),
+        text=("glm_ocr_text", dict(
+            hidden_size=36, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=12, max_position_embeddings=512, rope_parameters={
+                "rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 2, 3], "partial_rotary_factor": 1.0})),
+        llava=dict(tie_word_embeddings=False),
+        image_processor=("Glm46V", dict(patch_size=6, size={"shortest_edge": 1152, "longest_edge": 8000})),
+        tokenizer="qwen2", chat_template=GLM, template_file="chat_template.json",
+        config=as_glm_ocr, finish=with_draft_layer, seed=62, family="glm_ocr", cases=tuple(CASES)),
 }  # fmt: skip
 CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and for a reference that encodes a message by itself
     "long_text": [user(text_part(" ".join(CORPUS[:3])))],

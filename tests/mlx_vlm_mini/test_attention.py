@@ -197,10 +197,12 @@ def config_of(**text):
     return family.config({"text_config": given}).decoder
 
 
+@pytest.mark.parametrize("neighbours", [False, True], ids=["halves", "neighbours"])
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: (scaling or {}).get("rope_type", "default"))
-def test_angles_computed_once_turn_as_the_rope_itself(scaling, monkeypatch):
+def test_angles_computed_once_turn_as_the_rope_itself(scaling, neighbours, monkeypatch):
     """A CPU's way and MLX's rope, at a position and at those of each row of a batch."""
     rotary = make_rope(config_of(head_dim=16, rope_scaling=scaling))
+    rotary.neighbours = neighbours
     device = mx.default_device().type
     for offset, length in ((0, 9), (20, 10), (25, 10), (2000, 1)):
         x = mx.random.normal((2, 2, length, 16))
@@ -237,6 +239,24 @@ def test_only_the_first_numbers_of_a_head_are_rotated(factor, either_kernels):
     expected = [one * np.cos(angles) - other * np.sin(angles), other * np.cos(angles) + one * np.sin(angles)]
     np.testing.assert_allclose(found[..., :dims], np.concatenate(expected, axis=-1), atol=2e-6)
     np.testing.assert_array_equal(found[..., dims:], x[..., dims:])
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_neighbours_are_pairs(factor, either_kernels):
+    """Numbers 2 i and 2 i + 1 as a complex number, times e to the power of i times an angle; by one position and by three."""
+    config = config_of(head_dim=16, rope_scaling={"partial_rotary_factor": factor})
+    shape = replace(config.shape("full_attention"), neighbours=True)
+    config = replace(config, shapes={"full_attention": shape})
+    x, dims = np.random.default_rng(0).normal(size=(1, 2, 7, 16)).astype(np.float32), int(16 * factor)
+    rotary = make_rope(config)
+    angles = np.arange(5, 12)[:, None] / 10000.0 ** (np.arange(0, dims, 2) / dims)
+    turned = (x[..., :dims:2] + 1j * x[..., 1:dims:2]) * np.exp(1j * angles)
+    expected = np.stack([turned.real, turned.imag], axis=-1).reshape(1, 2, 7, dims)
+    rotary.axes = np.arange(dims // 2) % 3
+    for first in (5, np.tile(np.arange(5, 12), (3, 1))):
+        found = np.array(rotary.at(first, 7)(mx.array(x)))
+        np.testing.assert_allclose(found[..., :dims], expected, atol=2e-6)
+        np.testing.assert_array_equal(found[..., dims:], x[..., dims:])
 
 
 @pytest.mark.parametrize("normed", [False, True])

@@ -139,7 +139,7 @@ def test_what_configs_leave_out():
         "vision.hidden_size": 1024, "vision.num_hidden_layers": 24, "vision.hidden_act": "silu", "vision.patch_size": 14,
         "vision.image_size": 28, "vision.post_norm": False, "vision.feature_layers": (24,),
         "projector.input_size": 4096, "projector.norm_eps": 1e-6, "projector.bias": False, "projector.hidden_act": "gelu",
-        "projector.merger.by_channel": True, "decoder.hidden_size": 1024, "decoder.num_hidden_layers": 28,
+        "projector.merger.kind": "channels", "decoder.hidden_size": 1024, "decoder.num_hidden_layers": 28,
         "decoder.num_key_value_heads": 8, "decoder.head_dim": 128, "decoder.intermediate_size": 3072,
         "decoder.norms.qk_norm": True, "decoder.rope_theta": 1e6, "decoder.tie_word_embeddings": True,
         "image_token_id": 151655, "family": "lighton_ocr",

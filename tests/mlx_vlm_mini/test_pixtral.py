@@ -275,7 +275,7 @@ def test_a_head_that_is_not_there_is_tied(tmp_path):
         (mistral3, {}, {
             "vision.hidden_act": "gelu", "vision.patch_size": 14, "vision.image_size": 28, "vision.layer_norm_eps": 1e-5,
             "vision.feature_layers": (24,), "projector.input_size": 4096, "projector.bias": False,
-            "projector.norm_eps": 1e-5, "projector.merger.by_channel": True, "projector.hidden_size": 5120,
+            "projector.norm_eps": 1e-5, "projector.merger.kind": "channels", "projector.hidden_size": 5120,
             "decoder.intermediate_size": 32768, "decoder.rope_theta": 1e9, "decoder.sliding_window": None,
             "decoder.head_dim": 128, "decoder.tie_word_embeddings": True, "image_token_id": 10,
         }),

@@ -1,4 +1,4 @@
-"""The document readers: PaddleOCR-VL: sizes, layouts, templates, configs, quantization; parity is test_parity.py's, turns
+"""The document readers: PaddleOCR-VL, GLM-OCR, GLM-4V: sizes, layouts, templates, configs, quantization; parity is test_parity.py's, turns
 are test_conversations.py's."""
 
 import json
@@ -17,12 +17,12 @@ from mlx_vlm_mini.checkpoints.describe import describe
 from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.errors import CheckpointError, ImageError
-from mlx_vlm_mini.families import find_family, paddleocr_vl
-from mlx_vlm_mini.preprocessing.grid import Grid, RaisedGrid
+from mlx_vlm_mini.families import find_family, glm4v, glm_ocr, paddleocr_vl
+from mlx_vlm_mini.preprocessing.grid import FramesGrid, Grid, RaisedGrid
 from mlx_vlm_mini.preprocessing.settings import image_settings
 from mlx_vlm_mini.vision.positions import RESIZES, resize
 
-NAMES = {"paddleocr-vl": paddleocr_vl}
+NAMES = {"paddleocr-vl": paddleocr_vl, "glm-ocr": glm_ocr, "glm4v": glm4v}
 
 Tensors = dict[str, mx.array]
 
@@ -83,9 +83,21 @@ def paddle_mlx(tensors: Tensors) -> Tensors:
     return others | tower | {kernel: mx.contiguous(tower[kernel].transpose(0, 2, 3, 1))}
 
 
+def glm_mlx(tensors: Tensors) -> Tensors:
+    """Without the layer that drafts; both convolutions channel-last."""
+    read = {name: array for name, array in tensors.items() if ".layers.2." not in name}
+    found = replaced(
+        read, ("model.visual.", "vision_tower."), ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    )  # fmt: skip
+    return {name: mx.contiguous(mx.moveaxis(a, 1, -1)) if a.ndim > 2 else a for name, a in found.items()}
+
+
 LAYOUTS: list[tuple[str, Callable[[Tensors], Tensors], bool]] = [
     ("paddleocr-vl", paddle_memory, False),
     ("paddleocr-vl", paddle_mlx, True),
+    ("glm-ocr", glm_mlx, True),
+    ("glm4v", glm_mlx, True),
 ]
 
 
@@ -102,7 +114,7 @@ def test_tensors_go_by_many_names(name, layout, mlx, copy_of):
     check_answer(folder, name)
 
 
-UNREAD = {"paddleocr-vl": 3}
+UNREAD = {"paddleocr-vl": 3, "glm-ocr": 16}  # of another way to resize and a head; of a layer that drafts
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,6 +137,24 @@ def test_the_familys_own_template_writes_the_goldens_prompts(name, copy_of):
     for case in ("side_by_side", "two_turns", "text"):
         messages = with_paths(CASES[case])
         assert own(messages).input_ids.tolist() == theirs(messages).input_ids.tolist()
+
+
+def test_glms_turns():
+    _, processor = load(GOLDEN / "glm-ocr")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": str(PHOTO)}, {"type": "text", "text": "Text Recognition:"}],
+        },
+    ]
+    ids = processor(messages).input_ids[0].tolist()
+    text = processor.tokenizer.decode(ids, skip_special_tokens=False).replace("<|image|>", "*")
+    assert text == (
+        "[gMASK]<sop><|system|>\nBe brief.<|user|>\n<|begin_of_image|>" + "*" * 24 + "<|end_of_image|>"
+        "Text Recognition:<|assistant|>\n"
+    )
+    assert processor.eos_token_ids == {processor.tokenizer.token_to_id("<|user|>")}
 
 
 def test_pictures_come_before_words():
@@ -159,7 +189,32 @@ def test_an_image_that_stays_too_narrow():
         grid.fit((1, 300))
 
 
+@pytest.mark.parametrize(
+    ("size", "fitted"),
+    [
+        ((1000, 700), (1008, 700)), ((3508, 2480), (2604, 1820)), ((4000, 3000), (2520, 1876)), ((28, 28), (84, 84)),
+        ((10, 100), (28, 280)), ((3, 400), (28, 3724)), ((27, 28), (84, 84)),
+    ],
+)  # fmt: skip
+def test_both_frames_of_a_picture_count(size, fitted):
+    """9633792 pixels of two frames are 4816896 of a picture: 12 MP are 2520 x 1876."""
+    grid = FramesGrid(patch_size=14, merge=2, min_pixels=12544, max_pixels=9633792, frames=2, step=2)
+    assert grid.fit(size) == fitted and grid.max_tokens == 6144
+
+
+def test_limits_of_a_picture_are_given_by_its_own_pixels():
+    _, processor = load(GOLDEN / "glm4v", max_pixels=2000, min_pixels=1000)
+    (image,) = processor([PHOTO, "Hi"]).images
+    assert processor.image_settings.tiling.max_pixels == 4000
+    height, width = image.pixel_values.shape[1:3]
+    assert 1000 < height * width <= 2000
+
+
 def test_class_defaults_of_image_settings():
+    for name in ("Glm4vImageProcessor", "Glm46VImageProcessor"):
+        grid = image_settings({"image_processor_type": name}, "Glm4v").tiling
+        frames = {"frames": 2, "step": 2}
+        assert grid == FramesGrid(patch_size=14, merge=2, min_pixels=12544, max_pixels=28**2 * 15000, **frames)
     grid = image_settings({"image_processor_type": "PaddleOCRVLImageProcessor"}, "PaddleOCRVL").tiling
     assert grid == RaisedGrid(patch_size=14, merge=2, min_pixels=384**2, max_pixels=1536**2)
 
@@ -221,10 +276,66 @@ def test_what_paddles_configs_leave_out():
     assert biased.qkv_bias and biased.o_bias and biased.mlp_bias
 
 
+def test_what_glms_configs_leave_out():
+    """The class defaults of transformers 5.23; the Hub's configs say more (`tests/support/published.py`)."""
+    fields = {
+        "vision.num_hidden_layers": 24, "vision.patch_size": 14, "vision.image_size": 28, "vision.post_norm": True,
+        "vision.layer_norm_eps": 1e-5, "vision.patch_bias": True, "vision.grid.frames": 2, "vision.hidden_act": "silu",
+        "vision.blocks.norm_type": "rms_norm", "vision.blocks.gated_mlp": True, "projector.norm_eps": 1e-5,
+        "projector.bias": False, "projector.hidden_act": "silu", "projector.merger.kind": "gated",
+        "decoder.norms.sandwich": True, "decoder.norms.rms_norm_eps": 1e-5,
+        "decoder.tie_word_embeddings": False, "decoder.rope_theta": 1e4, "draft_layers": 0,
+    }  # fmt: skip
+    rope = {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default"}}
+    config = glm4v.config({"model_type": "glm4v", "text_config": rope})
+    check_fields(config, {
+        **fields, "vision.hidden_size": 1536, "vision.intermediate_size": 4096, "vision.pre_norm": True,
+        "vision.grid.position_side": 24, "vision.grid.position_resize": "cubic", "vision.blocks.qkv_bias": False,
+        "vision.blocks.o_bias": False, "vision.blocks.mlp_bias": False, "vision.blocks.qk_norm_eps": None,
+        "projector.merger.inner_size": 13696, "decoder.biases.qkv_bias": True, "decoder.biases.o_bias": False,
+        "decoder.hidden_size": 4096, "decoder.num_hidden_layers": 40, "image_token_id": 151343, "family": "glm4v",
+    })  # fmt: skip
+    assert config.decoder.shape("full_attention").rotary_dims == 64
+    text = {"hidden_size": 1536, "head_dim": 128, "rope_parameters": {"mrope_section": [16, 24, 24]}}
+    check_fields(glm_ocr.config({"model_type": "glm_ocr", "text_config": text}), {
+        **fields, "vision.hidden_size": 1024, "vision.intermediate_size": 4096, "vision.pre_norm": False,
+        "vision.grid.position_side": None, "vision.blocks.qkv_bias": True, "vision.blocks.o_bias": True,
+        "vision.blocks.mlp_bias": True, "vision.blocks.qk_norm_eps": 1e-5, "vision.blocks.qk_norm_heads": True,
+        "projector.merger.inner_size": 4608, "decoder.biases.qkv_bias": False, "decoder.num_hidden_layers": 16,
+        "decoder.head_dim": 128, "image_token_id": 59280, "family": "glm_ocr",
+    })  # fmt: skip
+
+
+def test_glm46v_is_the_same_model(copy_of):
+    """With rope_parameters, and types of its own."""
+    folder = copy_of("glm4v")
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    rope = {**text.pop("rope_scaling"), "rope_theta": text.pop("rope_theta"), "rope_type": "default"}
+    text["rope_parameters"] = {**rope, "partial_rotary_factor": text.pop("partial_rotary_factor")}
+    edit_json(folder / "config.json", model_type="glm46v", text_config=text)
+    check_answer(folder, "glm4v")
+    assert describe(folder)["family"] == "glm46v"
+
+
+@pytest.mark.parametrize("name", ["glm-ocr", "glm4v"])
+def test_halves_in_place_of_neighbours_change_the_answer(name):
+    model, processor = load(GOLDEN / name)
+    right = last(model, processor, "text")
+    model.decoder.ropes["full_attention"].neighbours = False
+    assert np.abs(last(model, processor, "text") - right).max() > 0.1
+
+
 REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("paddleocr-vl", "vision_config", {"rope_parameters": {"rope_theta": 100.0}}, "tower's rope_theta must be 10000"),
     ("paddleocr-vl", "vision_config", {"num_channels": 1}, "in_channels 3"),
     ("paddleocr-vl", "vision_config", {"image_size": 64}, "position_embedding.weight has shape"),
+    ("glm-ocr", "text_config", {"num_nextn_predict_layers": -1}, "draft_layers must be a whole number"),
+    ("glm4v", "vision_config", {"out_hidden_size": 40}, "the merger's width 40 differs from the decoder's 48"),
+    ("glm4v", "vision_config", {"intermediate_size": 48}, "merger.gate_proj.weight has shape"),
+    ("glm4v", "text_config", {"partial_rotary_factor": 1.0}, "three numbers with the sum 8"),
+    ("glm-ocr", "text_config", {"num_nextn_predict_layers": 0}, "which config.json has no place for"),
+    ("glm-ocr", "vision_config", {"patch_size": [6, 7]}, "patch_size must be square"),
     ("paddleocr-vl", "", {"rope_scaling": {"mrope_section": [2, 2, 2]}}, "three numbers with the sum 8"),
 ]
 
@@ -248,21 +359,37 @@ WIDE: dict[str, dict[str, Any]] = {
         "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default"},
         "vision_config": {"hidden_size": 64, "intermediate_size": 96},
     },
+    "glm4v": {
+        "text_config": {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 8},
+        "vision_config": {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128},
+    },
+    "glm-ocr": {
+        "text_config": {
+            "hidden_size": 128, "intermediate_size": 192, "head_dim": 32,
+            "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [4, 6, 6]},
+        },
+        "vision_config": {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128},
+    },
 }  # fmt: skip
 
 
 def small(settings):
-    settings.update(min_pixels=500, max_pixels=1500)
+    if "patch_size" in settings:
+        settings.update(min_pixels=500, max_pixels=1500)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_quantized(name, tmp_path):
     """Of the wide sister at 8 bits, with the check layer by layer."""
     model = check_eight_bits(make_wide_with(small, name, tmp_path / "wide", WIDE[name]), tmp_path / "out")
-    assert (model.vision.blocks[0].attn.q_proj.bits, model.projector.layers[0].bits) == (8, 8)
+    joined = model.projector.layers[0] if "layers" in model.projector else model.projector.mlp.up_proj
+    assert (model.vision.blocks[0].attn.q_proj.bits, joined.bits) == (8, 8)
 
 
-INFO = {"paddleocr-vl": ("<|IMAGE_PLACEHOLDER|>", {"min_pixels": 576, "max_pixels": 4000, "max_image_tokens": 27})}
+INFO = {
+    name: (token, {"min_pixels": 576, "max_pixels": 4000, "max_image_tokens": 27})
+    for name, token in (("paddleocr-vl", "<|IMAGE_PLACEHOLDER|>"), ("glm-ocr", "<|image|>"), ("glm4v", "<|image|>"))
+}
 
 
 @pytest.mark.parametrize("name", NAMES)

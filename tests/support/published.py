@@ -10,8 +10,8 @@ meta-llama/llama-models and convert_mllama_weights_to_hf.py of transformers; Qwe
 tensors' names and shapes from vllm-project/vllm (tests/golden/qwen_vl_oracle.py); Qwen2-VL's and later ones' from copies of their
 configs in public repositories, the sizes of 2-VL's recalled; SmolVLM-256M, SmolVLM2-500M, Gemma 3 4B and 27B from copies of their
 configs in public repositories' tests; SmolVLM 2.2B, Idefics3-8B and Gemma 3 12B from memory; Mistral Small 3.1's from a copy of
-its config, Pixtral-12B's from memory (its decoder has Mistral Nemo's sizes). PaddleOCR-VL's are its class's defaults. None was
-downloaded from the Hub itself.
+its config, Pixtral-12B's from memory (its decoder has Mistral Nemo's sizes). PaddleOCR-VL's and GLM-4.1V's are their classes' defaults,
+GLM-OCR's and GLM-4.6V-Flash's recalled. None was downloaded from the Hub itself.
 """
 
 from math import prod
@@ -276,6 +276,44 @@ PADDLEOCR_VL = {
         "temporal_patch_size": 2, "tokens_per_second": 2,
     },
 }  # fmt: skip
+GLM_9B = {  # beside its rope, which is written in two ways
+    "attention_bias": True, "head_dim": 128, "hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 40,
+    "num_attention_heads": 32, "num_key_value_heads": 2, "max_position_embeddings": 65536, "rms_norm_eps": 1e-5,
+    "vocab_size": 151552, "model_type": "glm4v_text",
+}  # fmt: skip
+GLM_VISION = {
+    "model_type": "glm4v_vision", "attention_bias": False, "depth": 24, "hidden_act": "silu", "hidden_size": 1536,
+    "image_size": 336, "in_channels": 3, "intermediate_size": 13696, "num_heads": 12, "out_hidden_size": 4096,
+    "patch_size": 14, "rms_norm_eps": 1e-5, "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+GLM = {
+    "zai-org/GLM-OCR": {
+        "model_type": "glm_ocr", "image_token_id": 59280, "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "glm_ocr_text", "head_dim": 128, "hidden_size": 1536, "intermediate_size": 4608,
+            "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5, "vocab_size": 59392, "num_nextn_predict_layers": 1, "rope_parameters": {
+                "rope_type": "default", "mrope_section": [16, 24, 24], "partial_rotary_factor": 1.0, "rope_theta": 10000},
+        },
+        "vision_config": {
+            "model_type": "glm_ocr_vision", "attention_bias": True, "depth": 24, "hidden_act": "silu", "hidden_size": 1024,
+            "image_size": 336, "in_channels": 3, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 1536,
+            "patch_size": 14, "rms_norm_eps": 1e-5, "spatial_merge_size": 2, "temporal_patch_size": 2,
+        },
+    },
+    "zai-org/GLM-4.1V-9B-Thinking": {
+        "model_type": "glm4v", "image_token_id": 151343, "tie_word_embeddings": False, "vision_config": GLM_VISION,
+        "text_config": {
+            **GLM_9B, "partial_rotary_factor": 0.5, "rope_theta": 10000.0,
+            "rope_scaling": {"type": "default", "mrope_section": [8, 12, 12]},
+        },
+    },
+    "zai-org/GLM-4.6V-Flash": {
+        "model_type": "glm46v", "image_token_id": 151343, "tie_word_embeddings": False, "vision_config": GLM_VISION,
+        "text_config": {**GLM_9B, "max_position_embeddings": 131072, "rope_parameters": {
+            "rope_type": "default", "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5, "rope_theta": 500000}},
+    },
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": _llava("llava", VICUNA_7B, pad_token_id=32001),
     "llava-hf/llava-1.5-13b-hf": _llava("llava", VICUNA_13B, pad_token_id=32001),
@@ -318,6 +356,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral-community/pixtral-12b": _pixtral("llava", 14336, 1024000, patch_size=16, image_size=1024),
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": _pixtral("mistral3", 32768, 131072, patch_size=14, image_size=1540),
     "PaddlePaddle/PaddleOCR-VL": PADDLEOCR_VL,
+    **GLM,
 }  # fmt: skip
 
 
