@@ -72,15 +72,20 @@ class State:
         self.layers, self.start, self.padding = self.make(), 0, None
         self.prompt_length, self.positions, self.spans = None, Counting(), ()
 
+    def reach(self, length: int) -> int:
+        """The length that `rewind` would reach."""
+        length = min(length, self.start)
+        while (reached := min(_reach(entry, length) for entry in self.layers)) < length:
+            length = reached
+        return length
+
     def rewind(self, length: int) -> int:
         """Go back to the first `length` tokens, or as near before them as every layer can.
 
         Returns:
             The length that is reached: 0 where a layer can go nowhere else.
         """
-        length = min(length, self.start)
-        while (reached := min(_reach(entry, length) for entry in self.layers)) < length:
-            length = reached
+        length = self.reach(length)
         if not length:
             self.clear()
             return 0
@@ -94,6 +99,15 @@ class State:
                 entry.trim(entry.offset - length)
         self.start, self.positions = length, self.positions.within(length)
         return length
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether it can go back to a length that `snapshot` kept from any longer one: not where a cache gives tokens
+        up."""
+        return all(
+            hasattr(entry, "reach") or isinstance(entry, ImageCache) or not hasattr(entry, "max_size")
+            for entry in self.layers
+        )
 
     @property
     def needs_snapshots(self) -> bool:

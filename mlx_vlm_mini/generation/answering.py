@@ -9,6 +9,7 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_mini.decoder.state import State
 from mlx_vlm_mini.inputs import InputImage, Inputs
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
@@ -16,7 +17,7 @@ from mlx_vlm_mini.text.thinking import ThinkingFilter, length_of_beginning
 from mlx_vlm_mini.text.tokenizer import TextStream
 
 from .constraints import Constraint, vocabulary_of
-from .decode import Chooser, Token, release_buffers
+from .decode import Chooser, Token, release_buffers, score_continuations
 from .features import Features
 from .options import Options
 
@@ -57,6 +58,22 @@ class Stats:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How probable one of the texts is that an answer may be.
+
+    Attributes:
+        text: the choice.
+        logprob: natural logarithm of the model's probability that its answer begins with the text, with or without a
+            space in front; where the tokens of a choice begin those of another, that its answer is the text and ends.
+        probability: among the choices.
+    """
+
+    text: str
+    logprob: float
+    probability: float
+
+
+@dataclass(frozen=True)
 class Chunk:
     """One token of an answer.
 
@@ -68,6 +85,7 @@ class Chunk:
             else None.
         stats: the same object on every chunk, up to date.
         thinking: the text of the answer's thinking that the token completes, without the markers around it.
+        choices: of each choice how probable it is, where that was asked for (`Options.probabilities`).
     """
 
     text: str
@@ -76,6 +94,7 @@ class Chunk:
     finish_reason: FinishReason | None
     stats: Stats
     thinking: str = ""
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclass
@@ -149,6 +168,7 @@ class Answering:
             processor.chat_template.markers, "thinking" if inputs.opens_thinking else "beginning"
         )
         self._marker_texts = processor.marker_texts
+        self._choices: tuple[Choice, ...] = ()
 
     def find(self, image: InputImage) -> mx.array:
         """An image's features, encoded or found: float[tokens, C]."""
@@ -157,6 +177,29 @@ class Answering:
     def _encode(self, image: InputImage) -> mx.array:
         self.stats.encoded_images += 1
         return self.model.encode(image)
+
+    def read_prompt(self, logits: mx.array, state: State) -> None:
+        """Note that the prompt is read, and find how probable the choices are, where that is asked for.
+
+        Args:
+            logits: float[1, vocab_size], of the prompt's last token.
+            state: holds the prompt, and does so afterwards.
+        """
+        mx.async_eval(logits)
+        constraint = self.choose.constraint
+        if constraint is None or not self.options.probabilities:
+            return
+        texts = self.options.choices or ()
+        ways = [constraint.ways(text) for text in texts]
+        starts = {way[:length] for each in ways for way in each for length in range(1, len(way))}
+        nested = any(way in starts for each in ways for way in each)
+        ends = [end for end in self._ends if end < logits.shape[-1]] if nested else []
+        decoder = self.model.decoder
+        scores = iter(score_continuations(decoder, logits, state, [way for each in ways for way in each], ends))
+        logprobs = np.array([np.logaddexp.reduce([next(scores) for _ in each]) for each in ways])
+        odds = np.exp(logprobs - np.logaddexp.reduce(logprobs))
+        found = zip(texts, logprobs.tolist(), odds.tolist(), strict=True)
+        self._choices = tuple(Choice(text, logprob, share) for text, logprob, share in found)
 
     def read_images(self) -> None:
         """Note that images are encoded and the text is tokenized."""
@@ -190,7 +233,7 @@ class Answering:
             rest, stopped = self._filter.add(rest)
             text += rest + ("" if stopped else self._filter.held)
         reason: FinishReason | None = None if not last else "stop" if ended or stopped else "length"
-        return Chunk(text, token.id, token.logprob, reason, stats, thinking)
+        return Chunk(text, token.id, token.logprob, reason, stats, thinking, self._choices)
 
     def _text_of(self, token: int) -> str:
         """The text that a token completes, markers around thinking included."""

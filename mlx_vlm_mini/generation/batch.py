@@ -317,7 +317,7 @@ class Batch:
         mx.eval(reading.embeddings, reading.beside)
         answer.read_images()
         logits = yield from read_in_chunks(model.decoder, reading, state, options.prefill_step)
-        mx.async_eval(logits)
+        answer.read_prompt(logits, state)
         token, logprob = answer.choose(logits)
         mx.eval(token, logprob)
         if self._prefixes is not None:

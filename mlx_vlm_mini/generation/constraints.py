@@ -118,6 +118,23 @@ class Constraint:
         self._find()
         self._first = None
 
+    def ways(self, text: str) -> list[tuple[int, ...]]:
+        """The token sequences that give an answer of this text as the tokenizer writes it: with and without a space in
+        front, where both give it.
+
+        Raises:
+            PromptError: there is none.
+        """
+        self.begin()
+        table = self._vocabulary.table
+        spaced, bare = f" {text}", text
+        wanted = [bare, spaced] if not self.form.spaced else [spaced if table.strips else bare]
+        found = [(each, tuple(table.encode(each))) for each in wanted]
+        whole = [ids for each, ids in found if b"".join(table.tokens[number] for number in ids) == each.encode()]
+        if not whole:
+            raise PromptError(f"the tokenizer has no tokens for the choice {text[:80]!r}")
+        return whole
+
     @property
     def drops_space(self) -> bool:
         """Whether a space that the answer's text begins with is no part of it."""

@@ -2,12 +2,13 @@
 
 import math
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_vlm_mini.decoder.decoder import Decoder
 from mlx_vlm_mini.decoder.reading import Reading
@@ -351,3 +352,79 @@ def _decode_in_form(
             yield checked(chosen, score, decoder, last=done and number == len(found))
             if (max_tokens - left) % 256 == 0:
                 mx.clear_cache()
+
+
+class _Branches:
+    """A prompt's state, read on in several ways one after another.
+
+    Attributes:
+        path: tokens that were read after the prompt.
+        rows: float32[vocab_size] each, log-probabilities of what comes next: after the prompt, and after each token of
+            the path.
+    """
+
+    def __init__(self, decoder: Decoder, logits: mx.array, state: State) -> None:
+        self._decoder, self._prompt = decoder, state.start
+        state.snapshot()
+        # What cannot go back (a cache that gives tokens up) is read on in copies.
+        self._source = None if state.goes_back else state
+        self._state = state if self._source is None else state.fork()
+        self._together = all(rope.depends_on == "nothing" for rope in decoder.ropes.values())
+        self.path: list[int] = []
+        self.rows = self._rows(logits)
+
+    @staticmethod
+    def _rows(logits: mx.array) -> list[np.ndarray]:
+        return [*np.array(kernels().log_softmax(logits).astype(mx.float32))]
+
+    def go(self, wanted: Sequence[int]) -> None:
+        """Read these tokens after the prompt, what they share with the path not again."""
+        pairs = zip(self.path, wanted, strict=False)
+        shared = next(
+            (place for place, (one, other) in enumerate(pairs) if one != other), min(len(self.path), len(wanted))
+        )
+        if shared < len(self.path):
+            shared = self._back(shared)
+        del self.path[shared:], self.rows[shared + 1 :]
+        rest = wanted[shared:]
+        size = len(rest) if self._together else 1
+        for first in range(0, len(rest), max(size, 1)):
+            part = mx.array([*rest[first : first + size]])
+            hidden = self._decoder(self._decoder.read(part[None]), self._state)
+            self.rows += self._rows(self._decoder.logits(hidden)[0])
+        self.path += rest
+
+    def _back(self, length: int) -> int:
+        if self._source is None:
+            return self._state.rewind(self._prompt + length) - self._prompt
+        self._state = self._source.fork()
+        return 0
+
+
+def score_continuations(
+    decoder: Decoder,
+    logits: mx.array,
+    state: State,
+    continuations: Sequence[Sequence[int]],
+    ends: Collection[int] = (),
+) -> list[float]:
+    """How probable it is that an answer begins with each of these token sequences. What they share is read once.
+
+    Args:
+        logits: float[1, vocab_size], of the prompt's last token.
+        state: holds the prompt, and does so afterwards.
+        continuations: none of them empty.
+        ends: tokens one of which has to follow each; none: anything may.
+
+    Returns:
+        Natural logarithms of the probabilities, in the order of the continuations.
+    """
+    branches, found = _Branches(decoder, logits, state), dict[tuple[int, ...], float]()
+    for wanted in sorted({tuple(each) for each in continuations}):
+        branches.go(wanted if ends else wanted[:-1])
+        total = sum(float(row[token]) for row, token in zip(branches.rows, wanted, strict=False))
+        if ends:
+            total += float(np.logaddexp.reduce(branches.rows[len(wanted)][[*ends]].astype(np.float64)))
+        found[wanted] = total
+    branches.go(())
+    return [found[tuple(each)] for each in continuations]

@@ -21,7 +21,7 @@ from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.text.messages import Prompt, to_messages
 
-from .answering import Chunk, FinishReason, Stats
+from .answering import Choice, Chunk, FinishReason, Stats
 from .batch import Batch, Job, Said
 from .cache import Prefixes
 from .decode import one_at_a_time
@@ -155,6 +155,7 @@ class Answer:
         logprobs: of these.
         finish_reason: "stop" or "length"; None where it failed.
         stats: what it cost; None where it did not begin.
+        choices: how probable each choice is, where that was asked for.
         error: what went wrong, in a line; None where nothing did.
         thinking: what the model thought before it answered.
     """
@@ -164,6 +165,7 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stats: Stats | None = None
+    choices: tuple[Choice, ...] = ()
     error: str | None = None
     thinking: str = ""
 
@@ -173,7 +175,7 @@ class Answer:
         self.thinking += chunk.thinking
         self.token_ids.append(chunk.token)
         self.logprobs.append(chunk.logprob)
-        self.finish_reason, self.stats = chunk.finish_reason, chunk.stats
+        self.finish_reason, self.stats, self.choices = chunk.finish_reason, chunk.stats, chunk.choices
 
 
 class Engine:

@@ -35,6 +35,7 @@ class Options:
         think: whether the model is to think before it answers; None: as its chat template does by default.
         prefill_step: prompt tokens a chunk.
         progress: called with prompt tokens read and prompt tokens in all.
+        probabilities: find how probable each of the choices is, see `Chunk.choices`.
         form: what the answer's form is; None where it has none.
     """
 
@@ -55,6 +56,7 @@ class Options:
     choices: Sequence[str] | None = None
     regex: str | None = None
     grammar: str | None = None
+    probabilities: bool = False
     form: Form | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -77,6 +79,8 @@ class Options:
             raise PromptError(f"think must be True, False or None, not {self.think!r}")
         form = make_form(schema=self.schema, choices=self.choices, regex=self.regex, grammar=self.grammar)
         object.__setattr__(self, "form", form)
+        if self.probabilities and self.choices is None:
+            raise PromptError("probabilities are those of choices, and here are no choices")
 
     @property
     def stops(self) -> tuple[str, ...]:

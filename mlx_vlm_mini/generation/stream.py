@@ -60,6 +60,7 @@ def _answer(
         mx.eval(reading.embeddings, reading.beside)
         answer.read_images()
         logits = prefill(model.decoder, reading, state, step=options.prefill_step, progress=options.progress)
+        answer.read_prompt(logits, state)
         for token in decode(model.decoder, logits, state, max_tokens=options.max_tokens, choose=answer.choose):
             chunk = answer.chunk(token)
             yield chunk
