@@ -265,11 +265,17 @@ def _engine(
 def as_object(chunks: list["Chunk"], more_timings: dict[str, float], interrupted: bool) -> dict[str, Any]:
     """What is written of an answer."""
     stats = asdict(chunks[-1].stats) if chunks else {}
+    more: dict[str, Any] = {}
+    if chunks and chunks[-1].object is not None:
+        more["object"] = chunks[-1].object
+    if chunks and chunks[-1].choices:
+        more["choices"] = [asdict(choice) for choice in chunks[-1].choices]
     counts = ("prompt_tokens", "image_tokens", "cached_tokens")
     times = ("image_s", "prefill_s", "first_token_s", "decode_s")
     return {
         **({"thinking": thinking} if (thinking := "".join(chunk.thinking for chunk in chunks)) else {}),
         "text": "".join(chunk.text for chunk in chunks),
+        **more,
         "token_ids": [chunk.token for chunk in chunks],
         "logprobs": [chunk.logprob for chunk in chunks],
         "finish_reason": "interrupted" if interrupted else chunks[-1].finish_reason,

@@ -9,6 +9,7 @@ from mlx_vlm_mini.checkpoints import bundled
 
 from .commands import COMMANDS, Session, find_settings
 from .completion import complete
+from .forms import form_options
 from .line import read_pictures
 from .look import Look
 from .options import (
@@ -66,6 +67,7 @@ from .thumbnail import KINDS
 )
 @click.option("--plain", is_flag=True, help="Nothing but lines of text: no editor, colours or pictures.")
 @sampling_options
+@form_options
 @loading_options
 @click.pass_context
 def command(

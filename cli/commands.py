@@ -13,6 +13,7 @@ import click
 
 from mlx_vlm_mini.errors import ImageError, PromptError
 
+from .forms import FORMS
 from .interrupt import Interrupts
 from .line import Mention, is_picture, is_shown, parse_line, read_path, read_pictures, strip_edges
 from .look import Look
@@ -200,7 +201,10 @@ class Session:
         if name not in self._settings:
             raise PromptError(f"there is no setting '{words[0]}': /set lists them")
         if values:
-            self.chat.options[name] = self._value(name, values)
+            value = self._value(name, values)
+            if name in FORMS:  # an answer has one
+                self.chat.options = {key: kept for key, kept in self.chat.options.items() if key not in FORMS}
+            self.chat.options[name] = value
         self._look.note(f"{name} {self.settings()[name]}")
 
     def _value(self, name: str, values: list[str]) -> Any:
@@ -225,7 +229,7 @@ class Session:
     def settings(self) -> dict[str, str]:
         """What `/set` knows, and what each is now."""
         now = {name: self.chat.options.get(name, defaults()[name]) for name in self._settings}
-        return {name: _written(value) for name, value in now.items()}
+        return {name: _written(name, value) for name, value in now.items()}
 
     def _retry(self, _: str) -> None:
         options = {}
@@ -332,13 +336,16 @@ class Session:
             click.echo(f"{f'{name} {argument}':<20} {does}", err=True)
 
 
-def _written(value: Any) -> str:
-    """A setting's value as `/set` takes it."""
+def _written(name: str, value: Any) -> str:
+    """A setting's value as `/set` takes it; of a file what it says, in short."""
     if value in (None, ()):
         return "none"
     if isinstance(value, bool):
         return "on" if value else "off"
-    return shlex.join(value) if isinstance(value, tuple) else str(value)
+    if name == "choices":
+        return ",".join(f'"{each}"' if "," in each else each for each in value)
+    text = shlex.join(value) if isinstance(value, tuple) else " ".join(str(value).split())
+    return f"{text[:60]}..." if name in FORMS and len(text) > 60 else text
 
 
 def find_settings(command: click.Command) -> dict[str, click.Option]:

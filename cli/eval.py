@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .forms import choices_option
 from .options import loading_options, model_argument
 from .status import Status
 from .writing import echo
@@ -28,6 +29,7 @@ from .writing import echo
     type=click.IntRange(1),
     help="Length of an answer at most, its thinking included.  [default: 8 tokens more than the right answer has]",
 )
+@choices_option
 @loading_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -36,6 +38,7 @@ def command(
     blank: bool,
     think: bool | None,
     max_tokens: int | None,
+    choices: list[str] | None,
     loading: dict[str, Any],
     as_json: bool,
 ) -> None:
@@ -54,7 +57,7 @@ def command(
         status.show(f"loading {model}")
         vlm, processor = load(model, **loading)
         scores = evaluate(
-            vlm, processor, examples, blank=blank, think=think, max_tokens=max_tokens,
+            vlm, processor, examples, blank=blank, think=think, max_tokens=max_tokens, choices=choices,
             progress=lambda done, total: status.show(f"asked {done} of {total}"),
         )  # fmt: skip
     if as_json:

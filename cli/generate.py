@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .drawing import check_drawing, check_not_given, draw_answer, drawing_options, find_mask_decoder
+from .forms import form_options
 from .interrupt import Interrupts
 from .line import read_pictures
 from .look import Look
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 @video_options
 @click.option("--system", help="System message.")
 @sampling_options
+@form_options
 @loading_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
 @click.option(
@@ -95,6 +97,7 @@ def command(
       mlx-vlm-mini generate google/paligemma2-3b-mix-448 -p "detect cat" -i photo.jpg --draw boxes.png
       mlx-vlm-mini generate llava-hf/llava-1.5-7b-hf -p "What is this?" -i photos/ --output answers.jsonl
       mlx-vlm-mini generate Qwen/Qwen2.5-VL-3B-Instruct -p "What happens?" --video clip.mp4 --fps 1
+      mlx-vlm-mini generate Qwen/Qwen2.5-VL-3B-Instruct -p "Is it day or night?" -i photo.jpg --choices day,night --json
     """
     from mlx_vlm_mini.errors import PromptError
     from mlx_vlm_mini.images.names import local_path
@@ -111,6 +114,8 @@ def command(
     if prompt is not None and not prompt.strip():
         raise PromptError("the prompt is empty: say what the model should answer")
     many = prompt is None or output is not None
+    if "choices" in options and (many or as_json):
+        options["probabilities"] = True
     if images_from is None:
         pictures = spread(images, by_page=many, most_pages=pages.get("most_pages"))
     else:

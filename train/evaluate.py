@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ def evaluate(
     blank: bool = True,
     think: bool | None = None,
     max_tokens: int | None = None,
+    choices: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Score]:
     """Ask the last question of every example and compare with its answer, white space at the ends aside.
@@ -40,6 +42,7 @@ def evaluate(
     Args:
         think: whether the model is to think before it answers; None: as its chat template does by default.
         max_tokens: of an answer; by default eight more than the right one has, which is too few to think.
+        choices: answers that the model may give; None: any.
 
     Returns:
         A score for each kind, in the order of their names, and "all" at the end.
@@ -55,8 +58,9 @@ def evaluate(
         if blank:
             ways.append(("right_blank", [_blank(message) for message in asked]))
         for what, messages in ways:
-            limit = max_tokens or len(processor.tokenizer.encode(expected)) + 8
-            if generate(model, processor, messages, max_tokens=limit, think=think).strip() == expected:
+            longest = max(len(processor.tokenizer.encode(text)) for text in (expected, *(choices or ())))
+            options: dict[str, Any] = {"max_tokens": max_tokens or longest + 8, "think": think, "choices": choices}
+            if generate(model, processor, messages, **options).strip() == expected:
                 for kind in (example.kind or "unnamed", "all"):
                     counts[what][kind] += 1
         if progress is not None:

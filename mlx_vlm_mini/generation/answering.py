@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -86,6 +86,7 @@ class Chunk:
         stats: the same object on every chunk, up to date.
         thinking: the text of the answer's thinking that the token completes, without the markers around it.
         choices: of each choice how probable it is, where that was asked for (`Options.probabilities`).
+        object: on the last chunk what the answer is the JSON of, where a schema was asked for and the answer is whole.
     """
 
     text: str
@@ -95,6 +96,7 @@ class Chunk:
     stats: Stats
     thinking: str = ""
     choices: tuple[Choice, ...] = ()
+    object: Any = None
 
 
 @dataclass
@@ -169,6 +171,7 @@ class Answering:
         )
         self._marker_texts = processor.marker_texts
         self._choices: tuple[Choice, ...] = ()
+        self._whole = ""
 
     def find(self, image: InputImage) -> mx.array:
         """An image's features, encoded or found: float[tokens, C]."""
@@ -233,7 +236,11 @@ class Answering:
             rest, stopped = self._filter.add(rest)
             text += rest + ("" if stopped else self._filter.held)
         reason: FinishReason | None = None if not last else "stop" if ended or stopped else "length"
-        return Chunk(text, token.id, token.logprob, reason, stats, thinking, self._choices)
+        found, form = None, self.options.form
+        if form is not None and form.kind == "schema":
+            self._whole += text
+            found = form.parse(self._whole) if ended else None
+        return Chunk(text, token.id, token.logprob, reason, stats, thinking, self._choices, found)
 
     def _text_of(self, token: int) -> str:
         """The text that a token completes, markers around thinking included."""

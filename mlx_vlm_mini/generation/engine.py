@@ -156,6 +156,7 @@ class Answer:
         finish_reason: "stop" or "length"; None where it failed.
         stats: what it cost; None where it did not begin.
         choices: how probable each choice is, where that was asked for.
+        object: what it is the JSON of, where a schema was asked for and it is whole.
         error: what went wrong, in a line; None where nothing did.
         thinking: what the model thought before it answered.
     """
@@ -166,6 +167,7 @@ class Answer:
     finish_reason: FinishReason | None = None
     stats: Stats | None = None
     choices: tuple[Choice, ...] = ()
+    object: Any = None
     error: str | None = None
     thinking: str = ""
 
@@ -175,7 +177,8 @@ class Answer:
         self.thinking += chunk.thinking
         self.token_ids.append(chunk.token)
         self.logprobs.append(chunk.logprob)
-        self.finish_reason, self.stats, self.choices = chunk.finish_reason, chunk.stats, chunk.choices
+        self.finish_reason, self.stats = chunk.finish_reason, chunk.stats
+        self.choices, self.object = chunk.choices, chunk.object
 
 
 class Engine:

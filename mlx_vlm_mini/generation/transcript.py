@@ -31,6 +31,7 @@ _NUMBER, _WHOLE = (int, float), (int,)
 _OPTIONS: dict[str, tuple[type, ...]] = {  # of stream.Options, those that a file can hold
     "max_tokens": _WHOLE, "temperature": _NUMBER, "top_p": _NUMBER, "min_p": _NUMBER, "top_k": _WHOLE,
     "repetition_penalty": _NUMBER, "seed": _WHOLE, "stop": (str, list), "think": (bool,), "prefill_step": _WHOLE,
+    "schema": (str, dict), "choices": (list,), "regex": (str,), "grammar": (str,),
 }  # fmt: skip
 _SETTINGS: dict[str, tuple[type, ...]] = {"context": _WHOLE, "on_full": (str,), "kv_bits": _WHOLE, "rotate": _WHOLE}
 

@@ -7,6 +7,7 @@ Source: github.com/guidance-ai/llguidance, docs/syntax.md and docs/json_schema.m
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -78,13 +79,21 @@ class Form:
         if self.kind != "schema":
             return None
         try:
-            return json.loads(text, parse_constant=_refuse)
+            return json.loads(text, parse_constant=_refuse, parse_float=_finite)
         except (ValueError, RecursionError):
             return None
 
 
 def _refuse(_: str) -> None:
     raise ValueError
+
+
+def _finite(text: str) -> float:
+    """A number; ValueError where it is too large to be one."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 def make_form(
