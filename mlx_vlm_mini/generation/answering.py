@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_mini.decoder.state import State
+from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.inputs import InputImage, Inputs
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
@@ -144,6 +145,9 @@ class Answering:
             features: where what images become is kept and found.
             cached: tokens of the prompt that its state already holds.
             context: for the statistics.
+
+        Raises:
+            PromptError: the model would think before choices whose probabilities are asked for.
         """
         vocab_size = model.config.decoder.vocab_size
         self.model, self.inputs, self.options = model, inputs, options
@@ -154,6 +158,8 @@ class Answering:
             images = {processor.image_token_id, processor.image_token_id if video is None else video}
             make = partial(vocabulary_of, processor.tokenizer, vocab_size, self._ends, images)
             thinking, text = self._begin_text(processor)
+            if options.probabilities and thinking.place == "thinking":
+                raise PromptError("how probable choices are is asked before the model thinks: turn that off (think)")
             constraint = Constraint(options.form, make)
             if thinking.place != "text":
                 constraint = ConstraintAfterThinking(options.form, make, thinking, text, processor.marker_texts)

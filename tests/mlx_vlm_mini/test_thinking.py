@@ -11,7 +11,7 @@ from checkpoints import PHOTO, edit_json
 from reference import GOLDEN
 from thinking import TEMPLATES, said_of, script, write_template
 
-from mlx_vlm_mini import Chat, Engine, attend, batch_generate, generate, load, stream_generate
+from mlx_vlm_mini import Chat, Engine, attend, batch_generate, generate, load, score, stream_generate
 from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.text.messages import to_messages
 from mlx_vlm_mini.text.template import ChatTemplate
@@ -407,3 +407,12 @@ def test_a_model_that_does_not_begin_to_think_keeps_to_the_form(copy_of):
         )
     )  # fmt: skip
     assert processor.tokenizer.decode([chunk.token for chunk in chunks]).startswith("<think>")
+
+
+def test_choices_are_scored_where_no_thinking_comes_first(thinker):
+    found = score(*thinker, "Hi", choices=["yes", "no"], think=False)
+    assert [each.text for each in found] == ["yes", "no"]
+    with pytest.raises(PromptError, match=r"asked before the model thinks: turn that off \(think\)"):
+        score(*thinker, "Hi", choices=["yes", "no"])
+    (answer,) = batch_generate(*thinker, ["Hi"], choices=["yes", "no"], probabilities=True)
+    assert "asked before the model thinks" in answer.error
