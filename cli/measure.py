@@ -24,6 +24,7 @@ from PIL import Image
 
 from mlx_vlm_mini.checkpoints.load import load
 from mlx_vlm_mini.decoder.cross_attention import ImageCache
+from mlx_vlm_mini.decoder.delta import DeltaCache
 from mlx_vlm_mini.decoder.rope import longest_context
 from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.generation.chat import Chat
@@ -258,7 +259,10 @@ def _measure_decoding(
     missing = min(context, longest) - len(inputs.slots)
     if missing > 0:
         for entry in state.layers:
-            if not isinstance(entry, ImageCache):
+            if isinstance(entry, DeltaCache):
+                assert entry.memory is not None
+                entry.update(entry.memory, missing)
+            elif not isinstance(entry, ImageCache):
                 entry.update_and_fetch(*(_random_like(each, missing) for each in (entry.keys, entry.values)))
         state.start += missing
     state.evaluate()
@@ -283,7 +287,9 @@ def _measure_decoding(
 
 
 def _held_bytes(entry: Any, tokens: int) -> int:
-    """Of a layer's keys and values; its arrays may have room for more."""
+    """Of a layer's keys and values, whose arrays may have room for more; or of its state."""
+    if isinstance(entry, DeltaCache):
+        return 0 if entry.memory is None else entry.memory.nbytes
     if entry.keys is None:  # of images, of which there are none
         return 0
     length = entry.keys.shape[2]

@@ -50,6 +50,16 @@ def test_json_and_table_have_all_columns():
     assert "| picture: encoding | - |" in out and "10.0 GB/s" in out
 
 
+def test_layers_whose_memory_does_not_grow():
+    """Qwen3.5: of two contexts only the layer that attends reads more."""
+    context = "120,160"
+    _, out, _ = run(GOLDEN / "qwen3.5", *QUICK[:-1], context, "-i", PHOTO, "--json")
+    first, second = json.loads(out)["decoding"]
+    assert (first["context"], second["context"]) == (120, 160)
+    heads, size = 1, 32  # of the one layer in four
+    assert second["bytes_per_token"] - first["bytes_per_token"] == 40 * 2 * heads * size * 4
+
+
 def test_a_trace_that_failed_is_named(monkeypatch, traced_steps):
     def fail(decoder):
         raise RuntimeError("no such kernel")
