@@ -284,8 +284,8 @@ def _finish_front(
     if plan.config.vision.grid is not None:  # of different sizes, so one by one, before any layer is rounded
         gather = _Gather()
         with watch(model, layers.keys(), gather.add):
-            for image in images:
-                mx.eval(model.embed_images(mx.array(image.pixel_values)))
+            for pixels in (piece for image in images for piece in image.pieces):
+                mx.eval(model.embed_images(mx.array(pixels)))
         for path, seen in gather.seen().items():
             finish(path, seen)
         return

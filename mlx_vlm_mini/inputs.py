@@ -17,6 +17,7 @@ class InputImage:
     Attributes:
         pixel_values: float32[B, height, width, 3] (numpy), normalised: one row, or one a tile. Of a video
             float32[T, height, width, 3 * frames]: one row a step of time.
+        slices: float32[B, height, width, 3] (numpy): further rows of another size, see `preprocessing/slices.py`.
         tokens: its slots in the prompt.
         size: height and width in pixels, as it was opened.
         digest: SHA-256 of its size and all its pixels, by which a cache tells images apart; of its instruction, too.
@@ -30,11 +31,17 @@ class InputImage:
     digest: bytes
     times: tuple[int, ...] = (0,)
     instruction: np.ndarray | None = None
+    slices: np.ndarray | None = None
+
+    @property
+    def pieces(self) -> tuple[np.ndarray, ...]:
+        """All its rows of pixels, those of one size together."""
+        return (self.pixel_values,) if self.slices is None else (self.pixel_values, self.slices)
 
     @property
     def rows(self) -> int:
         """Its rows of pixels, which the vision tower encodes one by one."""
-        return len(self.pixel_values)
+        return sum(map(len, self.pieces))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +84,7 @@ class Inputs:
         Raises:
             PromptError: the images have different sizes.
         """
-        if len({image.pixel_values.shape[1:] for image in self.images}) > 1:
+        pieces = [piece for image in self.images for piece in image.pieces]
+        if len({piece.shape[1:] for piece in pieces}) > 1:
             raise PromptError("the images have different sizes: each has pixel_values of its own")
-        return mx.array(np.concatenate([image.pixel_values for image in self.images])) if self.images else None
+        return mx.array(np.concatenate(pieces)) if pieces else None

@@ -18,8 +18,9 @@ from mlx_vlm_mini.preprocessing.canvas import Canvas, choose_canvas
 from mlx_vlm_mini.projectors import make_projector
 from mlx_vlm_mini.projectors.arrange import pack
 from mlx_vlm_mini.projectors.contrast import Contrast
-from mlx_vlm_mini.projectors.mlp import join_squares, pixel_shuffle
+from mlx_vlm_mini.projectors.mlp import pixel_shuffle
 from mlx_vlm_mini.vision import make_tower
+from mlx_vlm_mini.vision.tower import join_squares
 
 from .config import VLMConfig
 from .errors import CheckpointError, PromptError
@@ -118,9 +119,14 @@ class VLM(nn.Module):
         """
         merge = self.config.projector.shuffle
         if self.config.vision.grid is not None:
-            rows, columns = (side // self.config.vision.patch_size for side in image.pixel_values.shape[1:3])
-            numbers = mx.arange(rows * columns).reshape(1, rows, columns, 1)
-            return np.array(join_squares(numbers, 1 if merge is None else merge.factor).flatten(0, 2))
+            sources, done = [], 0
+            for pixels in image.pieces:
+                rows, columns = (side // self.config.vision.feature_side for side in pixels.shape[1:3])
+                count = len(pixels) * rows * columns
+                numbers = mx.arange(done, done + count).reshape(-1, rows, columns, 1)
+                sources.append(np.array(join_squares(numbers, 1 if merge is None else merge.factor).flatten(0, 2)))
+                done += count
+            return np.concatenate(sources)
         count = self.config.vision.features_at(image.pixel_values.shape[1])
         numbers = mx.arange(image.rows * count).reshape(image.rows, count, 1)
         if self.config.projector.joined is not None:
@@ -160,7 +166,8 @@ class VLM(nn.Module):
         if self.config.decoder.queries is not None:
             features = self.embed_images(mx.array(image.pixel_values))[0]
         elif self.config.vision.tiled is None:
-            embeddings = self.embed_images(mx.array(image.pixel_values), image.instruction)
+            parts = [self.embed_images(mx.array(pixels), image.instruction) for pixels in image.pieces]
+            embeddings = mx.concatenate([part.flatten(0, 1) for part in parts])[None] if len(parts) > 1 else parts[0]
             features = self.arrange(embeddings, image)
         else:  # keys of unused tiles matter only where tokens that see no image attend to all
             features = self.embed_tiled([image])[0]

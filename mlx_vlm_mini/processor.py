@@ -15,6 +15,7 @@ from mlx_vlm_mini.images.video import Video
 from mlx_vlm_mini.preprocessing.crops import Crops
 from mlx_vlm_mini.preprocessing.grid import Grid
 from mlx_vlm_mini.preprocessing.settings import ImageSettings
+from mlx_vlm_mini.preprocessing.slices import IMAGE_NUMBER, Slices
 from mlx_vlm_mini.preprocessing.splits import Splits
 from mlx_vlm_mini.preprocessing.tiles import Tiles
 from mlx_vlm_mini.preprocessing.video import VideoLayout, VideoSettings, read_clip
@@ -36,8 +37,9 @@ class PreparedImage:
 
     Attributes:
         pixel_values: float32[B, height, width, 3], one row or one a tile.
+        slices: further rows of another size, see `InputImage`.
         size: height and width in pixels, as it was opened.
-        text: what stands for it in the prompt.
+        text: what stands for it in the prompt; `IMAGE_NUMBER` in it is the number of the image there, from 0.
         digest: SHA-256 of its size and all its pixels.
         origin: what it was made of; its `data` are left out where they can be read again from its path.
         video, layout: of a video, whose rows are its steps, each with the channels of all its frames.
@@ -52,11 +54,13 @@ class PreparedImage:
     among: "PreparedImage | None" = None
     video: Video | None = None
     layout: VideoLayout = field(default_factory=lambda: VideoLayout("", (0,)))
+    slices: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
         """Of all its pixels."""
-        return self.pixel_values.nbytes + (0 if self.among is None else self.among.nbytes)
+        more = 0 if self.slices is None else self.slices.nbytes
+        return self.pixel_values.nbytes + more + (0 if self.among is None else self.among.nbytes)
 
 
 _NO_IMAGE = "\ue002\ue003"  # in place of the image token of a model that reads text alone
@@ -132,12 +136,12 @@ class Processor:
             CheckpointError: the family does not cut images so, or the limits make no sense.
         """
         tiles = None if self.image_settings is None else self.image_settings.tiling
-        if self.image_settings is not None and isinstance(tiles, Splits | Crops):
+        if self.image_settings is not None and isinstance(tiles, Splits | Crops | Slices):
             if fewest is not None:
                 raise CheckpointError(
                     f"family '{self.config.family}' has no least number of tiles: leave --min-tiles (min_tiles) out"
                 )
-            limited: Splits | Crops = tiles
+            limited: Splits | Crops | Slices = tiles
             if most is not None:
                 limited = replace(tiles, max_crops=most) if isinstance(tiles, Crops) else replace(tiles, max_tiles=most)
             self.image_settings = replace(self.image_settings, tiling=limited)
@@ -227,14 +231,16 @@ class Processor:
         size = image.height, image.width
         try:
             pixels = self.family.pixels(image, settings)
+            family: Any = self.family
+            slices = family.slices(image, settings) if isinstance(settings.tiling, Slices) else None
         except (OverflowError, MemoryError) as error:
             raise CheckpointError(
                 f"an image of {size[1]}x{size[0]} pixels cannot be made ready as the checkpoint's settings of images "
                 f"say: {str(error) or 'too large'}"
             ) from None
         text = self.family.image_text(self.config, settings, self.image_token, size)
-        digest = hashlib.sha256(repr(size).encode() + pixels.tobytes()).digest()
-        return PreparedImage(pixels, size, text, digest, without_data(picture))
+        digest = hashlib.sha256(repr(size).encode() + pixels.tobytes() + (b"" if slices is None else slices.tobytes()))
+        return PreparedImage(pixels, size, text, digest.digest(), without_data(picture), slices=slices)
 
     def forms(self, prepared: Sequence[PreparedImage]) -> list[PreparedImage]:
         """All images of one conversation, each in the form that it takes there."""
@@ -260,12 +266,12 @@ class Processor:
             messages, add_generation_prompt=add_generation_prompt, controls=self._controls(), think=think
         )
         slots = [False] * text.count(self.image_token)
-        for image, piece in zip(self.forms(prepared), rest, strict=True):
+        for number, (image, piece) in enumerate(zip(self.forms(prepared), rest, strict=True)):
             slots += [True] * image.text.count(self.image_token) + [False] * piece.count(self.image_token)
             before, behind = image.layout.around
             if text.endswith(before) and piece.startswith(behind):
                 text, piece = text.removesuffix(before), piece.removeprefix(behind)
-            text += image.text + piece
+            text += image.text.replace(IMAGE_NUMBER, str(number)) + piece
         return text, slots
 
     def _controls(self) -> frozenset[str]:
@@ -359,6 +365,7 @@ class Processor:
                 digest=hashlib.sha256(image.digest + read).digest() if read else image.digest,
                 times=image.layout.times,
                 instruction=instruction,
+                slices=image.slices,
             )
             for image in self.forms(prepared)
         ]

@@ -8,6 +8,7 @@ from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.families import Family
 from mlx_vlm_mini.preprocessing.anyres import most_tokens
 from mlx_vlm_mini.preprocessing.grid import EdgeGrid, Grid
+from mlx_vlm_mini.preprocessing.slices import Slices
 from mlx_vlm_mini.preprocessing.splits import LONGEST, Splits, choose_split
 from mlx_vlm_mini.preprocessing.tiles import Tiles, count_tiles
 
@@ -143,6 +144,8 @@ def _tokens_of_grid(checkpoint: Checkpoint, family: Family, config: VLMConfig) -
     grid = None if settings is None else settings.tiling
     if isinstance(grid, EdgeGrid):
         return {"max_height": grid.max_height, "max_width": grid.max_width, "max_image_tokens": grid.max_tokens}
+    if isinstance(grid, Slices):
+        return {"slice_pixels": grid.scale**2, "max_slices": grid.max_tiles, "max_image_tokens": grid.max_tokens}
     if not isinstance(grid, Grid):
         return {}
     limits = {"min_pixels": grid.of_one(grid.min_pixels), "max_pixels": grid.of_one(grid.max_pixels)}

@@ -48,9 +48,12 @@ class MergerConfig:
     """Of the gated MLP."""
     taps: int = 0
     """Further mergers, for features of earlier blocks, whose norm is of the joined ones (Qwen3-VL)."""
+    norm_joined: bool = False
+    """The norm is of a joined square, not of each feature in it (MiniCPM-V 4.6)."""
 
     def __post_init__(self) -> None:
         check_sizes(self, *(["taps"] if self.taps != 0 else []), *(["inner_size"] if self.kind == "gated" else []))
+        check_flags(self, "norm_joined")
         if self.kind not in get_args(MergerKind):
             raise CheckpointError(f"config.json: unknown merger {self.kind!r}")
 

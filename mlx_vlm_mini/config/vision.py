@@ -7,7 +7,7 @@ from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation, NormType, check_flags, check_multiple, check_positive, check_sizes
 
-Resize = Literal["corners", "linear", "antialiased", "cubic"]
+Resize = Literal["corners", "linear", "antialiased", "floor", "cubic"]
 
 MOST_TILES = 100  # of an image in one tower, far above every model's 4; the grids that are compared grow with it
 
@@ -66,14 +66,17 @@ class GridConfig:
     """Side of the square of learned positions (Qwen3-VL); None: there are none."""
     position_resize: Resize = "corners"
     """How these become an image's: linear from corner to corner (Qwen3-VL), linear (PaddleOCR-VL), antialiased where
-    they are fewer (LFM2-VL), or cubic (GLM-4V)."""
+    they are fewer (LFM2-VL), the last one at or before (MiniCPM-V 4.6), or cubic (GLM-4V)."""
     tokens_per_second: float | None = None
     """Places on the decoder's axis of time that a second of a video takes (Qwen2.5-VL); None: a step takes one."""
+    merged_after: int | None = None
+    """Blocks before squares of 2 x 2 neighbouring features become one (MiniCPM-V 4.6), whose positions are learned and
+    not rotary; None: none do."""
     alternating: bool = False
     """Every other rotary frequency goes by the row, those between by the column (Pixtral); else the former by both."""
 
     def __post_init__(self) -> None:
-        optional = ("frames", "window", "position_side")
+        optional = ("frames", "window", "position_side", "merged_after")
         check_sizes(self, *(name for name in optional if getattr(self, name) is not None))
         check_flags(self, "alternating")
         if self.position_resize not in get_args(Resize):
@@ -139,6 +142,12 @@ class VisionConfig:
             raise CheckpointError("config.json: a tower of tiles needs all of its blocks, and both norms")
         if self.post_norm and self.depth < self.num_hidden_layers:
             raise CheckpointError("config.json: the norm behind the last vision block needs that block to be read")
+
+    @property
+    def feature_side(self) -> int:
+        """Pixels along a side of what a feature shows."""
+        merges = self.grid is not None and self.grid.merged_after is not None
+        return self.patch_size * (2 if merges else 1)
 
     @property
     def depth(self) -> int:

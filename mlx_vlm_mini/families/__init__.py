@@ -26,6 +26,7 @@ from . import (
     llava_normed,
     llava_onevision,
     llava_original,
+    minicpmv4_6,
     mistral3,
     mllama,
     paddleocr_vl,
@@ -54,6 +55,8 @@ class Family(Protocol):
 
     IMAGE_PROCESSOR: str
     """The image processor's class where its settings name none, without `ImageProcessor`."""
+
+    # slices(image, settings), where there are `Slices`: the rows of another size, or None.
 
     # PROMPT_LANGUAGE, where there is one: an expression for the tokens that people may write in prompts (boxes,
     # references, places), but for those of a program that serves others. All other special tokens are text there.
@@ -85,6 +88,7 @@ FAMILIES: dict[str, Family] = {
     "llava_mistral": llava_original,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
+    "minicpmv4_6": minicpmv4_6,
     "mistral3": mistral3,
     "mllama": mllama,
     "paddleocr_vl": paddleocr_vl,

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_vlm_mini.config import DecoderConfig, VLMConfig
 from mlx_vlm_mini.errors import CheckpointError
-from mlx_vlm_mini.families.parts.hybrid import hybrid_decoder, hybrid_weights
+from mlx_vlm_mini.families.parts.hybrid import QWEN3_5, hybrid_decoder, hybrid_weights
 from mlx_vlm_mini.families.parts.maps import Weights
 from mlx_vlm_mini.families.parts.patch_grids import (
     IMAGE_PROCESSOR,
@@ -33,15 +33,9 @@ WEIGHTS: Weights = hybrid_weights(_QWEN3_VL)
 
 CHAT_TEMPLATE = chat_template()
 
-_TEXT = {
-    "vocab_size": 248320, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 32768,
-    "rope_theta": 1e4,
-}  # fmt: skip
-
 
 def config(hf: Mapping[str, Any]) -> VLMConfig:
-    return whole(hf, hybrid_decoder(hf, _TEXT), "qwen3_5")
+    return whole(hf, hybrid_decoder(hf, QWEN3_5), "qwen3_5")
 
 
 def whole(hf: Mapping[str, Any], decoder: DecoderConfig, family: str) -> VLMConfig:

@@ -155,9 +155,10 @@ def find_boxes(model: VLM, processor: Processor, image: InputImage) -> np.ndarra
         raise CheckpointError(
             f"family '{model.config.family}' cuts an image into {image.rows} pieces, its settings say {len(rows)}"
         )
-    height, width = image.pixel_values.shape[1:3]
+    height = image.pixel_values.shape[1]
     lead = vision.features_at(height) - (height // vision.patch_size) ** 2  # a class token before the patches
-    places = [frame.patches(height, width, vision.patch_size) for frame in rows]
+    sizes = [piece.shape[1:3] for piece in image.pieces for _ in piece]
+    places = [frame.patches(high, wide, vision.feature_side) for frame, (high, wide) in zip(rows, sizes, strict=True)]
     nowhere = np.full((lead, 4), np.nan)
     found = np.concatenate([part for boxes in places for part in (nowhere, boxes)])
     whole = model.config.decoder.cross_attention is not None or model.mixes

@@ -18,6 +18,7 @@ from .crops import Crops, crop_frames
 from .frame import Frame
 from .grid import PatchGrid
 from .settings import _MOST_PIXELS, _MOST_SQUARE, ImageSettings
+from .slices import Slices, slice_frames
 from .splits import Splits, split_frames
 from .tiles import Tiles, tile_frames
 
@@ -77,6 +78,8 @@ def frames(size: tuple[int, int], settings: ImageSettings) -> list[Frame]:
         pieces = split_frames(size, settings.tiling)
     elif isinstance(settings.tiling, Crops):
         pieces = crop_frames(size, settings.tiling)
+    elif isinstance(settings.tiling, Slices):
+        pieces = slice_frames(size, settings.tiling)
     elif isinstance(settings.tiling, PatchGrid):
         fitted = settings.tiling.fit(size)
         pieces = [(Frame().resize(size[::-1], fitted[::-1]), fitted)]

@@ -16,10 +16,11 @@ from .anyres import Tiling, read_pinpoints
 from .canvas import Canvas
 from .crops import Crops
 from .grid import EdgeGrid, FramesGrid, Grid, PatchGrid, RaisedGrid, edge_grid
+from .slices import Slices
 from .splits import Splits
 from .tiles import Tiles
 
-Cuts = Tiling | Tiles | Canvas | Splits | Crops | PatchGrid
+Cuts = Tiling | Tiles | Canvas | Splits | Crops | PatchGrid | Slices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         **_CLIP_DEFAULTS, "size": {"longest_edge": 1024}, "do_center_crop": False, "crop_size": None,
         "patch_size": 16, "merge_size": 1,
     },
+    "MiniCPMV4_6": {
+        **_CLIP_DEFAULTS, "do_center_crop": False, "crop_size": None, "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5), "max_slice_nums": 9, "scale_resolution": 448, "patch_size": 14,
+        "slice_mode": True, "downsample_mode": "16x", "use_image_id": True,
+    },
     "InternVLChat": {  # no class of transformers: what the family's own code does, by the names of GotOcr2's settings
         **_CLIP_DEFAULTS, "size": {"height": 448, "width": 448}, "do_center_crop": False, "crop_size": None,
         "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
@@ -113,9 +119,10 @@ TILINGS: dict[str, type[Cuts]] = {
     "LlavaNext": Tiling, "LlavaOnevision": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas,
     "Idefics3": Splits, "SmolVLM": Splits, "Gemma3": Crops, "Qwen2VL": Grid, "Qwen2_5_VL": Grid, "Pixtral": EdgeGrid,
     "PaddleOCRVL": RaisedGrid, "Glm4v": FramesGrid, "Glm46V": FramesGrid,
+    "MiniCPMV4_6": Slices,
 }  # fmt: skip
 """Image processors that cut an image, and how."""
-_FIT = (Canvas, PatchGrid, Splits)  # which resize an image themselves
+_FIT = (Canvas, PatchGrid, Splits, Slices)  # which resize an image themselves
 
 
 def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
@@ -149,7 +156,7 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
     normalize, padded = values["do_normalize"], kind in ("Llava", "InternVLChat") and values["do_pad"]
     if kind == "Mllama" and not (values["do_resize"] and values["do_pad"]):
         raise CheckpointError("preprocessor_config.json: a canvas of tiles needs do_resize and do_pad")
-    if issubclass(TILINGS.get(kind, object), PatchGrid) and not values["do_resize"]:
+    if issubclass(TILINGS.get(kind, object), (PatchGrid, Slices)) and not values["do_resize"]:
         raise CheckpointError("preprocessor_config.json: images in patches need do_resize")
     cuts: dict[str, Callable[[Mapping[str, Any]], Cuts]] = {
         "LlavaNext": _tiling,
@@ -166,6 +173,7 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         "Glm4v": _frames_grid,
         "Glm46V": _frames_grid,
         "Pixtral": lambda values: edge_grid(_as_size(values["size"], square=True), values),
+        "MiniCPMV4_6": _slices,
     }
     settings = ImageSettings(
         size=_as_size(values["size"], square=False)
@@ -257,6 +265,21 @@ def _splits(values: Mapping[str, Any]) -> Splits:
         raise CheckpointError(f"preprocessor_config.json: tiles of {tile} pixels a side are too large")
     split = bool(values["do_image_splitting"])
     return Splits(tile_size=tile, longest_edge=longest if values["do_resize"] else None, split=split)
+
+
+def _slices(values: Mapping[str, Any]) -> Slices:
+    if values["downsample_mode"] != "16x":
+        raise CheckpointError(
+            f"preprocessor_config.json: downsample_mode must be 16x, one token of 4 x 4 patches, not "
+            f"{values['downsample_mode']!r}"
+        )
+    return Slices(
+        patch_size=values["patch_size"],
+        merge=4,
+        scale=values["scale_resolution"],
+        max_tiles=values["max_slice_nums"] if values["slice_mode"] else 1,
+        numbered=bool(values["use_image_id"]),
+    )
 
 
 def _crops(values: Mapping[str, Any]) -> Crops:

@@ -11,8 +11,7 @@ from mlx_vlm_mini.config import ProjectorConfig
 from mlx_vlm_mini.layers.kernels import activation
 from mlx_vlm_mini.layers.mlp import GatedMLP
 from mlx_vlm_mini.layers.norms import NORMS
-
-from .mlp import join_squares
+from mlx_vlm_mini.vision.tower import join_squares
 
 
 class Merger(nn.Module):
@@ -39,8 +38,8 @@ class Merger(nn.Module):
 
 class PatchMerger(Merger):
     def __init__(self, config: ProjectorConfig) -> None:
-        super().__init__(config, norm_joined=False)
         assert config.merger is not None
+        super().__init__(config, norm_joined=config.merger.norm_joined)
         self.taps = [Merger(config, norm_joined=True) for _ in range(config.merger.taps)]
 
     def __call__(self, features: mx.array) -> mx.array:

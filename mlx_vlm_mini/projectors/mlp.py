@@ -14,21 +14,6 @@ from mlx_vlm_mini.config import ProjectorConfig, ShuffleConfig
 from mlx_vlm_mini.layers.kernels import activation
 
 
-def join_squares(features: mx.array, n: int) -> mx.array:
-    """Join each square of n x n neighbouring features, row by row within it.
-
-    Args:
-        features: float[B, rows, columns, C]; rows and columns that make no whole square are left out.
-
-    Returns:
-        float[B, rows // n, columns // n, n * n * C].
-    """
-    B, rows, columns, C = features.shape
-    down, across = rows // n, columns // n
-    x = features[:, : down * n, : across * n].reshape(B, down, n, across, n, C)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, down, across, n * n * C)
-
-
 def pixel_shuffle(features: mx.array, shuffle: ShuffleConfig) -> mx.array:
     """Join each square of neighbouring features, row by row within it: a grid that many times smaller and wider.
 

@@ -33,6 +33,15 @@ def _taps(side: int, count: int, reach: int, kernel: Callable[[np.ndarray], np.n
     return found
 
 
+def _floor(side: int, count: int) -> np.ndarray:
+    """The last one at or before the same part of the way, in float32 and by the reference's bounds, so that a patch on
+    a bound takes the same one."""
+    step = 1 / side
+    bounds = (step + step * np.arange(side - 1)).astype(np.float32)
+    places = np.searchsorted(bounds, np.arange(count, dtype=np.float32) / np.float32(count), side="right")
+    return np.eye(side)[places]
+
+
 def _cubic(distance: np.ndarray) -> np.ndarray:
     a = _CUBIC
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
@@ -52,6 +61,7 @@ RESIZES: Mapping[Resize, Callable[[int, int], np.ndarray]] = MappingProxyType(
         "corners": _corners,
         "linear": lambda side, count: _taps(side, count, 1, lambda distance: np.maximum(0, 1 - distance)),
         "antialiased": _antialiased,
+        "floor": _floor,
         "cubic": lambda side, count: _taps(side, count, 2, _cubic),
     }
 )

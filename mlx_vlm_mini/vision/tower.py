@@ -1,4 +1,4 @@
-"""What the vision towers of single pictures share."""
+"""What the vision towers of single pictures share, and the join of neighbouring features."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,3 +26,18 @@ class Tower(nn.Module):
             features.append(self.encode(row))
             mx.eval(features[-1])
         return mx.concatenate(features)
+
+
+def join_squares(features: mx.array, n: int) -> mx.array:
+    """Join each square of n x n neighbouring features, row by row within it.
+
+    Args:
+        features: float[B, rows, columns, C]; rows and columns that make no whole square are left out.
+
+    Returns:
+        float[B, rows // n, columns // n, n * n * C].
+    """
+    B, rows, columns, C = features.shape
+    down, across = rows // n, columns // n
+    x = features[:, : down * n, : across * n].reshape(B, down, n, across, n, C)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, down, across, n * n * C)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from float8_reference import decoded, is_float8, to_float8
 from lighton_reference import CHAT as LIGHTON
+from minicpm_reference import MINICPM
 from mllama_reference import TEMPLATE as MLLAMA
 from mllama_reference import compute_as_meta, is_meta, tiles_of
 from PIL import Image
@@ -667,6 +668,19 @@ SPECS = {
             patch_size=6, size={"shortest_edge": 8200, "longest_edge": 100000}, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
         tokenizer="qwen2", chat_template=QWEN3, template_file="chat_template.jinja",
         seed=37, family="qwen3_vl_moe", cases=USUAL),
+    "minicpm-v-4.6": Spec(  # shapes.png: 4 x 3 tokens; photo.jpg and strip.png as wholes and slices, 2 x 1 and 1 x 3
+        vision=("minicpmv4_6_vision", dict(
+            hidden_size=16, intermediate_size=20, num_hidden_layers=3, num_attention_heads=2, image_size=40, patch_size=4)),
+        text=("qwen3_5_text", dict(
+            hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=32, max_position_embeddings=1024, linear_num_key_heads=2, linear_num_value_heads=2,
+            linear_key_head_dim=8, linear_value_head_dim=8, tie_word_embeddings=True,
+            layer_types=["linear_attention", "full_attention", "linear_attention"], rope_parameters={
+                "rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25})),
+        llava=dict(tie_word_embeddings=True, insert_layer_id=1),
+        image_processor=("MiniCPMV4_6", dict(patch_size=4, scale_resolution=64)),
+        tokenizer="qwen2", chat_template=MINICPM, template_file="chat_template.jinja",
+        seed=57, family="minicpmv4_6", cases=(*USUAL, "strip", "side_by_side", "chunks")),
     "pixtral": Spec(  # photo.jpg: 12 x 9 tokens; shapes.png: 7 x 11; strip.png, shrunk: 4 x 13
         vision=("pixtral", dict(
             hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, patch_size=8, image_size=100,
@@ -941,6 +955,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+    from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
     from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
     from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -959,11 +974,19 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
         "Qwen2VL": Qwen2VLImageProcessorPil,
         "Pixtral": PixtralImageProcessorPil,
         **image_processors(),
+        "MiniCPMV4_6": MiniCPMV4_6ImageProcessorPil,
     }
     return classes[kind](**options)
 
 
-BY_ID = ("internvl", "idefics3", "smolvlm", "lighton_ocr", "qianfan_ocr")  # whose configs call the image token so
+BY_ID = (
+    "internvl",
+    "idefics3",
+    "smolvlm",
+    "lighton_ocr",
+    "qianfan_ocr",
+    "minicpmv4_6",
+)  # whose configs call the image token so
 
 
 def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
@@ -1043,6 +1066,10 @@ def save(spec: Spec, folder: Path) -> None:
         from readers_reference import add_tokens as add_readers
 
         tokenizer = add_readers(spec.family, tokenizer)
+    if spec.family == "minicpmv4_6":
+        from minicpm_reference import add_tokens as add_minicpm
+
+        tokenizer = add_minicpm(tokenizer)
     pixtral = spec.vision[0] == "pixtral" and spec.family != "lighton_ocr"
     if spec.family == "lighton_ocr":
         from lighton_reference import add_tokens as add_lighton
@@ -1056,7 +1083,7 @@ def save(spec: Spec, folder: Path) -> None:
         "gemma3": "<image_soft_token>",
         **{family: reader.image_token for family, reader in READERS.items()},
     }
-    image_token = {**own, **dict.fromkeys([*QWEN, "lighton_ocr"], "<|image_pad|>")}.get(
+    image_token = {**own, **dict.fromkeys([*QWEN, "lighton_ocr", "minicpmv4_6"], "<|image_pad|>")}.get(
         spec.family, "[IMG]" if pixtral else "<image>"
     )
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -1091,6 +1118,10 @@ def save(spec: Spec, folder: Path) -> None:
             make_image_processor(kind, options), tokenizer, patch_size=spec.vision[1]["patch_size"],
             spatial_merge_size=2, chat_template=spec.chat_template,
         )  # fmt: skip
+    elif spec.family == "minicpmv4_6":
+        from minicpm_reference import ImagesOnly as MiniCPMImages
+
+        processor = MiniCPMImages(make_image_processor(kind, options), tokenizer, spec.chat_template)
     elif spec.family == "llava_onevision":
         from onevision_reference import StillImages
 
@@ -1284,6 +1315,10 @@ class Reference:
             from readers_reference import images_only as reader
 
             self.processor = reader(self.model.config.model_type).from_pretrained(folder, backend="pil")
+        elif self.model.config.model_type == "minicpmv4_6":
+            from minicpm_reference import ImagesOnly as MiniCPMImages
+
+            self.processor = MiniCPMImages.from_pretrained(folder, backend="pil")
         elif is_pixtral(self.model.config):
             self.processor = PixtralImages.from_pretrained(folder, backend="pil")
         else:
@@ -1335,7 +1370,7 @@ class Reference:
         names = (
             "input_ids", "pixel_values", "image_sizes", "attention_mask", "token_type_ids",
             "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask", "pixel_attention_mask", "image_grid_thw",
-            "mm_token_type_ids", "batch_num_images",
+            "mm_token_type_ids", "batch_num_images", "target_sizes",
         )  # fmt: skip
         inputs = {key: inputs[key] for key in names if key in inputs}
         ids = inputs["input_ids"]
@@ -1374,6 +1409,10 @@ class Reference:
                 from readers_reference import pixels_of as pixels_of_reader
 
                 answer["pixel_values"] = pixels_of_reader(self.model.config.model_type, inputs, self.processor)
+            if "target_sizes" in inputs:
+                from minicpm_reference import pixels_of as pixels_of_minicpm
+
+                answer["pixel_values"] = pixels_of_minicpm(inputs, self.model.config.vision_config.patch_size)
                 return answer
             pixels = inputs["pixel_values"].numpy()
             if "image_grid_thw" in inputs:

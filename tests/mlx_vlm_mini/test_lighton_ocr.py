@@ -17,7 +17,7 @@ from mlx_vlm_mini.errors import CheckpointError, ImageError
 from mlx_vlm_mini.families import find_family, lighton_ocr, mistral3
 from mlx_vlm_mini.grounding.attend import find_boxes
 from mlx_vlm_mini.preprocessing.grid import EdgeGrid
-from mlx_vlm_mini.projectors.mlp import join_squares
+from mlx_vlm_mini.vision.tower import join_squares
 
 FOLDER = GOLDEN / "lighton-ocr"
 

@@ -45,7 +45,8 @@ def test_inputs_equal_the_reference(golden, case):
     if f"{case}/pixel_values" in expected:
         kept = expected[f"{case}/pixel_values"]
         if kept.shape[2] == 1:  # of images of different sizes, pixel after pixel
-            pixels = np.concatenate([image.pixel_values.reshape(-1, 3) for image in inputs.images])[None, :, None]
+            pieces = [piece.reshape(-1, 3) for image in inputs.images for piece in image.pieces]
+            pixels = np.concatenate(pieces)[None, :, None]
         else:
             pixels = np.array(inputs.pixel_values)
         step = -(-pixels.shape[1] // kept.shape[1])
@@ -56,7 +57,8 @@ def test_inputs_equal_the_reference(golden, case):
 
 @pytest.mark.parametrize("golden", sorted(SPECS), indirect=True, scope="module")
 def test_each_image_is_encoded_once(golden, monkeypatch):
-    """By the runs of the vision tower, read whole or for an answer, also where no features are kept."""
+    """By the runs of the vision tower, read whole or for an answer, also where no features are kept; one run for rows of
+    one size."""
     model, processor, expected = golden
     found = [processor(with_paths(CASES[case])) for case in {key.partition("/")[0] for key in expected} & set(CASES)]
     inputs = max(found, key=lambda each: len(each.images))
@@ -69,8 +71,9 @@ def test_each_image_is_encoded_once(golden, monkeypatch):
         call()
         return len(calls)
 
-    once = len({image.digest for image in inputs.images})
-    assert once >= 1 and count(lambda: [model.encode(image) for image in inputs.images]) == len(inputs.images)
+    once = sum({image.digest: len(image.pieces) for image in inputs.images}.values())
+    every = sum(len(image.pieces) for image in inputs.images)
+    assert once >= 1 and count(lambda: [model.encode(image) for image in inputs.images]) == every
     assert count(lambda: model(inputs)) == once
     options, none = Options(max_tokens=2), Features(0)
     answer = partial(stream_inputs, model, processor, inputs, options=options, features=none)
@@ -206,7 +209,7 @@ def test_explicit_attention_equals_the_fused_one(golden):
     last = [each for each in weights if each.shape[-1]][-1]  # a linear layer has none
     np.testing.assert_allclose(np.array(last.sum(axis=-1))[..., -1], 1, atol=1e-5)
     seen: list[mx.array] = []
-    pixels, tiled, more = inputs.pixel_values, model.config.vision.tiled, ()
+    pixels, tiled, more = mx.array(inputs.images[0].pieces[-1]), model.config.vision.tiled, ()
     if tiled is not None:
         rows = inputs.images[0].rows
         pixels = mx.pad(pixels, [(0, tiled.max_tiles - rows), (0, 0), (0, 0), (0, 0)])[None]
@@ -214,7 +217,10 @@ def test_explicit_attention_equals_the_fused_one(golden):
     explicit, fused = model.vision(pixels, *more, attentions=seen), model.vision(pixels, *more)
     np.testing.assert_allclose(np.array(explicit), np.array(fused), atol=TOLERANCE)
     if model.config.vision.grid is not None:  # windows come in groups of equal ones
-        patches = pixels.shape[1] * pixels.shape[2] // model.config.vision.patch_size**2
-        assert sum(part.shape[0] * part.shape[2] for part in seen) == model.config.vision.depth * patches
+        patches = pixels[..., 0].size // model.config.vision.patch_size**2
+        whole, after = model.config.vision.depth, model.config.vision.grid.merged_after
+        if after is not None:  # the merger's windows are all patches once more, and then there are a quarter of them
+            whole = after + 1 + (whole - after) / 4
+        assert sum(part.shape[0] * part.shape[2] for part in seen) == whole * patches
         return
     assert len(seen) == model.config.vision.depth + (0 if tiled is None else tiled.num_global_layers)

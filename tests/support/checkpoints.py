@@ -14,7 +14,7 @@ from reference import GOLDEN
 
 from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.checkpoints.load import plan
-from mlx_vlm_mini.checkpoints.weights import fused, hub_name, rename
+from mlx_vlm_mini.checkpoints.weights import fused, hub_name, is_convolution, rename
 from mlx_vlm_mini.families import find_family
 from mlx_vlm_mini.model import VLM
 
@@ -120,7 +120,7 @@ def make_wide(name: str, folder: Path, changes: dict[str, Any] | None = None) ->
     for ours, array in tree_flatten(model.parameters()):
         value = mx.random.normal(array.shape) * (0.3 if array.ndim == 1 else array.shape[-1] ** -0.5)
         value = value + (1 if "norm" in ours and ours.endswith("weight") else 0)
-        arrays[ours] = mx.contiguous(mx.moveaxis(value, -1, 1) if value.ndim > 3 else value).astype(mx.bfloat16)
+        arrays[ours] = mx.contiguous(mx.moveaxis(value, -1, 1) if is_convolution(ours) else value).astype(mx.bfloat16)
     # A last block whose output nothing reads is in the file all the same.
     parts = {
         theirs: [arrays.get(name, arrays.get(re.sub(r"\d+", "1", name, count=1))) for name in ours]

@@ -1,4 +1,5 @@
-"""What families share whose decoders mix layers with a recurrent state and layers of full attention: Qwen3.5.
+"""What families share whose decoders mix layers with a recurrent state and layers of full attention: Qwen3.5
+and MiniCPM-V 4.6.
 
 Source: models/qwen3_5 of huggingface/transformers; config.json files as they are on the Hub.
 """
@@ -13,6 +14,11 @@ from mlx_vlm_mini.errors import CheckpointError
 from .maps import Raised, Weights
 from .patch_grids import sectioned_decoder
 
+QWEN3_5 = {  # the class's defaults of the dense ones
+    "vocab_size": 248320, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 32768,
+    "rope_theta": 1e4,
+}  # fmt: skip
 _SECTIONS = (11, 11, 10)
 _LINEAR = {
     "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
@@ -26,10 +32,14 @@ _PREFIXES = ("model.", "model.language_model.", "language_model.model.")
 _RAISED = "language_model.model."  # mlx-community's names, in whose files norms have their 1 already
 
 
-def hybrid_weights(names: Weights) -> dict[str, str | tuple[str, ...] | None]:
-    """A Qwen's names with those of its linear layers; a layer that drafts tokens ahead (`mtp`) is dropped."""
+def hybrid_weights(names: Weights, more: tuple[str, ...] = ()) -> dict[str, str | tuple[str, ...] | None]:
+    """A Qwen's names with those of its linear layers; a layer that drafts tokens ahead (`mtp`) is dropped.
+
+    Args:
+        more: what a decoder's names begin with, besides the usual ones.
+    """
     found = dict(names)
-    for prefix in _PREFIXES:
+    for prefix in (*_PREFIXES, *more):
         layer = prefix + "layers.{}.linear_attn."
         found |= {layer + name: f"{_LAYER}linear_attn.{name}" for name in _DELTA}
     norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
@@ -37,11 +47,12 @@ def hybrid_weights(names: Weights) -> dict[str, str | tuple[str, ...] | None]:
     return found | {_RAISED + "norm": Raised("decoder.norm"), "mtp.*": None}
 
 
-def hybrid_decoder(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> DecoderConfig:
+def hybrid_decoder(hf: Mapping[str, Any], defaults: Mapping[str, Any], *, sectioned: bool = True) -> DecoderConfig:
     """A Qwen3 whose layers are of two kinds, whose attention is gated and whose norms add 1 to their weights.
 
     Args:
         defaults: the class's.
+        sectioned: whether tokens have three positions.
     """
     text = {**_LINEAR, **defaults, **(hf.get("text_config") or hf)}
     rope = {**(text.get("rope_scaling") or text.get("rope_parameters") or {})}
@@ -50,6 +61,9 @@ def hybrid_decoder(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> Decode
     decoder = sectioned_decoder({**hf, "text_config": plain}, "qwen3", {}, _SECTIONS, interleaved=True)
     if decoder.hidden_act != "silu":  # which the reference's two ways to compute a delta net take differently
         raise CheckpointError(f"config.json: a gated delta net takes the activation silu, not {decoder.hidden_act!r}")
+    if not sectioned:
+        scaling = decoder.rope_scaling or {}
+        decoder = replace(decoder, rope_scaling={key: scaling[key] for key in scaling if not key.startswith("mrope")})
     full = decoder.shape("full_attention")
     return replace(
         decoder,
