@@ -10,7 +10,6 @@ MODEL is by default the bundled one. Names are links to a thousand small picture
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -87,26 +86,23 @@ def make_pictures(folder: Path, count: int) -> list[str]:
 
 def run(command: list[str], out: Path, lines: int | None) -> tuple[float, int]:
     """Seconds until a file has so many lines (None: until the command has ended), and the process's peak of memory."""
-    begin = time.perf_counter()
+    begin, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while lines is not None and process.poll() is None and count_lines(out) < lines:
+    while process.poll() is None and (lines is None or count_lines(out) < lines):
         time.sleep(0.05)
-    if lines is None:
-        _, _, usage = os.wait4(process.pid, 0)
-        return time.perf_counter() - begin, usage.ru_maxrss * 1024
+        peak = max(peak, peak_of(process.pid))
     seconds = time.perf_counter() - begin
-    if process.poll() is None:
-        peak = peak_of(process.pid)
-        process.kill()
-        process.wait()
-        return seconds, peak
-    raise SystemExit(f"{command}: ended with {process.returncode}")
+    if lines is not None and process.poll() is not None:
+        raise SystemExit(f"{command}: ended with {process.returncode}")
+    process.kill()
+    process.wait()
+    return seconds, peak
 
 
 def peak_of(pid: int) -> int:
-    """Of a process that runs, in bytes."""
+    """Of a process that runs, in bytes; 0 where it has just ended."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 _read: dict[Path, tuple[int, int]] = {}

@@ -26,6 +26,7 @@ from .line import is_picture, is_shown
 
 Message = dict[str, Any]
 CHECKED = 10_000  # first lines of a prompt file, in which a broken one ends the command before it starts
+_SORTED = json.JSONEncoder(sort_keys=True, default=str)
 _POLL_S = 0.2  # for which a pipe is waited for
 
 
@@ -58,7 +59,7 @@ class Item:
         """What an answer depends on, the pictures' bytes included, as 32 hexadecimal digits."""
         seen = [[name, _digest(name, self.dpi)] for name in self.images]
         asked: Any = self.messages if self.fault is None else self.named
-        text = json.dumps([asked, seen, settings], sort_keys=True, default=str)
+        text = _SORTED.encode([asked, seen, settings])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def opened(self) -> list[Message]:

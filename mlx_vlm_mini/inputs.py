@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -53,14 +52,14 @@ class Inputs:
         slots: bool[L] (numpy): true where a row of image features replaces the token's embedding.
         images: in the prompt's order; their slots follow one another.
         answer_length: tokens at the end that belong to an answer.
-        answer_begins: where the answer begins that follows: in its thinking where the prompt's end opens that.
+        opens_thinking: whether the prompt's end opens the answer's thinking.
     """
 
     input_ids: mx.array
     slots: np.ndarray
     images: tuple[InputImage, ...] = ()
     answer_length: int = 0
-    answer_begins: Literal["beginning", "thinking", "text"] = "text"
+    opens_thinking: bool = False
 
     @property
     def prompt_length(self) -> int:

@@ -15,7 +15,7 @@ from mlx_vlm_mini.layers.experts import MoE
 from mlx_vlm_mini.layers.mlp import MLP, GatedMLP
 from mlx_vlm_mini.layers.norms import NORMS, OffsetRMSNorm
 
-from .cross_attention import CrossAttention, ImageCache, Sight, look
+from .cross_attention import CrossAttention, ImageCache, ImageRows, Sight, look
 from .delta import DeltaCache, GatedDeltaNet
 from .query_attention import QueryAttention
 from .reading import Pass
@@ -152,18 +152,19 @@ class CrossAttentionLayer(nn.Module):
         """An empty cache of images."""
         return ImageCache()
 
-    def __call__(self, x: mx.array, run: Pass, cache: ImageCache | None) -> mx.array:
-        sight: Sight | None = run.masks[self.kind]
+    def __call__(self, x: mx.array, run: Pass, cache: ImageCache | ImageRows | None) -> mx.array:
         cache = ImageCache() if cache is None else cache
+        is_batch = isinstance(cache, ImageRows)
+        sight: Sight | None = cache.sight if isinstance(cache, ImageRows) else run.masks[self.kind]
         memory = run.reading.memory
-        if memory is not None:
+        if memory is not None and isinstance(cache, ImageCache):
             cache.add(*self.cross_attn.keys_values(memory.features[None]))
         if sight is None:
             if run.attentions is not None:
                 run.attentions.append(mx.zeros((x.shape[0], self.cross_attn.num_heads, x.shape[1], 0)))
             return x
         y = self.cross_attn.look(self.input_layernorm(x), sight, cache, run.attentions)
-        if self.zero_blind and sight.sees is not None:
+        if (self.zero_blind or is_batch) and sight.sees is not None:
             y = y * sight.sees
         x = x + mx.tanh(self.cross_attn_attn_gate) * y
         y = self.mlp(self.post_attention_layernorm(x))

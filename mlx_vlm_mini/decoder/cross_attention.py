@@ -41,7 +41,8 @@ class Sight:
     Attributes:
         keys: the part of all keys that matters.
         mask: bool[L, S] of that part; None where every token sees all of it.
-        sees: bool[L, 1], which tokens see an image at all, in whose mask stands true; None where all do.
+        sees: bool[L, 1], which tokens see an image at all, in whose mask stands true; None where all do. Of rows of a
+            batch the mask is bool[B, 1, 1, S], and this bool[B, 1, 1].
     """
 
     keys: slice
@@ -115,6 +116,103 @@ class ImageCache:
         """Whether it holds nothing."""
         return self.keys is None
 
+    @staticmethod
+    def merge(caches: "Sequence[tuple[ImageCache, Sequence[Span], int]]") -> "ImageRows":
+        """See `ImageRows.merge`."""
+        return ImageRows.merge(caches)
+
+    @property
+    def state(self) -> list[mx.array]:
+        """What has to be evaluated, as of mlx-lm's caches."""
+        return [each for each in (self.keys, self.values) if each is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(each.nbytes for each in self.state)
+
+
+class ImageRows:
+    """What rows of a batch attend to of their images: the keys that tokens after all of them see, padded at the end.
+
+    Attributes:
+        keys, values: float[B, H, S, D]; None where no row has images.
+        counts: int[B] (numpy), keys of each row; 0 where it has no image.
+    """
+
+    def __init__(self, keys: mx.array | None, values: mx.array | None, counts: np.ndarray) -> None:
+        self.keys, self.values, self.counts = keys, values, counts
+        self._sight: Sight | None = None
+
+    @classmethod
+    def merge(cls, caches: Sequence[tuple[ImageCache, Sequence[Span], int]]) -> "ImageRows":
+        """Rows of caches, each with the spans of its images and the number of tokens that were read."""
+        rows = [cls._of(*each) for each in caches]
+        for row in rows[1:]:
+            rows[0].extend(row)
+        return rows[0]
+
+    @classmethod
+    def _of(cls, cache: ImageCache, spans: Sequence[Span], length: int) -> "ImageRows":
+        sight = look(spans, 1, length, blind_attend=False)
+        if sight is None or cache.keys is None or cache.values is None:
+            return cls(None, None, np.zeros(1, dtype=np.int64))
+        keys, values = (each[..., sight.keys, :] for each in (cache.keys, cache.values))
+        if sight.mask is not None:
+            seen = mx.array(np.flatnonzero(np.array(sight.mask[0])))
+            keys, values = keys[..., seen, :], values[..., seen, :]
+        return cls(keys, values, np.array([keys.shape[2]]))
+
+    def extend(self, other: "ImageRows") -> None:
+        """Append the rows of another batch."""
+        known = next((each for each in (self.keys, other.keys) if each is not None), None)
+        if known is not None:
+            longest = max(each.keys.shape[2] for each in (self, other) if each.keys is not None)
+            (self.keys, self.values), more = self._padded(known, longest), other._padded(known, longest)
+            self.keys = mx.concatenate([self.keys, more[0]])
+            self.values = mx.concatenate([self.values, more[1]])
+        self.counts, self._sight = np.concatenate([self.counts, other.counts]), None
+
+    def _padded(self, known: mx.array, length: int) -> tuple[mx.array, mx.array]:
+        if self.keys is None or self.values is None:
+            zeros = mx.zeros((len(self.counts), known.shape[1], length, known.shape[3]), dtype=known.dtype)
+            return zeros, zeros
+        pad = [(0, 0), (0, 0), (0, length - self.keys.shape[2]), (0, 0)]
+        return mx.pad(self.keys, pad), mx.pad(self.values, pad)
+
+    def filter(self, rows: mx.array) -> None:
+        """Keep only these rows, in this order; padding that all of them have goes."""
+        self.counts, self._sight = self.counts[np.array(rows)], None
+        longest = int(self.counts.max())
+        if not longest:
+            self.keys = self.values = None
+        elif self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows, :, :longest], self.values[rows, :, :longest]
+
+    def extract(self, row: int) -> ImageCache:
+        """One row's."""
+        own, count = ImageCache(), int(self.counts[row])
+        if count and self.keys is not None and self.values is not None:
+            own.add(self.keys[row : row + 1, :, :count], self.values[row : row + 1, :, :count])
+        return own
+
+    @property
+    def sight(self) -> Sight | None:
+        """What each row's tokens look at; None where no row has images."""
+        if self._sight is None and self.keys is not None:
+            keys, sees = self.keys.shape[2], self.counts > 0
+            mask = (np.arange(keys) < self.counts[:, None]) | ~sees[:, None]
+            self._sight = Sight(
+                slice(None),
+                None if mask.all() else mx.array(mask[:, None, None]),
+                None if sees.all() else mx.array(sees[:, None, None]),
+            )
+        return self._sight
+
+    def empty(self) -> bool:
+        """Whether no row has images."""
+        return self.keys is None
+
     @property
     def state(self) -> list[mx.array]:
         """What has to be evaluated, as of mlx-lm's caches."""
@@ -153,7 +251,7 @@ class CrossAttention(Attention):
         k, v = super().keys_values(memory)
         return mx.contiguous(k), mx.contiguous(v)
 
-    def look(self, x: mx.array, sight: Sight, cache: ImageCache, attentions: Recorder | None) -> mx.array:
+    def look(self, x: mx.array, sight: Sight, cache: "ImageCache | ImageRows", attentions: Recorder | None) -> mx.array:
         """float[B, L, C] -> float[B, L, C]. Weights that are asked for are 0 where a token sees no image."""
         assert cache.keys is not None and cache.values is not None
         memory = cache.keys[..., sight.keys, :], cache.values[..., sight.keys, :]

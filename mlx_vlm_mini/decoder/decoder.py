@@ -109,19 +109,21 @@ class Decoder(nn.Module):
         made: dict[Rotary, Rope] = {}
         for kind, rope in self.ropes.items():
             if rope not in made:
-                made[rope] = self._rotate(rope, run, offset, prompt)
+                made[rope] = self._rotate(rope, run, 0 if state is None else state.lengths, prompt)
             run.ropes[kind] = made[rope]
         run.sharpness = sharpness(self.config.scales.query_scale, offset, length)
         return run
 
     @staticmethod
-    def _rotate(rope: Rotary, run: Pass, offset: int | mx.array, prompt: int) -> Rope:
+    def _rotate(rope: Rotary, run: Pass, before: int | tuple[int, ...], prompt: int | tuple[int, ...]) -> Rope:
+        """`before`: tokens before these; `prompt`: those of the prompt; of rows of a batch one number each."""
         length = run.rows.length
         if rope.depends_on == "nothing":
             return rope.at(run.first, length)
-        if isinstance(offset, mx.array):
-            raise ValueError("rotary positions that depend on the length cannot be those of a batch")
-        return rope.at(run.first, length, total=prompt if rope.depends_on == "prompt" else offset + length)
+        if rope.depends_on == "prompt":
+            return rope.at(run.first, length, total=prompt)
+        total = before + length if isinstance(before, int) else tuple(each + length for each in before)
+        return rope.at(run.first, length, total=total)
 
     def enter(self, run: Pass) -> mx.array:
         """What the first layer reads of a pass: the embeddings, with learned positions where there are any.

@@ -34,19 +34,19 @@ class Positions(Protocol):
         """What is known of a sequence's first `length` tokens."""
 
     @property
-    def shift(self) -> int | mx.array:
+    def shift(self) -> int | tuple[int, ...]:
         """By how much positions after all that is known differ from the numbers of tokens before them."""
 
 
 @dataclass(frozen=True)
 class Counting:
-    """Tokens count on; `shift` is added, of rows of a batch to each its own, int[B]."""
+    """Tokens count on; `shift` is added, of rows of a batch to each its own."""
 
-    shift: int | mx.array = 0
+    shift: int | tuple[int, ...] = 0
 
     def at(self, offset: int | mx.array, length: int) -> int | mx.array:
         """See `Positions`."""
-        return offset + self.shift
+        return offset + (self.shift if isinstance(self.shift, int) else mx.array(self.shift))
 
     def within(self, length: int) -> "Counting":
         """The same."""

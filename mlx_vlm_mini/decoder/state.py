@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_map
 
 from .cross_attention import ImageCache, Span
@@ -30,8 +31,8 @@ class State:
         visible: which tokens see one another, where a cache decides that (a rotating one); None: as each reading says.
         layers: the caches.
         start: keys stored; of a batch those of its longest row.
-        padding: int[B], stored keys before each row's first token; None: one sequence, or rows of equal length.
-        prompt_length: tokens of the prompt that began the sequence; None: not known.
+        padding: int[B] (numpy), stored keys before each row's first token; None: one sequence, or rows of equal length.
+        prompt_length: tokens of the prompt that began the sequence, of a batch one number a row; None: not known.
         positions: where its tokens stand.
         spans: of the images whose features layers of their own attend to.
     """
@@ -40,8 +41,8 @@ class State:
     visible: Visibility | None = None
     layers: list[Any] = field(default_factory=list)
     start: int = 0
-    padding: mx.array | None = None
-    prompt_length: int | None = None
+    padding: np.ndarray | None = None
+    prompt_length: int | tuple[int, ...] | None = None
     positions: Positions = field(default_factory=Counting)
     spans: tuple[Span, ...] = ()
 
@@ -52,11 +53,16 @@ class State:
     @property
     def length(self) -> int | mx.array:
         """Tokens that are kept; of a batch of unequal rows int[B]."""
-        return self.start if self.padding is None else self.start - self.padding
+        return self.start if self.padding is None else mx.array(self.start - self.padding)
+
+    @property
+    def lengths(self) -> int | tuple[int, ...]:
+        """The same, known without the device."""
+        return self.start if self.padding is None else tuple((self.start - self.padding).tolist())
 
     def rows(self, length: int) -> Rows:
         """`length` further tokens."""
-        return Rows(self.start, length, self.padding)
+        return Rows(self.start, length, None if self.padding is None else mx.array(self.padding))
 
     def evaluate(self) -> None:
         """Compute what the caches hold."""
@@ -135,61 +141,76 @@ class State:
         """A batch whose rows are these sequences, shorter ones padded at their beginnings.
 
         Raises:
-            ValueError: they cannot be rows of a batch: a cache has no batched form, or layers attend to images.
+            ValueError: they cannot be rows of a batch: a cache has no batched form.
         """
         first = states[0]
-        if any(state.spans or state.visible is not None or state.padding is not None for state in states):
-            raise ValueError("sequences with cross-attention or with a rotating cache cannot be rows of a batch")
+        if any(state.visible is not None or state.is_batch for state in states):
+            raise ValueError("sequences with a rotating cache cannot be rows of a batch")
         layers = []
         for entries in zip(*(state.layers for state in states), strict=True):
             if not all(hasattr(entry, "merge") for entry in entries):
                 raise ValueError(f"a {type(entries[0]).__name__} cannot be part of a batch")
-            layers.append(type(entries[0]).merge([*entries]))
-        lengths = [state.start for state in states]
-        longest = max(lengths)
-        padding = None if len({*lengths}) == 1 else mx.array([longest - length for length in lengths])
-        shifts = [state.positions.shift for state in states]
-        shift = shifts[0] if len({*shifts}) == 1 else mx.array(shifts)
-        return cls(first.make, layers=layers, start=longest, padding=padding, positions=Counting(shift))
+            images = isinstance(entries[0], ImageCache)
+            seen = [(entry, state.spans, state.start) for entry, state in zip(entries, states, strict=True)]
+            layers.append(type(entries[0]).merge(seen if images else [*entries]))
+        lengths = np.array([state.start for state in states])
+        batch = cls(first.make, layers=layers, start=int(lengths.max()))
+        batch._set_rows(
+            batch.start - lengths,
+            [cast(int, state.prompt_length or state.start) for state in states],
+            [cast(int, state.positions.shift) for state in states],
+        )
+        return batch
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether it has rows."""
+        return isinstance(self.prompt_length, tuple)
+
+    def _rows(self) -> tuple[np.ndarray, list[int], list[int]]:
+        """Of each row of a batch its padding, the length of its prompt, and the shift of its positions."""
+        assert isinstance(self.prompt_length, tuple)
+        count, shift = len(self.prompt_length), self.positions.shift
+        padding = np.zeros(count, dtype=np.int64) if self.padding is None else self.padding
+        return padding, [*self.prompt_length], [*shift] if isinstance(shift, tuple) else [shift] * count
+
+    def _set_rows(self, padding: np.ndarray, prompts: Sequence[int], shifts: Sequence[int]) -> None:
+        self.padding = padding if padding.any() else None
+        self.prompt_length = tuple(prompts)
+        self.positions = Counting(shifts[0] if len({*shifts}) == 1 else tuple(shifts))
 
     def extend(self, other: "State") -> None:
         """Append the rows of another batch (`merge` of one sequence makes one), padding the shorter ones."""
-        own, more = self._rows_of(), other._rows_of()
         for entry, further in zip(self.layers, other.layers, strict=True):
             entry.extend(further)
         start = max(self.start, other.start)
-        self.padding = mx.concatenate([own[0] + (start - self.start), more[0] + (start - other.start)])
-        self.positions = Counting(mx.concatenate([own[1], more[1]]))
+        (padding, prompts, shifts), (further, more_prompts, more_shifts) = self._rows(), other._rows()
+        padding = np.concatenate([padding + (start - self.start), further + (start - other.start)])
         self.start = start
-
-    def _rows_of(self) -> tuple[mx.array, mx.array]:
-        """Of each row of a batch its padding and the shift of its positions, int[B] each."""
-        count = self.layers[0].offset.shape[0]
-        padding = mx.zeros(count, dtype=mx.int32) if self.padding is None else self.padding
-        shift = self.positions.shift
-        return padding, shift if isinstance(shift, mx.array) else mx.full(count, shift, dtype=mx.int32)
+        self._set_rows(padding, prompts + more_prompts, shifts + more_shifts)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows of a batch, in this order; padding that all of them have goes."""
         chosen = mx.array([*rows])
         for entry in self.layers:
             entry.filter(chosen)
-        shift = self.positions.shift
-        if isinstance(shift, mx.array):
-            self.positions = Counting(shift[chosen])
-        if self.padding is not None:
-            kept = self.padding[chosen]
-            spare = cast(int, kept.min().item())
-            self.start -= spare
-            self.padding = kept - spare
+        padding, prompts, shifts = self._rows()
+        padding = padding[[*rows]]
+        spare = int(padding.min())
+        self.start -= spare
+        self._set_rows(padding - spare, [prompts[row] for row in rows], [shifts[row] for row in rows])
 
     def extract(self, row: int) -> "State":
-        """One row of a batch as a sequence of its own."""
-        shift = self.positions.shift
-        own = cast(int, shift[row].item()) if isinstance(shift, mx.array) else shift
-        before = 0 if self.padding is None else cast(int, self.padding[row].item())
+        """One row of a batch as a sequence of its own. Of images it has the keys that further tokens attend to."""
+        padding, prompts, shifts = self._rows()
         layers = [entry.extract(row) for entry in self.layers]
-        return State(self.make, layers=layers, start=self.start - before, positions=Counting(own))
+        own = State(self.make, layers=layers, start=self.start - int(padding[row]), positions=Counting(shifts[row]))
+        own.prompt_length = prompts[row]
+        images = next((entry for entry in layers if isinstance(entry, ImageCache) and entry.keys is not None), None)
+        if images is not None and images.keys is not None:
+            count = images.keys.shape[2]
+            own.spans = (Span(0, count, count),)
+        return own
 
 
 def _reach(entry: Any, length: int) -> int:

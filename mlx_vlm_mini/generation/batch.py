@@ -2,20 +2,21 @@
 
 Decoding is bound by reading the weights, so that eight rows cost little more than one. A prompt is read alone, in
 chunks that take turns with steps of the rows; then its sequence becomes a row. Each row gives what its prompt gives
-alone.
-What cannot be a row (see `can_be_row`) is decoded beside the batch, in the same turns.
+alone. Sequences whose caches have no batched form (quantized and rotating ones) are decoded one by one, in the same
+turns.
 """
 
 import time
-from collections import deque
-from collections.abc import Generator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
 
-from mlx_vlm_mini.config import DecoderConfig
 from mlx_vlm_mini.decoder.state import State
 from mlx_vlm_mini.errors import VLMError
 from mlx_vlm_mini.inputs import Inputs
@@ -28,21 +29,49 @@ from .decode import checked, read_in_chunks, wired_memory
 from .features import Features
 from .options import Options
 
+GROWTH = 256  # tokens by which mlx-lm's caches grow at a time
 
-def can_be_row(model: VLM) -> bool:
-    """Whether a model's sequences can be rows of a batch.
 
-    Those cannot whose layers attend to images (Llama 3.2 Vision), or whose rotary positions depend on how long the
-    sequence is (dynamic NTK, LongRoPE, Qwen's prompt NTK).
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that sequences take.
+
+    Attributes:
+        token: keys and values of all layers that keep them.
+        row: what does not grow with the tokens: states of linear attention.
+        image_row: keys and values that layers of their own keep of an image's row of pixels.
+        weights: what a step of decoding reads, whatever the rows.
     """
-    by_length = any(rope.depends_on != "nothing" for rope in model.decoder.ropes.values())
-    return model.decoder.config.cross_attention is None and not by_length
 
+    token: int
+    row: int
+    image_row: int
+    weights: int
 
-def bytes_per_token(config: DecoderConfig, dtype: mx.Dtype) -> int:
-    """Of the keys and values of all layers that read text."""
-    shapes = [config.shape(kind) for kind in config.layer_types if kind != "cross_attention"]
-    return sum(2 * shape.num_kv_heads * shape.head_dim for shape in shapes) * dtype.size
+    @classmethod
+    def of(cls, model: VLM) -> "Cost":
+        """A model's."""
+        config, size = model.config.decoder, model.dtype.size
+        kinds = Counter(config.layer_types)
+        images, linear = kinds.pop("cross_attention", 0), kinds.pop("linear_attention", 0)
+        shapes = [(config.shape(kind), count) for kind, count in kinds.items()]
+        row = image_row = 0
+        if (delta := config.delta) is not None:
+            state = delta.num_value_heads * delta.value_head_dim * delta.key_head_dim * mx.float32.size
+            row = linear * (state + (delta.conv_kernel - 1) * delta.mixed_size * size)
+        if images:
+            features = model.config.vision.num_features
+            image_row = images * 2 * config.num_key_value_heads * config.head_dim * features * size
+        return cls(
+            token=sum(2 * shape.num_kv_heads * shape.head_dim * count for shape, count in shapes) * size,
+            row=row,
+            image_row=image_row,
+            weights=sum(array.nbytes for _, array in tree_flatten(model.decoder.parameters())),
+        )
+
+    def rows(self, count: int, length: int, image_rows: int) -> int:
+        """Of rows that are stored as long as the longest, at most."""
+        return count * ((length + GROWTH) * self.token + self.row + image_rows * self.image_row)
 
 
 @dataclass(eq=False)
@@ -60,6 +89,11 @@ class Job:
     options: Options
     begin: float = field(default_factory=time.perf_counter)
     cancelled: bool = False
+
+    @property
+    def image_rows(self) -> int:
+        """Rows of pixels of all its images."""
+        return sum(image.rows for image in self.inputs.images)
 
 
 Said = tuple[Job, Chunk | VLMError]
@@ -79,9 +113,22 @@ class _Row:
     fault: VLMError | None = None
 
     @property
+    def left(self) -> int:
+        """Tokens that it may still have."""
+        return self.job.options.max_tokens - self.answer.stats.generated_tokens
+
+    @property
     def done(self) -> bool:
         """Whether the token that is being computed is its last."""
-        return self.answer.stats.generated_tokens + 1 >= self.job.options.max_tokens
+        return self.left <= 1
+
+
+class _Shape(NamedTuple):
+    """What of a row matters for memory: tokens now, tokens that may follow, and its images' rows of pixels."""
+
+    length: int
+    left: int
+    image_rows: int
 
 
 @dataclass(eq=False)
@@ -98,6 +145,28 @@ class _Group:
     token: mx.array
     logprob: mx.array
     batched: bool
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        lengths = self.state.lengths
+        return [*lengths] if isinstance(lengths, tuple) else [lengths] * len(self.rows)
+
+    @property
+    def shapes(self) -> list[_Shape]:
+        """What of each row matters for memory."""
+        return [_Shape(self.state.start, row.left, row.job.image_rows) for row in self.rows]
+
+    def nbytes(self, cost: Cost, *others: _Shape) -> int:
+        """Bytes that its rows may come to take, together with other rows."""
+        shapes = [*self.shapes, *others]
+        longest = max(shape.length for shape in shapes) + max(shape.left for shape in shapes)
+        return cost.rows(len(shapes), longest, max(shape.image_rows for shape in shapes))
+
+    def padding(self, *others: int) -> int:
+        """Tokens by which its rows, and others of these lengths, are stored longer than they are."""
+        lengths = [*self.lengths, *others]
+        return len(lengths) * max(lengths) - sum(lengths)
 
     def join(self, other: "_Group") -> None:
         """Take in another batch's rows."""
@@ -195,10 +264,12 @@ def fault_of(error: Exception) -> VLMError:
 class Batch:
     """Answers several prompts together.
 
+    Rows of one group are stored as long as its longest. A row that would lengthen the others, or be lengthened, by more
+    bytes than the weights have is decoded in a group of its own, for which a step reads the weights once more.
+
     Attributes:
         size: rows at most.
-        memory: bytes that keys and values of all rows may take; a row is admitted only where it fits, and always where
-            there is no other.
+        memory: bytes that all rows may take; a row is admitted only where it fits, and always where there is no other.
     """
 
     def __init__(
@@ -210,20 +281,22 @@ class Batch:
         memory: int,
         features: Features,
         prefixes: Prefixes | None = None,
+        make_state: Callable[[], State] | None = None,
     ) -> None:
         """
         Args:
             features: where what images become is kept and found.
             prefixes: where states of prompts are kept and found.
+            make_state: gives states that cannot be rows of a batch, in place of the model's own.
         """
         self.model, self.processor, self.size, self.memory = model, processor, size, memory
         self._features, self._prefixes = features, prefixes
         self._groups: list[_Group] = []
         self._waiting: deque[Job] = deque()
         self._reading: tuple[Job, Generator[int, None, _Group]] | None = None
-        self._batched = can_be_row(model)
         self._wired, self._run = False, ExitStack()
-        self._bytes = bytes_per_token(model.config.decoder, model.dtype)
+        self._make_state, self._batched = make_state or model.make_state, make_state is None
+        self.cost = Cost.of(model)
 
     def add(self, job: Job) -> None:
         """Have a prompt answered."""
@@ -256,9 +329,11 @@ class Batch:
             self._reading = job, self._read(job)
         if self._reading is not None:
             said += self._read_on(*self._reading)
+        before = self.rows
         for group in self._groups:
             said += group.step(self.model)
-        self._groups = [group for group in self._groups if group.rows]
+        if self.rows < before:
+            self._regroup()
         if not self.busy:
             self._end()
         return said
@@ -281,16 +356,31 @@ class Batch:
             self._reading = None
         for group in self._groups:
             group.keep([place for place, row in enumerate(group.rows) if not row.job.cancelled])
-        self._groups = [group for group in self._groups if group.rows]
+        self._regroup()
 
     def _fits(self, job: Job) -> bool:
         if not self.rows:
             return True
-        longest = len(job.inputs.slots) + job.options.max_tokens
-        for group in self._groups:
-            left = [row.job.options.max_tokens - row.answer.stats.generated_tokens for row in group.rows]
-            longest = max(longest, group.state.start + max(left))
-        return self.rows < self.size and (self.rows + 1) * longest * self._bytes <= self.memory
+        own = self.cost.rows(1, len(job.inputs.slots) + job.options.max_tokens, job.image_rows)
+        return self.rows < self.size and own + sum(group.nbytes(self.cost) for group in self._groups) <= self.memory
+
+    def _regroup(self) -> None:
+        """Drop groups without rows; where rows have left, two groups may have become one."""
+        groups = [group for group in self._groups if group.rows]
+        self._groups = groups if len(groups) < 2 else []
+        for group in groups if not self._groups else []:
+            self._place(group)
+
+    def _place(self, group: _Group) -> None:
+        """Let rows join those that are most alike in length, or be a group."""
+        apart = sum(each.nbytes(self.cost) for each in self._groups)
+        for other in sorted(self._groups, key=lambda each: each.padding(*group.lengths)) if self._batched else []:
+            if other.padding(*group.lengths) * self.cost.token > self.cost.weights:
+                break
+            if apart - other.nbytes(self.cost) + other.nbytes(self.cost, *group.shapes) <= self.memory:
+                other.join(group)
+                return
+        self._groups.append(group)
 
     def _read_on(self, job: Job, reading: Generator[int, None, _Group]) -> list[Said]:
         """One chunk of a prompt; after its last one it becomes a row."""
@@ -307,16 +397,18 @@ class Batch:
     def _read(self, job: Job) -> Generator[int, None, _Group]:
         """Read a prompt: yields after each chunk."""
         options, model = job.options, self.model
-        state, cached = model.make_state(), 0
+        state, cached, keep = self._make_state(), 0, list[int]()
         if self._prefixes is not None:
-            state, cached = self._prefixes.find(model, job.inputs)
+            state, cached, shared = self._prefixes.find(model, job.inputs)
+            slots = np.flatnonzero(job.inputs.slots)
+            keep = [shared, *(slots[-1:] + 1).tolist()]  # where other prompts may part from this one
         answer = Answering(
             model, self.processor, job.inputs, options, begin=job.begin, features=self._features, cached=cached
         )
         reading = model.read(job.inputs, cached, answer.find)
         mx.eval(reading.embeddings, reading.beside)
         answer.read_images()
-        logits = yield from read_in_chunks(model.decoder, reading, state, options.prefill_step)
+        logits = yield from read_in_chunks(model.decoder, reading, state, options.prefill_step, keep)
         answer.read_prompt(logits, state)
         token, logprob = answer.choose(logits)
         mx.eval(token, logprob)
@@ -325,11 +417,6 @@ class Batch:
         return _Group(state, [_Row(job, answer)], token, logprob[:, 0], batched=False)
 
     def _admit(self, group: _Group) -> None:
-        if not self._batched:
-            self._groups.append(group)
-            return
-        group.state, group.batched = State.merge([group.state]), True
-        if self._groups:
-            self._groups[0].join(group)
-        else:
-            self._groups.append(group)
+        if self._batched:
+            group.state, group.batched = State.merge([group.state]), True
+        self._place(group)

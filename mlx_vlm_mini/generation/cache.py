@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -47,7 +47,7 @@ def shared_length(decoder: Decoder, state: State, held: np.ndarray, wanted: np.n
     length = min(len(held), len(wanted) - 1)
     different = np.flatnonzero((held[:length] != wanted[:length]).any(axis=-1))
     length = int(different[0]) if len(different) else length
-    kept = decoder.keeps_keys(state.prompt_length, len(held), len(wanted))
+    kept = decoder.keeps_keys(cast(int | None, state.prompt_length), len(held), len(wanted))
     ahead = decoder.looks_ahead and (held[:, 4].any() or wanted[:, 4].any())
     return length if kept and not ahead else 0
 
@@ -91,6 +91,14 @@ def make_state(model: VLM, *, kv_bits: int | None = None, rotate: int | None = N
     return model.make_state(lambda: caches.QuantizedKVCache(group_size=group_size, bits=kv_bits))
 
 
+class Found(NamedTuple):
+    """What of a prompt is kept: a state, the tokens that it holds, and those that some kept prompt has in common."""
+
+    state: State
+    length: int
+    shared: int
+
+
 class Prefixes:
     """States of prompts that were read, for prompts that begin alike.
 
@@ -111,8 +119,8 @@ class Prefixes:
         self._kept: OrderedDict[int, tuple[np.ndarray, State, int]] = OrderedDict()
         self._numbers = count()
 
-    def find(self, model: VLM, inputs: Inputs) -> tuple[State, int]:
-        """A state that holds as much of a prompt as any that is kept, and how many tokens that is."""
+    def find(self, model: VLM, inputs: Inputs) -> "Found":
+        """A state that holds as much of a prompt as any that is kept can go back to."""
         wanted = identify(inputs)
         best, most = None, 0
         for number, (held, state, _) in self._kept.items():
@@ -120,10 +128,10 @@ class Prefixes:
             if length > most:
                 best, most = number, length
         if best is None:
-            return model.make_state(), 0
+            return Found(model.make_state(), 0, 0)
         self._kept.move_to_end(best)
         state = self._kept[best][1].fork()
-        return state, state.rewind(most)
+        return Found(state, state.rewind(most), most)
 
     def add(self, inputs: Inputs, state: State) -> None:
         """Keep the state of a prompt that was read whole; one of its beginning alone is given up for it."""

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -111,12 +111,13 @@ def release_buffers() -> None:
 
 
 def read_in_chunks(
-    decoder: Decoder, reading: Reading, state: State, step: int = PREFILL_STEP
+    decoder: Decoder, reading: Reading, state: State, step: int = PREFILL_STEP, keep: Iterable[int] = ()
 ) -> Generator[int, None, mx.array]:
     """Read a prompt into the state, chunk by chunk.
 
     Where layers keep states that nothing can be taken out of, the place `TAIL` tokens before the prompt's end is kept
-    as one to go back to: for the same prompt again, and for one that goes on otherwise than its last tokens.
+    as one to go back to: for the same prompt again, and for one that goes on otherwise than its last tokens. So are the
+    lengths of the whole sequence in `keep`.
 
     Args:
         reading: the prompt, or the part of it that the state lacks.
@@ -132,23 +133,25 @@ def read_in_chunks(
     total, before = reading.length, state.start
     whole = decoder.reads_whole(before + total)
     step = total if whole else step
-    tail = total if whole or not state.needs_snapshots or total <= TAIL else total - TAIL
+    stops = {total}
+    if state.needs_snapshots and not whole:
+        stops |= {stop for stop in (total - TAIL, *(length - before for length in keep)) if 0 < stop < total}
     done = 0
 
     def cut() -> int:
-        length = min(step, tail - done) if done < tail else step
+        length = min(step, min(stop for stop in stops if stop > done) - done)
         return reading.visible.cut(before + done, length, before + total) - before
 
     while (end := cut()) < total:
         decoder(reading.part(done, end), state)
         state.evaluate()
-        if end == tail:
+        if end in stops:
             state.snapshot()
         done = end
         yield done
         mx.clear_cache()
     hidden = decoder(reading.part(done, total), state)
-    if tail == total:
+    if stops == {total}:
         state.snapshot()
     return decoder.logits(hidden[:, -1:])[:, 0]
 

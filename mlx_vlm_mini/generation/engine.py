@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +24,7 @@ from mlx_vlm_mini.text.messages import Prompt, to_messages
 
 from .answering import Choice, Chunk, FinishReason, Stats
 from .batch import Batch, Job, Said
-from .cache import Prefixes
+from .cache import Prefixes, make_state
 from .decode import one_at_a_time
 from .features import FEATURE_MEMORY, Features
 from .options import Options
@@ -202,6 +203,8 @@ class Engine:
         feature_memory: int = FEATURE_MEMORY,
         prefix_memory: int | None = None,
         context: int | None = None,
+        kv_bits: int | None = None,
+        rotate: int | None = None,
         **options: Any,
     ) -> None:
         """
@@ -214,6 +217,8 @@ class Engine:
                 what sequences may take.
             context: tokens that a prompt and its answer may have: a prompt without room for an answer is refused, and
                 an answer ends there with the reason "length". None is no limit.
+            kv_bits, rotate: as of `Chat`. Such caches have no rows: requests are answered by turns then, token by
+                token, and do not share beginnings.
             options: defaults for every request, see `Options`.
 
         Raises:
@@ -223,16 +228,9 @@ class Engine:
             raise PromptError(f"batch_size must be a whole number of 1 or more, not {batch_size!r}")
         Options(**options)
         self.model, self.processor, self.options, self.context = model, processor, options, context
-        budget = sequence_memory(model, memory)
-        prefixes = Prefixes(int(PREFIX_SHARE * budget) if prefix_memory is None else prefix_memory)
         self._features, self._pixels = Features(feature_memory), Features(feature_memory)  # of a thread each
-        self._batch = Batch(
-            model,
-            processor,
-            size=batch_size,
-            memory=max(budget - prefixes.limit, 0),
-            features=self._features,
-            prefixes=prefixes,
+        self._batch = _make_batch(
+            model, processor, batch_size, self._features, sequence_memory(model, memory), prefix_memory, kv_bits, rotate
         )
         self._requests: dict[Job, Request] = {}
         self._arrived: queue.SimpleQueue[tuple[Request, Job] | None] = queue.SimpleQueue()
@@ -370,6 +368,30 @@ class Engine:
         self._batch.clear()
 
 
+def _make_batch(
+    model: VLM,
+    processor: Processor,
+    size: int,
+    features: Features,
+    memory: int,
+    prefix_memory: int | None,
+    kv_bits: int | None,
+    rotate: int | None,
+) -> Batch:
+    """A batch whose rows and kept states share so many bytes.
+
+    Raises:
+        PromptError: the model cannot be run so.
+    """
+    if kv_bits is not None or rotate is not None:
+        make = partial(make_state, model, kv_bits=kv_bits, rotate=rotate)
+        make()
+        return Batch(model, processor, size=size, memory=memory, features=features, make_state=make)
+    prefixes = Prefixes(int(PREFIX_SHARE * memory) if prefix_memory is None else prefix_memory)
+    left = max(memory - prefixes.limit, 0)
+    return Batch(model, processor, size=size, memory=left, features=features, prefixes=prefixes)
+
+
 def batch_generate(
     model: VLM,
     processor: Processor,
@@ -379,6 +401,8 @@ def batch_generate(
     memory: int | float | str | None = None,
     features: Features | None = None,
     progress: Callable[[int, int], None] | None = None,
+    kv_bits: int | None = None,
+    rotate: int | None = None,
     **options: Any,
 ) -> list[Answer]:
     """Answer many prompts, several at a time.
@@ -389,6 +413,7 @@ def batch_generate(
         memory: as of `Engine`.
         features: where what images become is kept and found.
         progress: called with the number of answers that are whole, and of all.
+        kv_bits, rotate: as of `Engine`.
         options: for all prompts, see `Options`.
 
     Returns:
@@ -400,9 +425,8 @@ def batch_generate(
     if type(batch_size) is not int or batch_size < 1:
         raise PromptError(f"batch_size must be a whole number of 1 or more, not {batch_size!r}")
     Options(**options)
-    kept, budget = features or Features(), sequence_memory(model, memory)
-    prefixes = Prefixes(int(PREFIX_SHARE * budget))
-    batch = Batch(model, processor, size=batch_size, memory=budget - prefixes.limit, features=kept, prefixes=prefixes)
+    memory = sequence_memory(model, memory)
+    batch = _make_batch(model, processor, batch_size, features or Features(), memory, None, kv_bits, rotate)
     answers = [Answer() for _ in prompts]
     of: dict[Job, int] = {}
     coming, done = iter(enumerate(prompts)), 0

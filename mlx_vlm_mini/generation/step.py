@@ -11,7 +11,7 @@ from then on, and `bench` says why.
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -68,7 +68,7 @@ def make_step(decoder: Decoder, state: State) -> Step:
 
     if not compiles() or not _is_plain(decoder, state) or trace_fault(decoder) is not None:
         return built
-    cache, shift = state.layers, state.positions.shift
+    cache, shift = state.layers, cast(int, state.positions.shift)
     left = 0 if hasattr(decoder, "traced_step") else BUILT_FIRST
 
     def traced(token: mx.array) -> mx.array:

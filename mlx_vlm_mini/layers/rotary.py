@@ -44,17 +44,30 @@ class Rotary:
         self.neighbours = neighbours
         mx.eval(scaling(1)[0])  # what is left to be computed belongs to the thread that asked for it
 
-    def at(self, first: int | mx.array | np.ndarray, length: int, *, total: int = 1) -> Rope:
+    def at(self, first: int | mx.array | np.ndarray, length: int, *, total: int | tuple[int, ...] = 1) -> Rope:
         """What rotates `length` tokens.
 
         Args:
             first: position of the first one, the others counting on; int[B] of each row of a batch; or positions of all
                 on three axes, int[3, length].
-            total: tokens that the frequencies depend on.
+            total: tokens that the frequencies depend on, of rows of a batch one number each.
         """
+        if isinstance(total, tuple) and len({*total}) > 1:
+            return self._of_rows(first, length, total)
+        total = total[0] if isinstance(total, tuple) else total
         periods, scale = self.scaling(total)
         if not isinstance(first, np.ndarray):
             return kernels().rope(periods, scale, first, length, self.dims, self.neighbours)
         positions = first[self.axes].T  # (L, dims / 2)
         frequencies = np.float32(1) / np.array(periods, dtype=np.float32)
         return Turn(positions.astype(np.float32) * frequencies, scale, self.dims, neighbours=self.neighbours)
+
+    def _of_rows(self, first: int | mx.array | np.ndarray, length: int, totals: tuple[int, ...]) -> Rope:
+        """Rows with frequencies of their own."""
+        scalings = [self.scaling(total) for total in totals]
+        (scale,) = {scale for _, scale in scalings}
+        periods = mx.stack([periods for periods, _ in scalings])[:, None, None]  # (B, 1, 1, dims / 2)
+        places = mx.array(first).reshape(-1, 1) + mx.arange(length)  # (1 or B, L)
+        return Turn(
+            places.astype(mx.float32)[:, None, :, None] * (1 / periods), scale, self.dims, neighbours=self.neighbours
+        )

@@ -1,8 +1,11 @@
 """Many requests at once: each answer is the one that its prompt gets alone."""
 
 import asyncio
+import json
+import shutil
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -13,8 +16,9 @@ from goldens import SPECS
 from reference import CASES, GOLDEN
 
 from mlx_vlm_mini import Chat, Engine, batch_generate, load, stream_generate
+from mlx_vlm_mini.decoder.cross_attention import ImageCache
 from mlx_vlm_mini.errors import ContextError, PromptError, VLMError
-from mlx_vlm_mini.generation.batch import Batch, Job, bytes_per_token, can_be_row
+from mlx_vlm_mini.generation.batch import GROWTH, Batch, Cost, Job
 from mlx_vlm_mini.generation.cache import Prefixes
 from mlx_vlm_mini.generation.features import Features
 from mlx_vlm_mini.generation.options import Options
@@ -36,22 +40,51 @@ def check(answer: Any, expected: tuple[list[int], list[float], str]) -> None:
 
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_rows_of_every_family_equal_their_prompts_alone(name):
-    """Prompts of different lengths and pictures, in chunks of 9 tokens, answers of different lengths, three rows."""
+    """Prompts of different lengths and pictures, in chunks of 9 tokens, three rows, answers that end at different times.
+
+    One samples with a seed, one fails at its third token, one is cancelled after its second.
+    """
     model, processor = load(GOLDEN / name)
     cases = sorted(SPECS[name].cases)
-    asked = [
-        {"prompt": with_paths(CASES[case]), "max_tokens": 3 + 5 * (number % 3), "prefill_step": 9}
-        for number, case in enumerate([*cases, *cases[:2]])
-    ]
-    answers = batch_generate(model, processor, asked, batch_size=3)
-    for answer, one in zip(answers, asked, strict=True):
-        check(answer, alone(model, processor, one["prompt"], max_tokens=one["max_tokens"]))
+    asked = [with_paths(CASES[case]) for case in [*cases, *cases[:3]]]
+    kinds: list[dict[str, Any]] = [{"max_tokens": 3 + 5 * (number % 3)} for number in range(len(asked))]
+    seeded, failing, cancelled = len(asked) - 1, 1 % len(asked), len(asked) - 2
+    kinds[seeded] = {"max_tokens": 6, "temperature": 0.9, "seed": 11}
+    kinds[failing] = {"max_tokens": 8, "logits_processors": [fail_at(3)]}
+    kinds[cancelled] = {"max_tokens": 40}
+    batch = Batch(model, processor, size=3, memory=1 << 40, features=Features())
+    jobs = [Job(processor(one), Options(**kind, prefill_step=9)) for one, kind in zip(asked, kinds, strict=True)]
+    found: dict[Job, list[Any]] = {job: [] for job in jobs}
+    for job in jobs:
+        batch.add(job)
+    while batch.busy:
+        for job, said in batch.step():
+            found[job].append(said)
+        jobs[cancelled].cancelled = len(found[jobs[cancelled]]) >= 2
+    for number, (job, prompt, kind) in enumerate(zip(jobs, asked, kinds, strict=True)):
+        tokens, logprobs, text = alone(model, processor, prompt, **{**kind, "logits_processors": None})
+        got = found[job]
+        if number == failing and len(tokens) > 2:
+            assert "third" in str(got.pop())
+            tokens, logprobs, text = tokens[:2], logprobs[:2], None
+        elif number == cancelled and len(tokens) > 2:
+            tokens, logprobs, text = tokens[:2], logprobs[:2], None
+        assert [chunk.token for chunk in got] == tokens
+        np.testing.assert_allclose([chunk.logprob for chunk in got], logprobs, atol=1e-4)
+        assert text is None or ("".join(chunk.text for chunk in got) == text and got[-1].finish_reason is not None)
 
 
-def test_which_families_are_rows():
-    """Not those whose layers attend to images, nor those whose positions depend on the length."""
-    found = {name for name in SPECS if not can_be_row(load(GOLDEN / name)[0])}
-    assert found == {"internvl-chat-internlm2", "mllama-meta", "mllama-transformers", "qwen-vl-chat"}
+def fail_at(count: int) -> Any:
+    """A logits processor that fails when so many tokens are chosen."""
+    calls = []
+
+    def process(tokens: Any, logits: Any) -> Any:
+        calls.append(1)
+        if len(calls) == count:
+            raise ValueError("the third is one too many")
+        return logits
+
+    return process
 
 
 def test_sampling_seeds_stops_and_processors_are_each_rows_own(llava):
@@ -173,12 +206,12 @@ def test_a_long_prompt_delays_others_by_one_chunk(llava):
 
 def test_rows_wait_for_memory(llava):
     model, processor = llava
-    each = bytes_per_token(model.config.decoder, model.dtype)
-    config = model.config.decoder
-    assert each == config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    cost, config = Cost.of(model), model.config.decoder
+    assert cost.token == config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
     inputs = processor("Hi")
-    room = (len(inputs.slots) + 20) * each
-    batch = Batch(model, processor, size=8, memory=2 * room, features=Features())
+    batch = Batch(
+        model, processor, size=8, memory=2 * (len(inputs.slots) + 20 + GROWTH) * cost.token, features=Features()
+    )
     for _ in range(5):
         batch.add(Job(inputs, Options(max_tokens=20)))
     most = 0
@@ -189,6 +222,121 @@ def test_rows_wait_for_memory(llava):
     small = Batch(model, processor, size=8, memory=1, features=Features())  # one at a time is always let in
     small.add(Job(inputs, Options(max_tokens=2)))
     assert any(found for found in (small.step() for _ in range(3)))
+
+
+@pytest.mark.parametrize("name", ["llava-clip-llama", "gemma3-hub", "qwen3.5", "mllama-transformers"])
+def test_what_rows_are_said_to_take_is_what_they_take(name):
+    """Bytes of the caches of a batch, with a sliding window, with states of linear attention, with images' keys."""
+    model, processor = load(GOLDEN / name)
+    batch = Batch(model, processor, size=3, memory=1 << 40, features=Features())
+    batch.cost = replace(batch.cost, weights=1 << 40)
+    for prompt in ("x " * 150, [PHOTO, "What?"], "Hi"):
+        batch.add(Job(processor(prompt), Options(max_tokens=100)))
+    while batch.waiting or batch.rows < 3:
+        batch.step()
+    batch.step()
+    (group,) = batch._groups
+    begun, most = group.state.nbytes, group.nbytes(batch.cost)
+    assert 0.7 * batch.cost.rows(3, group.state.start, 1) <= begun <= most
+    while batch.rows == 3:
+        assert group.state.nbytes <= most
+        batch.step()
+
+
+def test_rows_of_very_different_lengths_do_not_lengthen_one_another(llava):
+    """Those alike in length are decoded together, others in a group of their own, which ends when it can."""
+    model, processor = llava
+    prompts = ["Hi", "x " * 300, "Why?", "x " * 290, "So?"]
+    expected = [alone(model, processor, prompt, max_tokens=30) for prompt in prompts]
+    batch = Batch(model, processor, size=8, memory=1 << 40, features=Features())
+    batch.cost = replace(batch.cost, weights=200 * batch.cost.token)
+    jobs = [Job(processor(prompt), Options(max_tokens=30)) for prompt in prompts]
+    said: dict[Job, list[int]] = {job: [] for job in jobs}
+    for job in jobs:
+        batch.add(job)
+    most, groups = 0, []
+    while batch.busy:
+        for job, chunk in batch.step():
+            said[job].append(chunk.token)
+        groups.append(len(batch._groups))
+        most = max(most, sum(group.padding() for group in batch._groups))
+        assert all(group.padding() <= 200 for group in batch._groups)
+    assert max(groups) == 2 and most > 0
+    assert [*said.values()] == [tokens for tokens, _, _ in expected]
+    together = Batch(model, processor, size=8, memory=1 << 40, features=Features())
+    for prompt in prompts[:2]:
+        together.add(Job(processor(prompt), Options(max_tokens=30)))
+    while together.rows < 2:
+        together.step()
+    assert len(together._groups) == 1 and together._groups[0].padding() > 200  # fewer bytes than the weights have
+
+
+def test_groups_become_one_when_rows_leave(llava):
+    model, processor = llava
+    batch = Batch(model, processor, size=8, memory=1 << 40, features=Features())
+    batch.cost = replace(batch.cost, weights=100 * batch.cost.token)
+    jobs = [Job(processor(text), Options(max_tokens=60)) for text in ("x " * 100, "Hi", "Why?")]
+    for job in jobs:
+        batch.add(job)
+    while batch.rows < 3:
+        batch.step()
+    assert len(batch._groups) == 2  # 2 rows of some tokens, one of 200
+    jobs[1].cancelled = True
+    batch.cost = replace(batch.cost, weights=300 * batch.cost.token)
+    batch.step()
+    assert len(batch._groups) == 1 and batch.rows == 2
+
+
+def test_rows_with_frequencies_of_their_own(tmp_path):
+    """Scalings that depend on the length: rows on both sides of it, and one that crosses it while it is answered."""
+    for name, scaling in (
+        ("llava-clip-llama", {"rope_type": "dynamic", "factor": 2.0}),
+        ("llava-clip-llama", {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 40}),
+    ):
+        folder = tmp_path / scaling["rope_type"]
+        shutil.copytree(GOLDEN / name, folder)
+        config = json.loads((folder / "config.json").read_text())
+        text = config["text_config"]
+        half = text["hidden_size"] // text["num_attention_heads"] // 2
+        if scaling["rope_type"] == "longrope":
+            scaling |= {"short_factor": [1.0 + 0.1 * n for n in range(half)], "long_factor": [2.0 + 0.3 * n for n in range(half)]}  # fmt: skip
+        else:
+            text["max_position_embeddings"] = 40
+        text["rope_scaling"] = scaling
+        (folder / "config.json").write_text(json.dumps(config))
+        model, processor = load(folder)
+        asked = ["Hi", "x " * 60, ["Look", PHOTO], "y " * 14]
+        lengths = [len(processor(prompt).slots) for prompt in asked]
+        assert min(lengths) + 30 > 40 > min(lengths) and max(lengths) > 60, lengths
+        for answer, prompt in zip(batch_generate(model, processor, asked, max_tokens=30), asked, strict=True):
+            check(answer, alone(model, processor, prompt, max_tokens=30))
+
+
+@pytest.mark.parametrize("name", ["mllama-meta", "mllama-transformers"])
+def test_rows_that_attend_to_images(name):
+    """None, one, two that follow one another, and two with text between them, in every order of joining and leaving."""
+    model, processor = load(GOLDEN / name)
+    kinds = ["Hi", ["What?", PHOTO], [PHOTO, SHAPES, "Both?"], [PHOTO, "and", SHAPES, "?"]]
+    assert any(isinstance(entry, ImageCache) for entry in model.make_state().layers)
+    for order in ([0, 1, 2, 3], [3, 0, 2, 1], [0, 0, 2]):
+        asked = [{"prompt": kinds[kind], "max_tokens": 4 + 3 * place} for place, kind in enumerate(order)]
+        for answer, one in zip(batch_generate(model, processor, asked, batch_size=3), asked, strict=True):
+            check(answer, alone(model, processor, one["prompt"], max_tokens=one["max_tokens"]))
+
+
+@pytest.mark.parametrize("caches", [{"kv_bits": 8}, {"rotate": 24}])
+def test_caches_without_rows_are_used_one_by_one(wide, caches):
+    """Through the same interface, in turns; each answer is that of a conversation with such a cache."""
+    model, processor = load(wide)
+    prompts = ["Hello there, how is it going today?", ["Look", PHOTO], "Why?"]
+    expected = [[c.token for c in Chat(model, processor, max_tokens=20, **caches).send(prompt)] for prompt in prompts]
+    found = batch_generate(model, processor, prompts, max_tokens=20, **caches)
+    assert [answer.token_ids for answer in found] == expected
+    with Engine(model, processor, max_tokens=20, **caches) as engine:
+        requests = [engine.submit(prompt) for prompt in prompts]
+        assert [request.result().token_ids for request in requests] == expected
+    with pytest.raises(PromptError, match="kv_bits must be"):
+        Engine(model, processor, kv_bits=3)
 
 
 def test_prompts_that_begin_alike_are_read_once(llava):
@@ -208,6 +356,24 @@ def test_prompts_that_begin_alike_are_read_once(llava):
         (different, [SHAPES, "Which colour?"]),
     ):
         check(answer, alone(model, processor, prompt, max_tokens=4))
+
+
+@pytest.mark.parametrize(
+    "name", ["llava-clip-llama", "qwen2.5-vl", "qwen3.5", "paligemma-gemma", "mllama-meta", "internvl-qwen2"]
+)
+def test_eight_questions_about_a_photo_that_come_together_encode_it_once(name):
+    """And read it once, but in families where a prompt's keys depend on all of it."""
+    model, processor = load(GOLDEN / name)
+    asked = [[PHOTO, f"Question {number}?"] for number in range(8)]
+    with Engine(model, processor, max_tokens=3) as engine:
+        requests = [engine.submit(prompt) for prompt in asked]
+        answers = [request.result() for request in requests]
+    for found in (answers, batch_generate(model, processor, asked, max_tokens=3)):
+        assert sum(answer.stats.encoded_images for answer in found) == 1
+        shared = [answer.stats.cached_tokens > answer.stats.image_tokens for answer in found]
+        assert shared == [False] + [name != "paligemma-gemma"] * 7
+        for answer, prompt in zip(found[1:3], asked[1:3], strict=True):
+            check(answer, alone(model, processor, prompt, max_tokens=3))
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "gemma3-hub", "paligemma-gemma", "internvl-rms-qwen3", "qllama"])
@@ -237,7 +403,7 @@ def test_prefixes_stay_within_their_memory(llava):
     for each, state in zip(inputs, states, strict=True):
         kept.add(each, state)
         assert kept.nbytes <= kept.limit
-    assert kept.find(model, inputs[0])[1] < kept.find(model, inputs[2])[1] == len(inputs[2].slots) - 1
+    assert kept.find(model, inputs[0]).length < kept.find(model, inputs[2]).length == len(inputs[2].slots) - 1
     tiny = Prefixes(10)
     tiny.add(inputs[0], states[0])
     assert tiny.nbytes == 0

@@ -1,1 +1,0 @@
-"""The server: OpenAI's and Ollama's interfaces over HTTP, on the engine; safe by default."""
