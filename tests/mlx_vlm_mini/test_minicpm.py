@@ -123,7 +123,7 @@ def test_a_slot_shows_its_place(loaded):
 
 
 @pytest.mark.parametrize(("side", "count"), [(10, 16), (10, 20), (70, 32), (70, 100), (7, 7)])
-def test_positions_are_the_floor(side, count):
+def test_patches_take_a_stored_position(side, count):
     expected = [number * side // count for number in range(count)]
     assert RESIZES["floor"](side, count).argmax(axis=1).tolist() == expected
 

@@ -228,7 +228,7 @@ def test_resizing_keeps_what_is_flat(kind, side, count):
     """Weights of each new position add up to 1, and lie around it; as many as there were stay."""
     weights = RESIZES[kind](side, count)
     np.testing.assert_allclose(weights.sum(axis=1), 1)
-    if count > 1 or kind != "corners":
+    if kind != "floor" and (count > 1 or kind != "corners"):
         np.testing.assert_allclose(weights, weights[::-1, ::-1], atol=1e-12)
     if side == count:
         np.testing.assert_allclose(weights, np.eye(side), atol=1e-12)
