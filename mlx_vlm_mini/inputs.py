@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -52,14 +53,14 @@ class Inputs:
         slots: bool[L] (numpy): true where a row of image features replaces the token's embedding.
         images: in the prompt's order; their slots follow one another.
         answer_length: tokens at the end that belong to an answer.
-        opens_thinking: whether the prompt's end opens the answer's thinking.
+        answer_begins: where the answer begins that follows: in its thinking where the prompt's end opens that.
     """
 
     input_ids: mx.array
     slots: np.ndarray
     images: tuple[InputImage, ...] = ()
     answer_length: int = 0
-    opens_thinking: bool = False
+    answer_begins: Literal["beginning", "thinking", "text"] = "text"
 
     @property
     def prompt_length(self) -> int:

@@ -22,6 +22,7 @@ from mlx_vlm_mini.preprocessing.video import VideoLayout, VideoSettings, read_cl
 from mlx_vlm_mini.text.literal import mark
 from mlx_vlm_mini.text.messages import Message, Prompt, images_of, text_of, to_messages
 from mlx_vlm_mini.text.template import ChatTemplate
+from mlx_vlm_mini.text.thinking import answer_begins
 from mlx_vlm_mini.text.tokenizer import Tokenizer
 
 from .config import VLMConfig
@@ -388,5 +389,5 @@ class Processor:
             input_ids=mx.array(written)[None],
             slots=is_slot,
             images=tuple(given),
-            opens_thinking=add_generation_prompt and self.chat_template.opens_thinking(text),
+            answer_begins=answer_begins(text, self.chat_template.markers) if add_generation_prompt else "text",
         )

@@ -66,4 +66,4 @@ def test_an_image_after_a_turn_that_thought(tmp_path):
     expected = AutoTokenizer.from_pretrained(folder)(
         rendered.replace("<|image_pad|>", "<|image_pad|>" * int(found.slots.sum()))
     )["input_ids"]
-    assert found.input_ids[0].tolist() == expected and found.opens_thinking
+    assert found.input_ids[0].tolist() == expected and found.answer_begins == "thinking"

@@ -10,13 +10,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_mini.decoder.state import State
+from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.inputs import InputImage, Inputs
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.text.thinking import ThinkingFilter, length_of_beginning
 from mlx_vlm_mini.text.tokenizer import TextStream
 
-from .constraints import Constraint, vocabulary_of
+from .constraints import Constraint, ConstraintAfterThinking, vocabulary_of
 from .decode import Chooser, Token, release_buffers, score_continuations
 from .features import Features
 from .options import Options
@@ -144,6 +145,9 @@ class Answering:
             features: where what images become is kept and found.
             cached: tokens of the prompt that its state already holds.
             context: for the statistics.
+
+        Raises:
+            PromptError: the model would think before choices whose probabilities are asked for.
         """
         vocab_size = model.config.decoder.vocab_size
         self.model, self.inputs, self.options = model, inputs, options
@@ -153,7 +157,12 @@ class Answering:
             video = processor.tokenizer.token_to_id(processor.video_token or "")
             images = {processor.image_token_id, processor.image_token_id if video is None else video}
             make = partial(vocabulary_of, processor.tokenizer, vocab_size, self._ends, images)
+            thinking, text = self._begin_text(processor)
+            if options.probabilities and thinking.place == "thinking":
+                raise PromptError("how probable choices are is asked before the model thinks: turn that off (think)")
             constraint = Constraint(options.form, make)
+            if thinking.place != "text":
+                constraint = ConstraintAfterThinking(options.form, make, thinking, text, processor.marker_texts)
         self.choose: Chooser = options.make_chooser(vocab_size, known_tokens(inputs, vocab_size), constraint)
         self.stats = Stats(
             prompt_tokens=len(inputs.slots),
@@ -165,13 +174,14 @@ class Answering:
         stops = processor.stops if constraint is None else ()  # a form says where it ends
         self._filter = _StopFilter((*options.stops, *stops))
         self._drops_space = constraint is not None and constraint.drops_space
-        self._text = TextStream(processor.tokenizer)
-        self._thinking = ThinkingFilter(
-            processor.chat_template.markers, "thinking" if inputs.opens_thinking else "beginning"
-        )
-        self._marker_texts = processor.marker_texts
+        self._thinking, self._text = self._begin_text(processor)
         self._choices: tuple[Choice, ...] = ()
         self._whole = ""
+
+    def _begin_text(self, processor: Processor) -> tuple[ThinkingFilter, TextStream]:
+        """What makes the answer's tokens text, and tells thinking from it."""
+        filtered = ThinkingFilter(processor.chat_template.markers, self.inputs.answer_begins)
+        return filtered, TextStream(processor.tokenizer, processor.marker_texts)
 
     def find(self, image: InputImage) -> mx.array:
         """An image's features, encoded or found: float[tokens, C]."""
@@ -220,7 +230,7 @@ class Answering:
         stats.decode_s = now - self._begin - stats.first_token_s
         stats.peak_memory_bytes = mx.get_peak_memory()
         ended, thinks = token.id in self._ends, self._thinking.place == "thinking"
-        thinking, said = self._thinking.add("" if ended else self._text_of(token.id))
+        thinking, said = self._thinking.add("" if ended else self._text.add(token.id))
         if thinks or self._thinking.place == "thinking":
             stats.thinking_tokens = stats.generated_tokens
         text, stopped = self._filter.add(self._said(said))
@@ -241,12 +251,6 @@ class Answering:
             self._whole += text
             found = form.parse(self._whole) if ended else None
         return Chunk(text, token.id, token.logprob, reason, stats, thinking, self._choices, found)
-
-    def _text_of(self, token: int) -> str:
-        """The text that a token completes, markers around thinking included."""
-        text = self._text.add(token)
-        marker = self._marker_texts.get(token)
-        return text if marker is None else text + self._text.finish() + marker
 
     def _said(self, text: str) -> str:
         """Text of the answer, without the space in front that is no part of its form."""

@@ -6,7 +6,7 @@ of it: chat templates leave it to some models to write one.
 """
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,10 +16,12 @@ import numpy as np
 
 from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.text.forms import Form, Space, limits
+from mlx_vlm_mini.text.thinking import ThinkingFilter
 from mlx_vlm_mini.text.token_bytes import TokenBytes, read_token_bytes
-from mlx_vlm_mini.text.tokenizer import Tokenizer
+from mlx_vlm_mini.text.tokenizer import TextStream, Tokenizer
 
 _NO_TOKEN = "the tokenizer has no token for what must come next"
+_MOST_SPACES = 4  # tokens of white space between an answer's thinking and its form
 
 
 class Vocabulary:
@@ -30,6 +32,8 @@ class Vocabulary:
         table: what each adds to a text.
         library: llguidance's tokenizer.
         texts: bool[count], the tokens that an answer may have: those with a text, and the ends.
+        ends: ids that end an answer.
+        spaces: ids of tokens of white space alone.
     """
 
     # What llguidance asks of an object that is a tokenizer to it:
@@ -56,6 +60,15 @@ class Vocabulary:
         self.library = llguidance.LLTokenizer(self, eos_token=usable or None)
         self.texts = np.array([bool(token) for token in self.tokens])
         self.texts[usable] = True
+        self.ends = usable
+        self.spaces = [number for number, token in enumerate(self.tokens) if token and not token.strip()]
+
+    def parts_of(self, text: str) -> list[int]:
+        """The tokens that a text may begin with, and those that begin with it."""
+        data = text.encode()
+        return [
+            n for n, token in enumerate(self.tokens) if token and (data.startswith(token) or token.startswith(data))
+        ]
 
     def __call__(self, text: str) -> list[int]:
         """Ids of a text that goes on another."""
@@ -182,3 +195,78 @@ class Constraint:
         """bool[count], the tokens that may come next; all where the answer is whole. Errors as of `begin`."""
         self.begin()
         return mx.ones(self._vocabulary.count, dtype=mx.bool_) if self.done else mx.array(self._allowed)
+
+
+class ConstraintAfterThinking(Constraint):
+    """A form that begins where the answer's thinking has ended, and some white space behind that.
+
+    While the model thinks every token may come that has a text, but none that ends the answer. Where the model itself
+    opens its thinking, the answer may also begin with the form.
+    """
+
+    def __init__(
+        self,
+        form: Form,
+        vocabulary: Callable[[], Vocabulary],
+        thinking: ThinkingFilter,
+        text: TextStream,
+        markers: Mapping[int, str],
+    ) -> None:
+        """
+        Args:
+            thinking, text: as of the answer's first token.
+            markers: texts of special tokens that are part of a marker around thinking, id to text.
+        """
+        super().__init__(form, vocabulary)
+        self._thinking, self._text, self._markers = thinking, text, markers
+        self._waits, self._spaces = True, 0
+        self._opened = ""  # what may be the beginning of the marker that opens thinking
+
+    @property
+    def only(self) -> int | None:
+        return None if self._waits else super().only
+
+    def allowed(self) -> mx.array:
+        found = super().allowed()
+        if not self._waits:
+            return found
+        vocabulary, place = self._vocabulary, self._thinking.place
+        free = np.zeros(vocabulary.count, dtype=bool)
+        if place == "thinking":
+            free |= vocabulary.texts
+            free[vocabulary.ends] = False
+            free[[token for token in self._markers if token < vocabulary.count]] = True
+            return mx.array(free)
+        if place == "beginning":
+            free[self._openers()] = True
+            if self._opened:
+                return mx.array(free)
+        elif self._spaces < _MOST_SPACES:
+            free[vocabulary.spaces] = True
+        return mx.maximum(found, mx.array(free))
+
+    def _openers(self) -> list[int]:
+        """The tokens that go on the marker that opens thinking, or begin it."""
+        assert self._thinking.markers is not None
+        marker = self._thinking.markers.open.removeprefix(self._opened)
+        own = self._vocabulary.parts_of(marker)
+        return own + [token for token, text in self._markers.items() if text and marker.startswith(text)]
+
+    def add(self, token: int) -> None:
+        if not self._waits:
+            super().add(token)
+            return
+        before, text = self._thinking.place, self._text.add(token)
+        _, said = self._thinking.add(text)
+        place = self._thinking.place
+        if before == "thinking":  # a token may end it and begin the answer
+            self._waits = not said
+            for each in self._vocabulary(said) if said else []:
+                super().add(each)
+        elif before == "between" and not self._vocabulary.tokens[token].strip():
+            self._spaces += 1
+        elif before == "beginning" and text and place != "text":
+            self._opened += text
+        else:
+            self._waits = False
+            super().add(token)

@@ -205,7 +205,7 @@ def encode_answer(
     text, behind = answer.strip(), whole[len(opened) :] if whole.startswith(opened) else ""
     space = behind[: behind.find(text)] if text in behind else None
     markers = processor.chat_template.markers
-    between = "" if space is None or markers is None or not inputs.opens_thinking else markers.close
+    between = "" if space is None or markers is None or inputs.answer_begins != "thinking" else markers.close
     text = space + text if space is not None and space.strip() in ("", between) else answer
     ids, _, _ = processor.tokenize(opened + text, [*slots, *[False] * text.count(processor.image_token)])
     length = len(inputs.slots)

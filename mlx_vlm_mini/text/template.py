@@ -11,7 +11,7 @@ from mlx_vlm_mini.files import read_bytes, read_json
 
 from .literal import mark
 from .messages import Message, images_of
-from .thinking import KEYS, SWITCH, find_markers
+from .thinking import KEYS, SWITCH, answer_begins, find_markers
 
 
 def find_chat_template(folder: Path) -> str | None:
@@ -124,16 +124,13 @@ class ChatTemplate:
         except PromptError:
             return ""
 
-    def opens_thinking(self, text: str) -> bool:
-        """Whether a prompt's end opens the answer's thinking."""
-        return self.markers is not None and text.rstrip().endswith(self.markers.open)
-
     def check_think(self, think: bool | None) -> None:
         """Raises PromptError where the template cannot do what `think` says. One without a switch for thinking does
         what its model always does: that may be said, too."""
         if think is None or SWITCH in self.source:
             return
-        always = self.opens_thinking(self._try([{"role": "user", "content": "Hi"}], add_generation_prompt=True))
+        asked = self._try([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+        always = answer_begins(asked, self.markers) == "thinking"
         if always and not think:
             raise PromptError(
                 f"this model always thinks: its chat template has no switch for that ({SWITCH}); leave think out"

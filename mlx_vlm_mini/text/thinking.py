@@ -10,6 +10,11 @@ KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names of a message's thinking, here the first; DeepSeek's and vLLM's, OpenRouter's, Ollama's."""
 
 
+Place = Literal["beginning", "thinking", "between", "text"]
+"""Where in an answer something stands: at its beginning, where its thinking may begin, in that, between that and the
+text, in the text."""
+
+
 class Markers(NamedTuple):
     """Texts around an answer's thinking."""
 
@@ -29,6 +34,14 @@ def find_markers(template: str) -> Markers | None:
     return next((markers for markers in MARKERS if markers.close in template), None)
 
 
+def answer_begins(prompt: str, markers: Markers | None) -> Literal["beginning", "thinking", "text"]:
+    """Where the answer to a prompt begins: in its thinking, or in its text, where the prompt's end says so."""
+    end = prompt.rstrip()
+    if markers is None or end.endswith(markers.close):
+        return "text"
+    return "thinking" if end.endswith(markers.open) else "beginning"
+
+
 def length_of_beginning(text: str, whole: Sequence[str]) -> int:
     """Characters at a text's end that may be the beginning of one of some texts."""
     return max((n for each in whole for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
@@ -42,11 +55,11 @@ class ThinkingFilter:
 
     Attributes:
         markers: None of a model that does not think: all is text.
-        place: where in an answer the next piece stands. Thinking can begin at the answer's beginning only.
+        place: where in an answer the next piece stands.
     """
 
     markers: Markers | None
-    place: Literal["beginning", "thinking", "between", "text"] = "beginning"
+    place: Place = "beginning"
     _held: str = ""
     _begun: bool = False
 

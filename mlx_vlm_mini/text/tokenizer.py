@@ -6,7 +6,7 @@ transformers' AutoTokenizer would import torch wherever it is installed; the fil
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -251,8 +251,9 @@ class TextStream:
     (The `tokenizers` library's own DecodeStream gives up on byte sequences that are no UTF-8.)
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str] | None = None) -> None:
+        """`shown`: texts of special tokens, id to text, that are to show all the same."""
+        self._tokenizer, self._special = tokenizer, shown or {}
         self._ids: list[int] = []
         self._start = 0  # of the last piece shown
         self._shown = 0  # tokens whose text was shown
@@ -261,6 +262,8 @@ class TextStream:
         """The text that this token completes, often one word, sometimes nothing."""
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids[self._start :])
+        if token_id in self._special:
+            return self._show(text) + self._special[token_id]
         return "" if text.endswith("\ufffd") else self._show(text)
 
     def finish(self) -> str:

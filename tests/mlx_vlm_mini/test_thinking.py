@@ -4,17 +4,18 @@ import json
 import shutil
 from itertools import pairwise
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import PHOTO, edit_json
 from reference import GOLDEN
 from thinking import TEMPLATES, said_of, script, write_template
 
-from mlx_vlm_mini import Chat, Engine, attend, batch_generate, generate, load, stream_generate
+from mlx_vlm_mini import Chat, Engine, attend, batch_generate, generate, load, score, stream_generate
 from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.text.messages import to_messages
 from mlx_vlm_mini.text.template import ChatTemplate
-from mlx_vlm_mini.text.thinking import Markers, ThinkingFilter, find_markers
+from mlx_vlm_mini.text.thinking import Markers, ThinkingFilter, answer_begins, find_markers
 
 NAME = "qwen3.5"
 THINK = Markers("<think>", "</think>")
@@ -101,7 +102,14 @@ def test_a_template_is_asked_and_says_by_default_what_it_says(name):
     for think, end in zip((None, True, False), SWITCHED[name], strict=True):
         (text,) = template.render([{"role": "user", "content": "Hi"}], think=think)
         assert text.endswith(end)
-        assert template.opens_thinking(text) == (end == "<think>\n")
+        place = (
+            "thinking"
+            if end == "<think>\n"
+            else "text"
+            if end.rstrip().endswith(template.markers.close)
+            else "beginning"
+        )
+        assert answer_begins(text, template.markers) == place
 
 
 def test_a_template_without_a_switch_refuses_what_it_cannot_do():
@@ -178,7 +186,9 @@ def test_thinking_is_told_from_the_answer(copy_of, tmp_path, template, special):
 def test_thinking_can_be_turned_off(thinker):
     model, processor = thinker
     asked = processor("Hi", think=False)
-    assert not asked.opens_thinking and processor("Hi").opens_thinking and processor("Hi", think=True).opens_thinking
+    assert [asked.answer_begins, *(processor("Hi", think=each).answer_begins for each in (None, True))] == [
+        "text", "thinking", "thinking",
+    ]  # fmt: skip
     chunks = list(stream_generate(model, processor, "Hi", think=False, **script(processor.tokenizer, "A red circle.")))
     assert said_of(chunks) == ("", "A red circle.") and chunks[-1].stats.thinking_tokens == 0
 
@@ -336,3 +346,73 @@ def test_the_thinking_token_is_cached(thinker):
         for think in (True, False, True, False):
             assert engine.submit("Hi", think=think).result().token_ids == expected[think]
     assert expected[True] != expected[False]
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "opened", "spaces"),
+    [
+        ("on by default", None, "", "\n\n"), ("always", True, "", "\n"), ("the model opens", None, "<think>\n", ""),
+        ("channels", True, "<|channel>thought\n", ""),
+    ],
+)  # fmt: skip
+def test_a_form_is_the_answers_and_begins_after_thinking(copy_of, tmp_path, template, special, opened, spaces):
+    """As one prompt and as a row; while it thinks no end token may come, and no form has to be kept to."""
+    markers = CHANNEL if template == "channels" else THINK
+    folder = copy_of(NAME) if special is None else make(tmp_path / "made", template, special=special, markers=markers)
+    if special is None:
+        write_template(folder, template)
+    model, processor = load(folder)
+    tokens = processor.tokenizer.encode(f"{opened}Red {{ is\n{markers.close}{spaces}")
+    barred = []
+
+    def sampler():
+        left = iter(tokens)
+
+        def sample(logprobs):
+            barred.append(bool(logprobs[0, 362] == -mx.inf))
+            token = next(left, None)
+            assert token is None or logprobs[0, token] > -mx.inf
+            return mx.argmax(logprobs, axis=-1) if token is None else mx.array([token])
+
+        return sample
+
+    options = {"choices": ["yes", "no"], "think": True, "max_tokens": 60}
+    chunks = list(stream_generate(model, processor, "Hi", sampler=sampler(), **options))
+    thinking, text = said_of(chunks)
+    assert thinking == "Red { is" and text in ("yes", "no") and chunks[-1].finish_reason == "stop"
+    assert all(barred) and [chunk.token for chunk in chunks[: len(tokens)]] == tokens
+    rows = batch_generate(model, processor, [{"prompt": "Hi", "sampler": sampler()} for _ in range(2)], **options)
+    assert [(row.thinking, row.text) for row in rows] == [(thinking, text)] * 2
+    assert rows[0].token_ids == [chunk.token for chunk in chunks]
+
+
+def test_a_model_that_does_not_begin_to_think_keeps_to_the_form(copy_of):
+    """Also where white space would end nothing, and where a marker of several tokens was begun."""
+    folder = copy_of(NAME)
+    write_template(folder, "the model opens")
+    model, processor = load(folder)
+    first = processor.tokenizer.encode("<think>")[0]
+
+    def sampler(logprobs):
+        return mx.argmax(mx.where(mx.arange(logprobs.shape[-1]) == first, -mx.inf, logprobs), axis=-1)
+
+    for think in (None, True, False):
+        chunks = list(stream_generate(model, processor, "Hi", think=think, choices=["yes"], sampler=sampler))
+        assert said_of(chunks) == ("", "yes")
+    begun = iter([first])
+    chunks = list(
+        stream_generate(
+            model, processor, "Hi", choices=["yes"], max_tokens=12,
+            sampler=lambda logprobs: mx.array([next(begun)]) if begun.__length_hint__() else mx.argmax(logprobs, axis=-1),
+        )
+    )  # fmt: skip
+    assert processor.tokenizer.decode([chunk.token for chunk in chunks]).startswith("<think>")
+
+
+def test_choices_are_scored_where_no_thinking_comes_first(thinker):
+    found = score(*thinker, "Hi", choices=["yes", "no"], think=False)
+    assert [each.text for each in found] == ["yes", "no"]
+    with pytest.raises(PromptError, match=r"asked before the model thinks: turn that off \(think\)"):
+        score(*thinker, "Hi", choices=["yes", "no"])
+    (answer,) = batch_generate(*thinker, ["Hi"], choices=["yes", "no"], probabilities=True)
+    assert "asked before the model thinks" in answer.error

@@ -1,0 +1,170 @@
+"""Ollama's interface: chat, generate, and what its clients ask about models."""
+
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from mlx_vlm_mini import __version__
+from mlx_vlm_mini.errors import VLMError
+from mlx_vlm_mini.generation.answering import Stats
+
+from .answers import Answers
+from .limits import Limits
+from .models import Model
+from .questions import Question, read_ollama_chat, read_ollama_generate
+from .refusals import Refusal, refuse
+from .server import Server
+from .streams import Stream
+
+RUNNING = "Ollama is running"  # what its clients look for at the root
+VERSION = "0.12.6"  # of Ollama's interface that is followed; clients compare it with what they need
+
+
+async def running(server: Server, request: Request) -> Response:
+    """`GET /` of a client that is no browser."""
+    return PlainTextResponse(RUNNING)
+
+
+async def version(server: Server, request: Request) -> Response:
+    """`GET /api/version`."""
+    return JSONResponse({"version": VERSION, "mlx_vlm_mini": __version__})
+
+
+async def tags(server: Server, request: Request) -> Response:
+    """`GET /api/tags`."""
+    return JSONResponse({"models": [_tag(server, model) for model in server.models]})
+
+
+async def running_models(server: Server, request: Request) -> Response:
+    """`GET /api/ps`."""
+    loaded = [model for model in server.models if model.engine is not None]
+    never = datetime(9999, 12, 31, tzinfo=UTC).isoformat()
+    return JSONResponse(
+        {
+            "models": [
+                {**_tag(server, model), "expires_at": never, "size_vram": server.about(model).bytes} for model in loaded
+            ]
+        }
+    )
+
+
+async def show(server: Server, request: Request) -> Response:
+    """`POST /api/show`."""
+    async with server.bodies.read(request) as body:
+        name = body.get("model") or body.get("name")
+        if not isinstance(name, str):
+            raise Refusal(400, "model must be a text")
+        model = server.models.find(name)
+    about = server.about(model)
+    family = about.family
+    info = {
+        "general.architecture": family, "general.parameter_count": about.weights,
+        f"{family}.context_length": about.context, f"{family}.embedding_length": about.hidden_size,
+        f"{family}.block_count": about.layers,
+    }  # fmt: skip
+    return JSONResponse(
+        {
+            "modelfile": f"# mlx-vlm-mini\nFROM {model.name}\n",
+            "parameters": "",
+            "template": "{{ .Prompt }}",
+            "details": _details(server, model),
+            "model_info": info,
+            "capabilities": ["completion", *(["vision"] if about.vision else [])],
+            "modified_at": _time(model.created),
+        }
+    )
+
+
+async def chat(server: Server, request: Request) -> Response:
+    """`POST /api/chat`."""
+    return await _answer(server, request, read_ollama_chat, "chat")
+
+
+async def generate(server: Server, request: Request) -> Response:
+    """`POST /api/generate`."""
+    return await _answer(server, request, read_ollama_generate, "generate")
+
+
+async def _answer(
+    server: Server, request: Request, read: Callable[[Mapping[str, Any], Limits], Question], kind: str
+) -> Response:
+    async with server.bodies.read(request) as body:
+        question = read(body, server.limits)
+        body.clear()
+        if not question.messages:  # nothing is asked: the model is loaded, to answer sooner
+            model = server.models.find(question.model)
+            await server.models.load(model)
+            return JSONResponse({**_said(model, kind, ""), "done": True, "done_reason": "load"})
+        answers = await server.desk.ask(question, request.receive)
+    if question.stream:
+        return Stream(answers, _lines(answers, kind), "application/x-ndjson", request.scope)
+    async with answers:
+        text = ""
+        async for found in answers:
+            text += "" if found is None else found[1].text
+        request.scope["note"] = answers.note
+        return JSONResponse({**_said(answers.model, kind, text), **_end(answers)})
+
+
+async def _lines(answers: Answers, kind: str) -> AsyncIterator[bytes]:
+    """Lines of JSON; an empty text is a sign of life, an error has a line of its own."""
+    try:
+        async for found in answers:
+            text = "" if found is None else found[1].text
+            if found is None or text:
+                yield _line({**_said(answers.model, kind, text), "done": False})
+        yield _line({**_said(answers.model, kind, ""), **_end(answers)})
+    except VLMError as error:
+        yield _line(refuse(error).as_ollama())
+    except Refusal as refusal:
+        yield _line(refusal.as_ollama())
+
+
+def _said(model: Model, kind: str, text: str) -> dict[str, Any]:
+    said = {"message": {"role": "assistant", "content": text}} if kind == "chat" else {"response": text}
+    return {"model": model.name, "created_at": datetime.now(UTC).isoformat(), **said}
+
+
+def _end(answers: Answers) -> dict[str, Any]:
+    """Why an answer ended and what it cost, times in nanoseconds."""
+    (answer,) = answers.answers
+    stats = answer.stats or Stats()
+    seconds = {
+        "total_duration": stats.first_token_s + stats.decode_s, "load_duration": 0.0,
+        "prompt_eval_duration": stats.prefill_s + stats.image_s, "eval_duration": stats.decode_s,
+    }  # fmt: skip
+    return {
+        "done": True, "done_reason": answer.finish_reason,
+        "prompt_eval_count": stats.prompt_tokens, "eval_count": stats.generated_tokens,
+        **{name: int(value * 1e9) for name, value in seconds.items()},
+    }  # fmt: skip
+
+
+def _tag(server: Server, model: Model) -> dict[str, Any]:
+    about = server.about(model)
+    digest = hashlib.sha256(f"{model.name} {about.bytes} {about.weights}".encode()).hexdigest()
+    return {
+        "name": model.name, "model": model.name, "modified_at": _time(model.created), "size": about.bytes,
+        "digest": digest, "details": _details(server, model),
+    }  # fmt: skip
+
+
+def _details(server: Server, model: Model) -> dict[str, Any]:
+    about = server.about(model)
+    return {
+        "parent_model": "", "format": about.format, "family": about.family, "families": [about.family],
+        "parameter_size": about.size, "quantization_level": about.quantization,
+    }  # fmt: skip
+
+
+def _time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
