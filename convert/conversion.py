@@ -214,10 +214,14 @@ def prepare(
     free: tuple[str, ...] = ()
     if settings.bits_per_weight is not None:
         outputs, _, _ = plan_outputs(planned, wanted, target, reader, without=repeated)
+        draws = {
+            theirs for ours, theirs in planned.ours.items() if ours.startswith("drawing.")
+        }  # no answer depends on it
+        open_ones = layers.keys() - wanted.keys() - draws
         candidates = [
             each
             for each in outputs
-            if each.entries[0][0] in layers.keys() - wanted.keys() and each.entries[0][2][-1] % settings.group_size == 0
+            if each.entries[0][0] in open_ones and each.entries[0][2][-1] % settings.group_size == 0
         ]
         free = tuple(each.entries[0][0] for each in candidates)
         spent = allocate(outputs, losses or guess(candidates), settings.bits_per_weight, settings.group_size)

@@ -30,6 +30,7 @@ Part = Literal["vision", "projector", "decoder", "embeddings", "head"]
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+HEADS = ("decoder.lm_head", "drawing.head.proj_out", "drawing.head.vision_head")
 _FIXED: dict[Mode, tuple[int, int]] = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits, group size
 
 
@@ -105,7 +106,7 @@ def choose(
 
 def find_parts(plan: Plan) -> dict[str, Part]:
     """The checkpoint's tensors to the part that they belong to; those that the model does not use are left out."""
-    special: dict[str, Part] = {"decoder.embed_tokens": "embeddings", "decoder.lm_head": "head"}
+    special: dict[str, Part] = {"decoder.embed_tokens": "embeddings", **dict.fromkeys(HEADS, "head")}
     found: dict[str, Part] = {}
     for ours, theirs in plan.ours.items():
         part = ours.partition(".")[0]

@@ -13,6 +13,7 @@ from mlx_vlm_mini.decoder.masks import Prefix
 from mlx_vlm_mini.decoder.query_attention import Looks
 from mlx_vlm_mini.decoder.reading import Memory, Reading
 from mlx_vlm_mini.decoder.state import State
+from mlx_vlm_mini.drawing.parts.drawer import Drawer
 from mlx_vlm_mini.layers.types import Recorder
 from mlx_vlm_mini.preprocessing.canvas import Canvas, choose_canvas
 from mlx_vlm_mini.projectors import make_projector
@@ -49,6 +50,8 @@ class VLM(nn.Module):
             self.query_tokens = mx.zeros((config.decoder.queries.num_query_tokens, config.decoder.hidden_size))
         if config.contrast is not None:
             self.contrast = Contrast(config.vision.feature_size, config.decoder.hidden_size, config.contrast)
+        if config.drawing is not None:
+            self.drawing = Drawer(config.drawing)
 
     @property
     def dtype(self) -> mx.Dtype:

@@ -81,6 +81,7 @@ class Processor:
         access: what names of images may reach: who serves others sets `image.SERVED`.
         eos_token_ids: the ids that end an answer.
         stops: texts that end it, too.
+        preamble: text before the rendered template of every prompt that is answered.
         marker_texts: of special tokens that are part of a marker around an answer's thinking, which `decode` leaves
             out, id to text.
     """
@@ -96,6 +97,7 @@ class Processor:
         eos_token_ids: frozenset[int],
         video_settings: VideoSettings | None = None,
         instruction_tokenizer: Tokenizer | None = None,
+        preamble: str = "",
         access: Access = LOCAL,
     ) -> None:
         self.config = config
@@ -106,6 +108,7 @@ class Processor:
         self.image_settings = image_settings
         self.video_settings = video_settings
         self.eos_token_ids = eos_token_ids
+        self.preamble = preamble
         prescribed = config.prescribed
         self.stops = () if prescribed is None or prescribed.stop is None else (prescribed.stop,)
         self._cuts = prescribed is not None and prescribed.cut_at_images
@@ -265,6 +268,7 @@ class Processor:
         text, *rest = self.chat_template.render(
             messages, add_generation_prompt=add_generation_prompt, controls=self._controls(), think=think
         )
+        text = self.preamble + text
         slots = [False] * text.count(self.image_token)
         for number, (image, piece) in enumerate(zip(self.forms(prepared), rest, strict=True)):
             slots += [True] * image.text.count(self.image_token) + [False] * piece.count(self.image_token)

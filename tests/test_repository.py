@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("mlx_vlm_mini", "convert", "train", "serve", "cli")
 # The rooms of the library, in the order in which data goes through them: a room imports from those above it alone.
 ROOMS = (
-    "errors", "borrow", "files", "config", "layers", "images", "preprocessing", "vision", "projectors", "decoder", "inputs", "fusion", "model",
-    "text", "families/parts", "families", "processor", "checkpoints", "data", "generation", "grounding", "scoring",
+    "errors", "borrow", "files", "config", "layers", "images", "preprocessing", "vision", "projectors", "decoder", "drawing/parts", "inputs", "fusion", "model",
+    "text", "families/parts", "families", "processor", "checkpoints", "data", "generation", "drawing", "grounding", "scoring",
 )  # fmt: skip
 AT_THE_ROOT = {"__init__", "borrow", "errors", "files", "fusion", "inputs", "model", "processor"}
 PROGRAMS = {"convert", "train", "serve", "cli"}

@@ -81,6 +81,10 @@ def plan(checkpoint: Checkpoint) -> Plan:
     family, config = read_config(checkpoint)
     _ = checkpoint.quantization  # raises where another tool quantized, before its tensors' names do
     ours, unused = match_names(checkpoint.tensors, family.WEIGHTS, config.family)
+    if config.drawing is not None and not any(name.startswith("drawing.vq.") for name in ours):
+        config = replace(config, drawing=None)  # the rest of what draws is of no use without
+        unused += [theirs for name, theirs in ours.items() if name.startswith("drawing.")]
+        ours = {name: theirs for name, theirs in ours.items() if not name.startswith("drawing.")}
     if "decoder.lm_head.weight" in ours:  # a head in the file counts, whatever the flags say
         config = replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
     ours, drafts = without_drafts(ours, config)
@@ -210,10 +214,17 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
         tokenizer=tokenizer,
         instruction_tokenizer=load_tokenizer(checkpoint.folder / INSTRUCTIONS) if reads else None,
         chat_template=found or family.CHAT_TEMPLATE,
+        preamble=_find_preamble(checkpoint.folder, family),
         image_settings=find_image_settings(checkpoint.folder, family, config),
         video_settings=find_video_settings(checkpoint.folder, family, config),
         eos_token_ids=eos_token_ids(checkpoint, tokenizer, None if prescribed is None else prescribed.end_token),
     )
+
+
+def _find_preamble(folder: Path, family: Family) -> str:
+    """What a family's own processor writes before every rendered template; empty where the folder asks for nothing."""
+    file, text = folder / "processor_config.json", getattr(family, "PREAMBLE", "")
+    return text if text and file.is_file() and read_json(file).get("use_default_system_prompt") else ""
 
 
 def _add_prescribed(tokenizer: Tokenizer, tokens: tuple[str, ...], config: VLMConfig, folder: Path) -> None:

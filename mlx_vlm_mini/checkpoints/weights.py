@@ -18,7 +18,9 @@ from .folder import Checkpoint
 
 CONVOLUTIONS = frozenset({"vision.patch_embed.weight", "patch_embed.weight", "projector.downsample.weight"})
 """Our names of convolution kernels: (out, in, h, w) on the Hub, (out, h, w, in) here and in MLX's files; of videos
-with time in front of h. Besides them, those of one axis in layers, see `is_convolution`."""
+with time in front of h. Besides them, those of one axis in layers and those that draw, see `is_convolution`."""
+
+_DRAWING = re.compile(r"drawing\.vq\.(.+\.)?(\w*conv\w*|nin_shortcut|[qkv]|proj_out)\.weight")
 
 _BATCHED = frozenset({"vision.class_token", "vision.pos_embed", "query_tokens", "projector.query_tokens"})
 """Our names of tensors that some families store with axes of length 1 in front."""
@@ -26,7 +28,7 @@ _BATCHED = frozenset({"vision.class_token", "vision.pos_embed", "query_tokens", 
 
 def is_convolution(name: str) -> bool:
     """Whether one of our names is a convolution kernel's."""
-    return name in CONVOLUTIONS or name.endswith(".conv1d.weight")
+    return name in CONVOLUTIONS or name.endswith(".conv1d.weight") or _DRAWING.fullmatch(name) is not None
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -279,7 +281,7 @@ def check_tensors(
         if stored != asked:
             raise CheckpointError(
                 f"{checkpoint.folder}: {theirs} has shape {list(info.shape)}, config.json asks for {list(asked)}"
-                + (" (out, height, width, in)" if name in CONVOLUTIONS else "")
+                + (" (out, height, width, in)" if is_convolution(name) else "")
             )
         if info.is_float != mx.issubdtype(array.dtype, mx.floating):
             kind = "whole numbers" if array.dtype != mx.float32 else "floating-point numbers"

@@ -29,18 +29,19 @@ from .decoder import (
     TwoWay,
     WindowConfig,
 )
+from .drawing import NORM_GROUPS, DrawingConfig, VQConfig
 from .projector import MergerConfig, MergerKind, PoolConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
 from .qformer import InstructionConfig, QFormerConfig
 from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, GridConfig, Resize, TiledConfig, VisionConfig
 
 __all__ = [
-    "MOST_TILES", "Activation", "AttentionShape", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig",
-    "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "ExpertConfig", "GridConfig", "InstructionConfig",
-    "LayerType", "MLPType", "MergerConfig", "MergerKind", "NormConfig", "NormType", "PoolConfig", "Prescribed",
-    "ProjectorConfig", "QFormerConfig", "QueryConfig", "QueryScale", "QueryScaleType", "ResamplerConfig", "Resize",
-    "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VisionConfig", "WindowConfig",
-    "check_layers",
+    "MOST_TILES", "NORM_GROUPS", "Activation", "AttentionShape", "BiasConfig", "BlindRows", "BlockConfig",
+    "ContrastConfig", "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "DrawingConfig", "ExpertConfig",
+    "GridConfig", "InstructionConfig", "LayerType", "MLPType", "MergerConfig", "MergerKind", "NormConfig", "NormType",
+    "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig", "QueryConfig", "QueryScale", "QueryScaleType",
+    "ResamplerConfig", "Resize", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig",
+    "VQConfig", "VisionConfig", "WindowConfig", "check_layers",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
@@ -96,6 +97,8 @@ class VLMConfig:
     contrast: ContrastConfig | None = None
     draft_layers: int = 0
     """Decoder layers in the files after the last one, which draft tokens ahead and are not read (GLM-OCR)."""
+    drawing: DrawingConfig | None = None
+    """What draws pictures (Janus); None: the model answers alone."""
 
     def __post_init__(self) -> None:
         patches = (self.vision.image_size // self.vision.patch_size) ** 2
@@ -121,6 +124,11 @@ class VLMConfig:
             raise CheckpointError("config.json: a merger needs a tower of patch grids, whose squares it alone can join")
         if (self.vision.tiled is None) != (self.decoder.cross_attention is None):
             raise CheckpointError("config.json: a tower of tiles and cross-attention are supported together only")
+        if self.drawing is not None and self.drawing.hidden_size != self.decoder.hidden_size:
+            raise CheckpointError(
+                f"config.json: image tokens enter the decoder with {self.drawing.hidden_size} numbers, its hidden size "
+                f"is {self.decoder.hidden_size}"
+            )
         if self.contrast is not None:
             for size in (self.vision.feature_size, self.decoder.hidden_size):
                 if size % self.contrast.pool_heads:

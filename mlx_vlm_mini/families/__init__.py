@@ -20,6 +20,7 @@ from . import (
     idefics3,
     internvl,
     internvl_chat,
+    janus,
     lighton_ocr,
     llava,
     llava_next,
@@ -58,6 +59,8 @@ class Family(Protocol):
 
     # slices(image, settings), where there are `Slices`: the rows of another size, or None.
 
+    # PREAMBLE, where there is one: text before the rendered template, of folders whose processor_config.json says
+    # use_default_system_prompt.
     # PROMPT_LANGUAGE, where there is one: an expression for the tokens that people may write in prompts (boxes,
     # references, places), but for those of a program that serves others. All other special tokens are text there.
 
@@ -82,6 +85,7 @@ FAMILIES: dict[str, Family] = {
     "idefics3": idefics3,
     "internvl": internvl,
     "internvl_chat": internvl_chat,
+    "janus": janus,
     "lighton_ocr": lighton_ocr,
     "llava": llava,
     "llava_llama": llava_original,

@@ -9,7 +9,7 @@ from .kernels import activation
 
 
 class Narrow(nn.Linear):
-    """A linear layer of a few outputs by which much is decided: conversion does not quantize it."""
+    """A linear layer of a few outputs by which much is decided, or of a few inputs: conversion does not quantize it."""
 
 
 class MLP(nn.Module):

@@ -12,7 +12,7 @@ from PIL import Image
 from mlx_vlm_mini.errors import CheckpointError, ImageError
 
 from .anyres import Tiling, cut_frames
-from .bars import pad_and_resize, pad_to_square
+from .bars import Letterbox, pad_and_resize, pad_to_square
 from .canvas import Canvas, canvas_frames
 from .crops import Crops, crop_frames
 from .frame import Frame
@@ -33,6 +33,8 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
         height, width = settings.tiling.fit((image.height, image.width))
         _check_pixels(image, width, height)
         image = image.resize((width, height), resample=Image.Resampling(settings.resample))
+    elif isinstance(settings.tiling, Letterbox):
+        image = settings.tiling.place(image, Image.Resampling(settings.resample))
     side = None if settings.pad_color is None else max(image.size)
     if side is not None:
         _check_pixels(image, side, side, _MOST_PIXELS if settings.size is None else _MOST_SQUARE)
@@ -65,6 +67,16 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
     return values
 
 
+def to_image(values: np.ndarray, settings: ImageSettings) -> Image.Image:
+    """Normalised pixels, float32[height, width, 3], as an image: what `preprocess` does last, backwards. Fractions are
+    cut off, as the reference does."""
+    if settings.image_mean is not None and settings.image_std is not None:
+        values = values * np.array(settings.image_std, np.float32) + np.array(settings.image_mean, np.float32)
+    if settings.rescale_factor is not None:
+        values = values * np.float32(1 / settings.rescale_factor)
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+
+
 def frames(size: tuple[int, int], settings: ImageSettings) -> list[Frame]:
     """Where each row of pixels that an image of `size`, height and width, is made into lies in it."""
     pieces = [(Frame(), size)]
@@ -83,6 +95,8 @@ def frames(size: tuple[int, int], settings: ImageSettings) -> list[Frame]:
     elif isinstance(settings.tiling, PatchGrid):
         fitted = settings.tiling.fit(size)
         pieces = [(Frame().resize(size[::-1], fitted[::-1]), fitted)]
+    elif isinstance(settings.tiling, Letterbox):
+        pieces = [(settings.tiling.frame(size), (settings.tiling.side,) * 2)]
     return [_frame(frame, height, width, settings) for frame, (height, width) in pieces]
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from mlx_vlm_mini.errors import CheckpointError
 
 from .anyres import Tiling, read_pinpoints
+from .bars import Letterbox
 from .canvas import Canvas
 from .crops import Crops
 from .grid import EdgeGrid, FramesGrid, Grid, PatchGrid, RaisedGrid, edge_grid
@@ -20,7 +21,7 @@ from .slices import Slices
 from .splits import Splits
 from .tiles import Tiles
 
-Cuts = Tiling | Tiles | Canvas | Splits | Crops | PatchGrid | Slices
+Cuts = Tiling | Tiles | Canvas | Splits | Crops | PatchGrid | Slices | Letterbox
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "image_std": (0.5, 0.5, 0.5), "max_slice_nums": 9, "scale_resolution": 448, "patch_size": 14,
         "slice_mode": True, "downsample_mode": "16x", "use_image_id": True,
     },
+    "Janus": {
+        **_CLIP_DEFAULTS, "size": {"height": 384, "width": 384}, "do_center_crop": False, "crop_size": None,
+        "do_pad": True, "min_size": 14,
+    },
     "InternVLChat": {  # no class of transformers: what the family's own code does, by the names of GotOcr2's settings
         **_CLIP_DEFAULTS, "size": {"height": 448, "width": 448}, "do_center_crop": False, "crop_size": None,
         "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
@@ -119,10 +124,10 @@ TILINGS: dict[str, type[Cuts]] = {
     "LlavaNext": Tiling, "LlavaOnevision": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas,
     "Idefics3": Splits, "SmolVLM": Splits, "Gemma3": Crops, "Qwen2VL": Grid, "Qwen2_5_VL": Grid, "Pixtral": EdgeGrid,
     "PaddleOCRVL": RaisedGrid, "Glm4v": FramesGrid, "Glm46V": FramesGrid,
-    "MiniCPMV4_6": Slices,
+    "MiniCPMV4_6": Slices, "Janus": Letterbox,
 }  # fmt: skip
-"""Image processors that cut an image, and how."""
-_FIT = (Canvas, PatchGrid, Splits, Slices)  # which resize an image themselves
+"""Image processors that cut an image, or put it into a square, and how."""
+_FIT = (Canvas, PatchGrid, Splits, Slices, Letterbox)  # which resize an image themselves
 
 
 def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
@@ -156,6 +161,8 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
     normalize, padded = values["do_normalize"], kind in ("Llava", "InternVLChat") and values["do_pad"]
     if kind == "Mllama" and not (values["do_resize"] and values["do_pad"]):
         raise CheckpointError("preprocessor_config.json: a canvas of tiles needs do_resize and do_pad")
+    if kind == "Janus" and not (values["do_resize"] and values["do_pad"]):
+        raise CheckpointError("preprocessor_config.json: a picture in a square needs do_resize and do_pad")
     if issubclass(TILINGS.get(kind, object), (PatchGrid, Slices)) and not values["do_resize"]:
         raise CheckpointError("preprocessor_config.json: images in patches need do_resize")
     cuts: dict[str, Callable[[Mapping[str, Any]], Cuts]] = {
@@ -172,6 +179,7 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         "PaddleOCRVL": lambda values: RaisedGrid(**_grid_fields(values)),
         "Glm4v": _frames_grid,
         "Glm46V": _frames_grid,
+        "Janus": lambda values: _letterbox(values, mean),
         "Pixtral": lambda values: edge_grid(_as_size(values["size"], square=True), values),
         "MiniCPMV4_6": _slices,
     }
@@ -208,11 +216,21 @@ def _tiling(values: Mapping[str, Any]) -> Tiling:
     return Tiling(pinpoints=pinpoints, tile_size=tile_size, base_size=(base[0], base[1]))
 
 
-def _tile_size(values: Mapping[str, Any]) -> int:
+def _tile_size(values: Mapping[str, Any], what: str = "tiles need") -> int:
     size = _as_size(values["size"], square=False)
     if set(size) != {"height", "width"} or size["height"] != size["width"]:
-        raise CheckpointError(f"preprocessor_config.json: tiles need as size equal height and width, not {dict(size)}")
+        raise CheckpointError(f"preprocessor_config.json: {what} as size equal height and width, not {dict(size)}")
     return size["height"]
+
+
+def _letterbox(values: Mapping[str, Any], mean: tuple[float, ...]) -> Letterbox:
+    """The bars have the mean colour, whatever `background_color` says, as in the reference."""
+    side, least = _tile_size(values, "a square needs"), values["min_size"]
+    if type(least) is not int or not 1 <= least <= side:
+        raise CheckpointError(f"preprocessor_config.json: min_size must be from 1 to {side} pixels, not {least!r}")
+    if side**2 > _MOST_PIXELS:
+        raise CheckpointError(f"preprocessor_config.json: a square of {side} pixels a side is too large")
+    return Letterbox(side=side, least=least, color=tuple(int(x * 255) for x in mean))
 
 
 def _canvas(values: Mapping[str, Any]) -> Canvas:

@@ -11,7 +11,7 @@ tensors' names and shapes from vllm-project/vllm (tests/golden/qwen_vl_oracle.py
 configs in public repositories, the sizes of 2-VL's recalled; SmolVLM-256M, SmolVLM2-500M, Gemma 3 4B and 27B from copies of their
 configs in public repositories' tests; SmolVLM 2.2B, Idefics3-8B and Gemma 3 12B from memory; Mistral Small 3.1's from a copy of
 its config, Pixtral-12B's from memory (its decoder has Mistral Nemo's sizes). PaddleOCR-VL's and GLM-4.1V's are their classes' defaults,
-GLM-OCR's and GLM-4.6V-Flash's recalled. None was downloaded from the Hub itself.
+GLM-OCR's and GLM-4.6V-Flash's recalled; Janus-Pro's those of copies of their configs. None was downloaded from the Hub itself.
 """
 
 from math import prod
@@ -265,6 +265,20 @@ def _pixtral(model_type: str, mlp: int, context: int, **vision: Any) -> dict[str
     }  # fmt: skip
 
 
+def _janus(hidden: int, mlp: int, layers: int, heads: int) -> dict[str, Any]:
+    """Vision and VQ parts are the classes' defaults but for the decoder's width."""
+    return {
+        "model_type": "janus", "image_token_id": 100581,
+        "text_config": {
+            "model_type": "llama", "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 102400, "rope_theta": 10000.0,
+            "rms_norm_eps": 1e-6, "max_position_embeddings": 16384,
+        },
+        "vision_config": {"model_type": "janus_vision_model", "projection_dim": hidden},
+        "vq_config": {"model_type": "janus_vqgan", "projection_dim": hidden, "image_token_embed_dim": hidden},
+    }  # fmt: skip
+
+
 PADDLEOCR_VL = {
     "model_type": "paddleocr_vl", "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18,
     "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
@@ -357,6 +371,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": _pixtral("mistral3", 32768, 131072, patch_size=14, image_size=1540),
     "PaddlePaddle/PaddleOCR-VL": PADDLEOCR_VL,
     **GLM,
+    "deepseek-community/Janus-Pro-1B": _janus(2048, 5632, 24, 16),
+    "deepseek-community/Janus-Pro-7B": _janus(4096, 11008, 30, 32),
 }  # fmt: skip
 
 
@@ -430,7 +446,8 @@ def table() -> str:
         "tests/support/published.py` from the shapes that config.json asks for; `mix` models have those of `pt` ones. The",
         "authors' own repositories (`liuhaotian/*`) hold the same towers, the vision one often elsewhere, and a vocabulary",
         "without spare rows. An image of Llama 3.2 Vision takes one token; its keys, which the decoder's cross-attention",
-        "layers look at, are counted instead. InternVL's sizes are in the README, by tests/test_reference_internvl.py.\n",
+        "layers look at, are counted instead. What draws in Janus-Pro is counted with the projector; its head is quantized, its",
+        "VQ decoder is not. InternVL's sizes are in the README, by tests/test_reference_internvl.py.\n",
         "| model | vision | projector | decoder | image tokens | bfloat16 | 8 bits | 4 bits |",
         "|---|---|---|---|---|---|---|---|",
     ]
