@@ -16,6 +16,7 @@ from mlx_vlm_mini.generation.answering import Chunk, Stats
 from mlx_vlm_mini.generation.engine import Engine, Request
 from mlx_vlm_mini.generation.options import Options
 from mlx_vlm_mini.images.source import read_images
+from mlx_vlm_mini.text.thinking import SWITCH
 
 from .bodies import Gone
 from .limits import Limits
@@ -33,6 +34,7 @@ class Desk:
 
     Attributes:
         busy: questions that wait or are answered.
+        looking: the thread that finds out where models looked.
     """
 
     def __init__(self, models: Models, limits: Limits, metrics: Metrics, *, at_once: int) -> None:
@@ -44,6 +46,7 @@ class Desk:
         self.busy = 0
         self._most = at_once + limits.queue
         self._opening = ThreadPoolExecutor(4, thread_name_prefix="mlx-vlm-mini-pictures")
+        self.looking = ThreadPoolExecutor(1, thread_name_prefix="mlx-vlm-mini-looking")
 
     @contextmanager
     def admit(self) -> Iterator[None]:
@@ -117,7 +120,8 @@ class Desk:
 
     def close(self) -> None:
         """End the threads."""
-        self._opening.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._opening, self.looking):
+            threads.shutdown(wait=True, cancel_futures=True)
 
 
 @dataclass
@@ -182,16 +186,22 @@ class Answers:
 
     async def _open(self) -> None:
         self.engine = await self._stack.enter_async_context(self._desk.models.use(self.model))
-        await self._desk.check_form(self.question.options)
+        options = self._options()
+        await self._desk.check_form(options)
         messages = await self._desk.open_pictures(self.question.messages, self.engine)
         for number in range(self.question.choices):
-            options = dict(self.question.options)
-            if number and options.get("seed") is not None:
-                options["seed"] = (options["seed"] + number) % 2**64
-            request = self.engine.submit(messages, **options)
+            own = {"seed": (options["seed"] + number) % 2**64} if options.get("seed") is not None else {}
+            request = self.engine.submit(messages, **{**options, **own})
             self._requests.append(request)
             self._tasks.append(asyncio.create_task(self._pump(number, request)))
         self.question.messages.clear()  # the pictures' bytes are the engine's now
+
+    def _options(self) -> dict[str, Any]:
+        """The question's, with an effort to think where the model's template has a switch for that."""
+        options, effort = dict(self.question.options), self.question.effort
+        if effort is not None and "think" not in options and SWITCH in self.engine.processor.chat_template.source:
+            options["think"] = effort
+        return options
 
     async def _watch(self) -> None:
         """Wait until the client closes the connection."""

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from . import ollama, openai
+from . import attention, browser, ollama, openai
 from .gate import Gate
 from .refusals import Refusal
 from .server import Server
@@ -30,12 +30,14 @@ async def metrics(server: Server, request: Request) -> Response:
 
 
 ROUTES: dict[str, dict[str, Answer]] = {
-    "/": {"GET": ollama.running},
+    "/": {"GET": browser.root},
+    "/page/{name:path}": {"GET": browser.file},
     "/health": {"GET": health},
     "/metrics": {"GET": metrics},
     "/v1/models": {"GET": openai.models},
     "/v1/models/{name:path}": {"GET": openai.model},
     "/v1/chat/completions": {"POST": openai.chat},
+    "/v1/attention": {"POST": attention.attention},
     "/api/version": {"GET": ollama.version},
     "/api/tags": {"GET": ollama.tags},
     "/api/ps": {"GET": ollama.running_models},

@@ -5,6 +5,7 @@ from typing import Any
 
 from mlx_vlm_mini.images.source import may_have_pages
 from mlx_vlm_mini.text.messages import images_of
+from mlx_vlm_mini.text.thinking import KEYS
 
 from .limits import Limits
 from .refusals import Refusal
@@ -18,7 +19,7 @@ def read_messages(given: Any, limits: Limits) -> list[dict[str, Any]]:
     """The `messages` of a chat completion.
 
     Content may be a text, a list of parts or null; parts are texts, pictures and PDFs. What else a message has (`name`,
-    `reasoning_content`, `annotations`, ...) is left out.
+    `annotations`, ...) is left out, the thinking of an answer excepted.
 
     Raises:
         Refusal: they are none, or hold what is not taken here.
@@ -37,7 +38,7 @@ def read_messages(given: Any, limits: Limits) -> list[dict[str, Any]]:
             content = ""
         elif not isinstance(content, str):
             raise Refusal(400, f"{where}.content must be a text, a list of parts or null", f"{where}.content")
-        found.append({"role": _ROLES.get(role, role), "content": content})
+        found.append({"role": _ROLES.get(role, role), "content": content, **_thinking(message)})
     return checked(found, limits)
 
 
@@ -57,8 +58,22 @@ def read_ollama(given: Any, limits: Limits) -> list[dict[str, Any]]:
         if not isinstance(content, str):
             raise Refusal(400, f"the content of messages[{number}] must be a text")
         role = message["role"]
-        found.append({"role": _ROLES.get(role, role), "content": with_images(content, message.get("images"))})
+        found.append(
+            {
+                "role": _ROLES.get(role, role),
+                "content": with_images(content, message.get("images")),
+                **_thinking(message),
+            }
+        )
     return checked(found, limits)
+
+
+def _thinking(message: Mapping[str, Any]) -> dict[str, str]:
+    """What an answer was thought about, under the name that the library has for it."""
+    if message.get("role") != "assistant":
+        return {}
+    found = next((message[key] for key in KEYS if isinstance(message.get(key), str) and message[key]), None)
+    return {} if found is None else {KEYS[0]: found}
 
 
 def with_images(text: str, images: Any) -> Any:

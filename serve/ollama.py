@@ -74,7 +74,11 @@ async def show(server: Server, request: Request) -> Response:
             "template": "{{ .Prompt }}",
             "details": _details(server, model),
             "model_info": info,
-            "capabilities": ["completion", *(["vision"] if about.vision else [])],
+            "capabilities": [
+                "completion",
+                *(["vision"] if about.vision else []),
+                *(["thinking"] if about.thinking else []),
+            ],
             "modified_at": _time(model.created),
         }
     )
@@ -104,20 +108,19 @@ async def _answer(
     if question.stream:
         return Stream(answers, _lines(answers, kind), "application/x-ndjson", request.scope)
     async with answers:
-        text = ""
-        async for found in answers:
-            text += "" if found is None else found[1].text
+        chunks = [found[1] async for found in answers if found is not None]
+        text, thinking = "".join(chunk.text for chunk in chunks), "".join(chunk.thinking for chunk in chunks)
         request.scope["note"] = answers.note
-        return JSONResponse({**_said(answers.model, kind, text), **_end(answers)})
+        return JSONResponse({**_said(answers.model, kind, text, thinking), **_end(answers)})
 
 
 async def _lines(answers: Answers, kind: str) -> AsyncIterator[bytes]:
     """Lines of JSON; an empty text is a sign of life, an error has a line of its own."""
     try:
         async for found in answers:
-            text = "" if found is None else found[1].text
-            if found is None or text:
-                yield _line({**_said(answers.model, kind, text), "done": False})
+            text, thinking = ("", "") if found is None else (found[1].text, found[1].thinking)
+            if found is None or text or thinking:
+                yield _line({**_said(answers.model, kind, text, thinking), "done": False})
         yield _line({**_said(answers.model, kind, ""), **_end(answers)})
     except VLMError as error:
         yield _line(refuse(error).as_ollama())
@@ -125,8 +128,10 @@ async def _lines(answers: Answers, kind: str) -> AsyncIterator[bytes]:
         yield _line(refusal.as_ollama())
 
 
-def _said(model: Model, kind: str, text: str) -> dict[str, Any]:
-    said = {"message": {"role": "assistant", "content": text}} if kind == "chat" else {"response": text}
+def _said(model: Model, kind: str, text: str, thinking: str = "") -> dict[str, Any]:
+    more = {"thinking": thinking} if thinking else {}
+    chat = {"message": {"role": "assistant", "content": text, **more}}
+    said = chat if kind == "chat" else {"response": text, **more}
     return {"model": model.name, "created_at": datetime.now(UTC).isoformat(), **said}
 
 

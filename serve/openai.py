@@ -65,12 +65,14 @@ class _Reply:
             "id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": answers.model.name,
         }  # fmt: skip
         self._texts = [""] * len(answers.answers)
+        self._thinking = [""] * len(answers.answers)
         self._logprobs: list[list[dict[str, Any]]] = [[] for _ in answers.answers]
         self._begun: set[int] = set()
 
     def add(self, number: int, chunk: Chunk) -> None:
         """Keep a chunk for the whole answer."""
         self._texts[number] += chunk.text
+        self._thinking[number] += chunk.thinking
         self._logprobs[number] += self._logprobs_of(chunk)
 
     def whole(self) -> dict[str, Any]:
@@ -78,12 +80,17 @@ class _Reply:
         choices = [
             {
                 "index": number,
-                "message": {"role": "assistant", "content": text, "refusal": None},
+                "message": {
+                    "role": "assistant",
+                    "content": text,
+                    "refusal": None,
+                    **({"reasoning_content": thinking} if thinking else {}),
+                },
                 "logprobs": {"content": logprobs, "refusal": None} if self._question.logprobs else None,
                 "finish_reason": answer.finish_reason,
             }
-            for number, (text, logprobs, answer) in enumerate(
-                zip(self._texts, self._logprobs, self._answers.answers, strict=True)
+            for number, (text, thinking, logprobs, answer) in enumerate(
+                zip(self._texts, self._thinking, self._logprobs, self._answers.answers, strict=True)
             )
         ]
         cost = {"usage": usage(self._answers.answers), "timings": timings(self._answers.answers)}
@@ -114,6 +121,8 @@ class _Reply:
         if number not in self._begun:
             self._begun.add(number)
             deltas.append(({"role": "assistant", "content": ""}, None))
+        if chunk.thinking:
+            deltas.append(({"reasoning_content": chunk.thinking}, None))
         logprobs = self._logprobs_of(chunk)
         if chunk.text or logprobs:
             deltas.append(({"content": chunk.text}, None))
@@ -153,7 +162,7 @@ def usage(answers: list[Answer]) -> dict[str, Any]:
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": stats[0].cached_tokens, "image_tokens": stats[0].image_tokens},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": sum(each.thinking_tokens for each in stats)},
     }
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.generation.options import Options
+from mlx_vlm_mini.text.messages import images_of
+from mlx_vlm_mini.text.thinking import SWITCH
 
 from .limits import Limits
 from .messages import checked, read_messages, read_ollama, with_images
@@ -24,6 +26,7 @@ class Question:
         stream: whether they come piece by piece.
         usage: whether a stream says at its end what it cost.
         logprobs: whether the tokens' log-probabilities are told.
+        effort: whether the model is to think, where it has a choice; None: as it does by default.
     """
 
     model: str | None
@@ -33,6 +36,7 @@ class Question:
     stream: bool = False
     usage: bool = False
     logprobs: bool = False
+    effort: bool | None = None
 
 
 # Fields that clients send and that cannot be honoured: the values that mean "nothing", and what to do.
@@ -48,9 +52,9 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((), "answers are text"),
     "web_search_options": ((), "this server asks no other"),
 }
+_LEVELS = ("none", "minimal", "low", "medium", "high", "xhigh")
 _REFUSED_BY_OLLAMA: dict[str, tuple[tuple[Any, ...], str]] = {
     "tools": _REFUSED["tools"],
-    "think": ((False,), "the models here show no thoughts: leave it out or give false"),
     "suffix": (("",), "models here complete no text between two others: leave it out"),
     "template": (("",), "a model's own template is used: leave it out"),
     "raw": ((False,), "a model's own template is used: leave it out"),
@@ -91,6 +95,7 @@ def read_chat(body: Mapping[str, Any], limits: Limits) -> Question:
         **_option(body, "repetition_penalty"),
         **_stops(body.get("stop"), "stop", limits),
         **_form(body.get("response_format")),
+        **_think(body),
     }
     return Question(
         model=_name(body),
@@ -100,7 +105,22 @@ def read_chat(body: Mapping[str, Any], limits: Limits) -> Question:
         stream=stream,
         usage=asked is not None and _flag(asked, "include_usage"),
         logprobs=_flag(body, "logprobs"),
+        effort=_effort(body),
     )
+
+
+def read_answer(body: Mapping[str, Any], limits: Limits) -> tuple[str | None, list[dict[str, Any]], str]:
+    """The model's name, the messages and the answer of a request about an answer, which is the last message.
+
+    Raises:
+        Refusal: there is none, or no picture that it could be about.
+    """
+    *messages, last = read_messages(body.get("messages"), limits)
+    if last["role"] != "assistant" or not isinstance(last["content"], str) or not last["content"].strip():
+        raise Refusal(400, "the last message must be the answer to be explained: a text of the assistant", "messages")
+    if not images_of(messages):
+        raise Refusal(400, "the messages before the answer hold no picture", "messages")
+    return _name(body), messages, last["content"]
 
 
 def read_ollama_chat(body: Mapping[str, Any], limits: Limits) -> Question:
@@ -146,6 +166,7 @@ def _read_ollama(body: Mapping[str, Any], messages: list[dict[str, Any]], limits
         **_option(given, "repeat_penalty", "repetition_penalty"),
         **_stops(given.get("stop"), "options.stop", limits),
         **_ollama_form(body.get("format")),
+        **({"think": body["think"]} if isinstance(body.get("think"), bool) else {}),
     }
     return Question(
         model=_name(body),
@@ -153,6 +174,7 @@ def _read_ollama(body: Mapping[str, Any], messages: list[dict[str, Any]], limits
         options={"max_tokens": limits.max_tokens, **options},
         stream=_flag(body, "stream", True),
         usage=True,
+        effort=_level(body.get("think"), "think") if not isinstance(body.get("think"), bool) else None,
     )
 
 
@@ -202,6 +224,32 @@ def _at_least_zero(value: Any) -> Any:
 def _seed(value: Any) -> Any:
     """Seeds may be below 0."""
     return value % 2**64 if type(value) is int and -(2**63) <= value < 0 else value
+
+
+def _effort(body: Mapping[str, Any]) -> bool | None:
+    """`reasoning_effort`, or `reasoning.effort`: models here think or do not, so that all but "none" is the same."""
+    nested = body.get("reasoning")
+    given = body.get("reasoning_effort")
+    given = nested.get("effort") if given is None and isinstance(nested, Mapping) else given
+    return _level(given, "reasoning_effort")
+
+
+def _level(given: Any, name: str) -> bool | None:
+    if given is None:
+        return None
+    if given not in _LEVELS:
+        raise Refusal(400, f"{name} must be one of {', '.join(_LEVELS)}, not {given!r}", name)
+    return bool(given != "none")
+
+
+def _think(body: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's `enable_thinking`, also inside of `chat_template_kwargs`, as the option `think`."""
+    nested = body.get("chat_template_kwargs")
+    value = body.get(SWITCH)
+    value = nested.get(SWITCH) if value is None and isinstance(nested, Mapping) else value
+    if value is not None and not isinstance(value, bool):
+        raise Refusal(400, f"{SWITCH} must be true or false", SWITCH)
+    return {} if value is None else {"think": value}
 
 
 def _form(given: Any) -> dict[str, Any]:

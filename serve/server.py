@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mlx_vlm_mini.checkpoints.describe import describe
+from mlx_vlm_mini.checkpoints.hub import find_folder
 from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.text.template import find_chat_template
+from mlx_vlm_mini.text.thinking import SWITCH
 
 from .answers import Desk
 from .bodies import Bodies
@@ -33,6 +36,7 @@ class About:
     hidden_size: int
     layers: int
     vision: bool
+    thinking: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,7 @@ def about(source: str) -> About:
         hidden_size=decoder["hidden_size"],
         layers=decoder["layers"],
         vision="vision" in found,
+        thinking=SWITCH in (find_chat_template(find_folder(source)) or ""),
     )
 
 
