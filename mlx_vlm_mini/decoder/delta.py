@@ -14,9 +14,6 @@ from mlx_vlm_mini.config import DeltaConfig
 from mlx_vlm_mini.layers.kernels import activation, kernels
 from mlx_vlm_mini.layers.mlp import Narrow
 
-MOST = 4  # snapshots of a layer
-SURE = 2  # that are kept whatever they take: the prompt's and the answer's end
-MOST_BYTES = 2**24  # of a layer's snapshots, beyond those that are sure
 _L2_EPS = 1e-6  # of the norm of queries and keys; no config says it
 
 
@@ -68,14 +65,23 @@ class DeltaCache:
         self.memory, self.offset = memory, self.offset + length
 
     def snapshot(self) -> None:
-        """Keep the present memory to go back to; the oldest ones go where there are too many."""
-        if self.memory is None or not isinstance(self.offset, int):
-            return
-        kept = [each for each in self.snapshots if each.length != self.offset]
-        kept.append(Snapshot(self.offset, self.memory))
-        while len(kept) > MOST or (len(kept) > SURE and sum(each.memory.nbytes for each in kept) > MOST_BYTES):
-            kept.pop(0)
-        self.snapshots = tuple(kept)
+        """Keep the present memory to go back to."""
+        self.snapshots = self.kept
+
+    def forget(self) -> None:
+        """Give up the oldest snapshot."""
+        self.snapshots = self.snapshots[1:]
+
+    @property
+    def kept(self) -> tuple[Snapshot, ...]:
+        """The snapshots, and the present memory as one behind them; none of a batch."""
+        own = () if self.memory is None or not isinstance(self.offset, int) else (Snapshot(self.offset, self.memory),)
+        return (*(each for each in self.snapshots if each.length != self.offset), *own)
+
+    @kept.setter
+    def kept(self, kept: Sequence[Snapshot]) -> None:
+        self.before, self.snapshots = None, tuple(kept)
+        self.offset, self.memory = kept[-1]
 
     def _earlier(self) -> tuple[Snapshot, ...]:
         return (*self.snapshots, *([] if self.before is None else [self.before]))

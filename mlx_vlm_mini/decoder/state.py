@@ -2,7 +2,8 @@
 
 A layer's cache is mlx-lm's, an `ImageCache`, or any object that says how far back it can go: `reach(length)`, the
 largest length up to this one that it can go back to, and `rewind(length)`, which goes there. One that goes to few
-lengths only has `snapshot()`, which makes the present one such a length.
+lengths only has `snapshot()`, which makes the present one such a length, `snapshots`, the shortest first, and
+`forget()`, which gives up the first of them.
 """
 
 import copy
@@ -18,6 +19,10 @@ from .cross_attention import ImageCache, Span
 from .masks import Rows
 from .positions import Counting, Positions
 from .reading import Visibility
+
+SNAPSHOTS = 8  # of a sequence
+SURE = 2  # of them that are kept whatever they take: the last prompt's and answer's end
+SNAPSHOT_BYTES = 2**29  # of all layers' snapshots, beyond those that are sure
 
 MakeLayers = Callable[[], list[Any]]
 
@@ -121,10 +126,19 @@ class State:
         return any(hasattr(entry, "snapshot") for entry in self.layers)
 
     def snapshot(self) -> None:
-        """Keep the present length as one to go back to."""
-        for entry in self.layers:
-            if hasattr(entry, "snapshot"):
-                entry.snapshot()
+        """Keep the present length as one to go back to, and give up the oldest ones where there are too many."""
+        entries = [entry for entry in self.layers if hasattr(entry, "snapshot")]
+        for entry in entries:
+            entry.snapshot()
+        while entries and self._has_too_many(entries):
+            for entry in entries:
+                entry.forget()
+
+    @staticmethod
+    def _has_too_many(entries: Sequence[Any]) -> bool:
+        count = len(entries[0].snapshots)
+        nbytes = sum(each.memory.nbytes for entry in entries for each in entry.snapshots)
+        return count > SNAPSHOTS or (count > SURE and nbytes > SNAPSHOT_BYTES)
 
     def fork(self) -> "State":
         """A state of the same tokens that goes on by itself.

@@ -14,8 +14,9 @@ from mlx_vlm_mini.borrow import borrow
 from mlx_vlm_mini.checkpoints.folder import DTYPES, TensorInfo, read_header
 from mlx_vlm_mini.decoder.cross_attention import ImageCache, Span
 from mlx_vlm_mini.decoder.decoder import Decoder
+from mlx_vlm_mini.decoder.delta import DeltaCache, Memory, Snapshot
 from mlx_vlm_mini.decoder.masks import Rotating
-from mlx_vlm_mini.decoder.state import State
+from mlx_vlm_mini.decoder.state import SNAPSHOTS, State
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.inputs import Inputs
 from mlx_vlm_mini.model import VLM
@@ -213,29 +214,27 @@ class TurnCache:
         return hashlib.sha256(self.held.tobytes()).hexdigest()
 
     def check_plain(self) -> None:
-        """Raises PromptError where the cache cannot be written: it is quantized or rotating, or holds states."""
-        if self.state.needs_snapshots:
-            raise PromptError(
-                f"the states that family '{self.model.config.family}' keeps are not saved: save the conversation "
-                "without its cache"
-            )
+        """Raises PromptError where the cache cannot be written: it is quantized or rotating."""
         if self.kv_bits is not None or self.rotate is not None:
             raise PromptError("a quantized or rotating cache is not saved: save the conversation without its cache")
 
     def write(self, file: Path, model_fingerprint: str) -> None:
         """Write safetensors: `keys` and `values` of each layer, float[1, H, L, D], and `held`, uint64[L, 5]; with
-        cross-attention layers and images also `images`, uint64[N, 3], their spans."""
-        images = self._images
-        arrays = {
-            f"layers.{i}.{part}": mx.contiguous(getattr(entry, part)[..., : None if i in images else len(self.held), :])
-            for i, entry in enumerate(self.state.layers)
-            if not entry.empty()
-            for part in _PARTS
-        }
+        cross-attention layers and images also `images`, uint64[N, 3], their spans. Of layers with a recurrent state
+        that `state`, and their convolution's `inputs`, at N lengths, which are `lengths`, uint64[N, 1]."""
+        images, arrays = self._images, {"held": mx.array(self.held)}
+        for i, entry in enumerate(self.state.layers):
+            if isinstance(entry, DeltaCache):
+                arrays["lengths"] = mx.array(np.array([[each.length] for each in entry.kept], dtype=np.uint64))
+                for number, (_, memory) in enumerate(entry.kept):
+                    arrays |= {f"layers.{i}.{number}.{part}": array for part, array in memory._asdict().items()}
+            elif not entry.empty():
+                end = None if i in images else len(self.held)
+                arrays |= {f"layers.{i}.{part}": mx.contiguous(getattr(entry, part)[..., :end, :]) for part in _PARTS}
         if self.state.spans:
             arrays["images"] = mx.array(np.array(self.state.spans, dtype=np.uint64))
         metadata = {"model": model_fingerprint, "prompt_length": str(self.state.prompt_length)}
-        mx.save_safetensors(str(file), {**arrays, "held": mx.array(self.held)}, metadata)
+        mx.save_safetensors(str(file), arrays, metadata)
 
     def read(self, file: Path, model_fingerprint: str, digest: str) -> None:
         """Take what `write` wrote of this model.
@@ -246,46 +245,73 @@ class TurnCache:
         tensors, metadata = read_header(file)
         if metadata.get("model") != model_fingerprint:
             raise CheckpointError(f"{file} was computed by another model")
-        info, config = tensors.get("held"), self.model.config.decoder
-        begun = str(metadata.get("prompt_length"))
-        shown, images = tensors.get("images"), self._images
-        layers = [i for i in range(len(self.state.layers)) if shown is not None or i not in images]
-        names = [f"layers.{i}.{part}" for i in layers for part in _PARTS]
-        if info is None or set(tensors) != {"held", *names, *(["images"] if images and shown else [])}:
+        spans = [Span(*row) for row in _read_rows(file, tensors.get("images"), "images", 3, "images")]
+        lengths = [row[0] for row in _read_rows(file, tensors.get("lengths"), "lengths", 1, "states")]
+        if not all(0 < span.seen <= span.held < 2**31 for span in spans):
+            raise CheckpointError(f"{file} does not say which images it holds")
+        info = tensors.get("held")
+        count = info.shape[0] if info is not None and info.shape else 0
+        if (
+            len(lengths) > SNAPSHOTS + 1
+            or lengths != sorted({*lengths})
+            or (lengths and not lengths[0] > 0)
+            or lengths[-1:] not in ([], [count])
+        ):
+            raise CheckpointError(f"{file} does not say which states it holds")
+        layout = self._layout(count, spans, len(lengths))
+        lists = ["held", *(["images"] if "images" in tensors else []), *(["lengths"] if lengths else [])]
+        if info is None or set(tensors) != {*layout, *lists}:
             raise CheckpointError(f"{file} has not the layers of this model")
-        if info.dtype != "U64" or len(info.shape) != 2 or info.shape[1] != 5 or not info.shape[0]:
+        if info.dtype != "U64" or len(info.shape) != 2 or info.shape[1] != 5 or not count:
             raise CheckpointError(f"{file} does not say which tokens it holds")
-        spans = self._read_spans(file, shown)
-        for name in names:
-            count = sum(span.held for span in spans) if int(name.split(".")[1]) in images else info.shape[0]
-            shape = 1, config.num_key_value_heads, count, config.head_dim
-            if tensors[name].shape != shape or DTYPES[tensors[name].dtype][0] != self.model.dtype:
+        for name, (shape, dtype) in layout.items():
+            if tensors[name].shape != shape or DTYPES[tensors[name].dtype][0] != dtype:
                 found = f"{tensors[name].dtype}{list(tensors[name].shape)}"
-                raise CheckpointError(f"{file}: {name} is {found}, and this model's is {self.model.dtype}{list(shape)}")
+                raise CheckpointError(f"{file}: {name} is {found}, and this model's is {dtype}{list(shape)}")
         arrays = cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
         held = np.array(arrays["held"])
         if hashlib.sha256(held.tobytes()).hexdigest() != digest:
             raise CheckpointError(f"{file} belongs to another conversation")
-        if images and [span.position for span in spans] != np.flatnonzero(held[:, 4]).tolist():
+        if self._images and [span.position for span in spans] != np.flatnonzero(held[:, 4]).tolist():
             raise CheckpointError(f"{file} does not hold the images of its tokens")
         mx.eval(arrays)
         self.state.clear()
-        for i in layers:
-            entry = self.state.layers[i]
-            entry.keys, entry.values = (arrays[f"layers.{i}.{part}"] for part in _PARTS)
-            if i not in images:
-                entry.offset = len(held)
-        self.state.start, self.state.spans, self.held = len(held), spans, held
+        for i, entry in enumerate(self.state.layers):
+            if isinstance(entry, DeltaCache):
+                parts = [[arrays[f"layers.{i}.{n}.{part}"] for part in Memory._fields] for n in range(len(lengths))]
+                entry.kept = [Snapshot(length, Memory(*each)) for length, each in zip(lengths, parts, strict=True)]
+            elif f"layers.{i}.keys" in arrays:
+                entry.keys, entry.values = (arrays[f"layers.{i}.{part}"] for part in _PARTS)
+                if not isinstance(entry, ImageCache):
+                    entry.offset = count
+        begun = str(metadata.get("prompt_length"))
+        self.state.start, self.state.spans, self.held = count, tuple(spans), held
         self.state.prompt_length = int(begun) if begun.isdecimal() else None
 
-    @staticmethod
-    def _read_spans(file: Path, info: TensorInfo | None) -> tuple[Span, ...]:
-        if info is None:
-            return ()
-        if info.dtype != "U64" or len(info.shape) != 2 or info.shape[1] != 3:
-            raise CheckpointError(f"{file} does not say which images it holds")
-        arrays = cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
-        spans = tuple(Span(*row) for row in np.array(arrays["images"]).tolist())
-        if not all(0 < span.seen <= span.held < 2**31 for span in spans):
-            raise CheckpointError(f"{file} does not say which images it holds")
-        return spans
+    def _layout(self, count: int, spans: Sequence[Span], states: int) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+        """Shape and type of each tensor of the layers, by its name, of so many tokens and states."""
+        config, dtype = self.model.config.decoder, self.model.dtype
+        found: dict[str, tuple[tuple[int, ...], mx.Dtype]] = {}
+        for i, (kind, entry) in enumerate(zip(config.layer_types, self.state.layers, strict=True)):
+            if isinstance(entry, DeltaCache) and config.delta is not None:
+                delta = config.delta
+                for number in range(states):
+                    state = 1, delta.num_value_heads, delta.value_head_dim, delta.key_head_dim
+                    found[f"layers.{i}.{number}.state"] = state, mx.float32
+                    found[f"layers.{i}.{number}.inputs"] = (1, delta.conv_kernel - 1, delta.mixed_size), dtype
+            elif spans or not isinstance(entry, ImageCache):
+                length = sum(span.held for span in spans) if isinstance(entry, ImageCache) else count
+                shape = config.shape(kind)
+                for part in _PARTS:
+                    found[f"layers.{i}.{part}"] = (1, shape.num_kv_heads, length, shape.head_dim), dtype
+        return found
+
+
+def _read_rows(file: Path, info: TensorInfo | None, name: str, width: int, what: str) -> list[list[int]]:
+    """Numbers of a file, uint64[N, width]; none where it has no tensor of that name."""
+    if info is None:
+        return []
+    if info.dtype != "U64" or len(info.shape) != 2 or info.shape[1] != width:
+        raise CheckpointError(f"{file} does not say which {what} it holds")
+    rows: list[list[int]] = np.array(cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))[name]).tolist()
+    return rows

@@ -1,6 +1,7 @@
 """Qwen3.5: layers with a recurrent state: pieces of a prompt, conversations, snapshots, names, what is refused."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -13,7 +14,9 @@ from mlx_vlm_mini import Chat, attend, load
 from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.checkpoints.weights import rename
+from mlx_vlm_mini.config import DeltaConfig
 from mlx_vlm_mini.convert import convert
+from mlx_vlm_mini.decoder import state
 from mlx_vlm_mini.decoder.delta import DeltaCache, Memory
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.families import qwen3_5
@@ -150,12 +153,30 @@ def test_after_going_back_nothing_later_is_reached():
     assert cache.reach(9) == 0
 
 
-def test_snapshots_are_bounded(monkeypatch):
-    from mlx_vlm_mini.decoder import delta
+@pytest.mark.parametrize(("nbytes", "left"), [(2**29, 8), (5 * 2 * 40 + 1, 5), (1, 2)])
+def test_snapshots_are_bounded(monkeypatch, nbytes, left):
+    """In number and in bytes, of which one takes 40 of each of two layers; the last two are always there."""
+    monkeypatch.setattr(state, "SNAPSHOT_BYTES", nbytes)
+    kept = state.State(lambda: [cache_of(1), cache_of(1)])
+    for length in range(2, 30):
+        for cache in kept.layers:
+            cache.update(memory(length), 1)
+        kept.snapshot()
+    for cache in kept.layers:
+        assert [each.length for each in cache.snapshots] == [*range(30 - left, 30)]
 
-    assert [each.length for each in cache_of(*range(1, 30), snapshots=range(30)).snapshots] == [26, 27, 28, 29]
-    monkeypatch.setattr(delta, "MOST_BYTES", 1)
-    assert [each.length for each in cache_of(*range(1, 30), snapshots=range(30)).snapshots] == [28, 29]
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "megabytes", "snapshots"), [(48, 48, 154, 3), (24, 32, 52, 8), (18, 16, 20, 8)]
+)
+def test_what_a_snapshot_takes_of_published_sizes(layers, heads, megabytes, snapshots):
+    """Of 27B, 9B and 0.8B in bfloat16, as docs/chat.md says."""
+    config = DeltaConfig(
+        num_key_heads=16, num_value_heads=heads, key_head_dim=128, value_head_dim=128, conv_kernel=4
+    )  # fmt: skip
+    one = heads * 128 * 128 * 4 + 3 * config.mixed_size * 2
+    assert round(layers * one / 1e6) == megabytes
+    assert min(state.SNAPSHOTS, state.SNAPSHOT_BYTES // (layers * one)) == snapshots
 
 
 def test_a_fork_goes_on_by_itself(hybrid):
@@ -216,16 +237,58 @@ def test_an_answer_that_is_broken_off_is_gone_on_with(hybrid):
     assert [chunk.token for chunk in fresh.send("Why?")] == tokens
 
 
-def test_what_states_cannot_do_is_refused_in_a_line(hybrid, tmp_path):
+def test_what_states_cannot_do_is_refused_in_a_line(hybrid):
     model, processor = hybrid
     with pytest.raises(PromptError, match="'qwen3_5' keeps states of all tokens"):
         Chat(model, processor, rotate=64)
-    chat = Chat(model, processor, max_tokens=3)
-    list(chat.send("Why?"))
-    with pytest.raises(PromptError, match="states that family 'qwen3_5' keeps are not saved"):
-        chat.save(tmp_path / "chat.json", cache=True)
-    chat.save(tmp_path / "chat.json")
-    assert len(Chat.load(tmp_path / "chat.json", model, processor).messages) == 2
+
+
+def saved(chat, folder):
+    chat.save(folder / "talk.json", cache=True)
+    return Chat.load(folder / "talk.json", chat.model, chat.processor)
+
+
+def test_a_saved_cache_goes_on_and_back_as_the_conversation_does(hybrid, tmp_path):
+    """To the same lengths, with the same tokens and log-probabilities; as often as it is saved again."""
+    model, processor = hybrid
+    chat = Chat(model, processor, max_tokens=5)
+    for prompt in (["What is in this image?", PHOTO], "Which is larger?"):
+        list(chat.send(prompt))
+    for act in (lambda each: each.send("How many?"), lambda each: each.retry(), lambda each: each.edit("Why?")):
+        again = saved(saved(chat, tmp_path), tmp_path)
+        assert again.notes == []
+        expected, found = list(act(chat)), list(act(again))
+        assert [chunk.token for chunk in found] == [chunk.token for chunk in expected]
+        np.testing.assert_allclose([c.logprob for c in found], [c.logprob for c in expected], atol=TOLERANCE)
+        assert again.last_stats.cached_tokens == chat.last_stats.cached_tokens > 90
+
+
+def test_files_of_states_that_cannot_be_are_read_anew(hybrid, tmp_path):
+    model, processor = hybrid
+    chat = Chat(model, processor, max_tokens=5)
+    list(chat.send(["What is in this image?", PHOTO]))
+    chat.save(tmp_path / "talk.json", cache=True)
+    file, (_, metadata) = tmp_path / "talk.safetensors", (None, {})
+    arrays, metadata = mx.load(str(file), return_metadata=True)
+    lengths = arrays["lengths"]
+    assert len(lengths) == 2 and arrays["layers.0.1.state"].dtype == mx.float32
+    for changes, note in (
+        ({"lengths": lengths[::-1]}, "does not say which states it holds"),
+        ({"lengths": lengths + 1}, "does not say which states it holds"),
+        ({"lengths": lengths[:1]}, "does not say which states it holds"),
+        ({"lengths": lengths[:, 0]}, "does not say which states it holds"),
+        ({"lengths": mx.arange(1, len(arrays["held"]) + 1, dtype=mx.uint64)[:, None]}, "does not say which states"),
+        ({"layers.1.0.inputs": None}, "has not the layers of this model"),
+        ({"layers.1.2.inputs": arrays["layers.1.0.inputs"]}, "has not the layers of this model"),
+        ({"lengths": None}, "has not the layers of this model"),
+        ({"layers.1.0.inputs": arrays["layers.1.0.inputs"][:, 1:]}, r"layers.1.0.inputs is F32\[1, 2, 56\]"),
+        ({"layers.1.0.state": arrays["layers.1.0.state"].astype(mx.bfloat16)}, r"is BF16\["),
+    ):
+        left = {name: each for name, each in {**arrays, **changes}.items() if each is not None}
+        mx.save_safetensors(str(file), left, metadata)
+        again = Chat.load(tmp_path / "talk.json", model, processor)
+        (found,) = again.notes
+        assert re.search(note, found) and found.endswith("the conversation is read anew")
 
 
 def test_attention_is_shown_of_layers_that_have_it(hybrid):
