@@ -15,7 +15,7 @@ from mlx_vlm_mini.errors import VLMError
 
 COMMANDS = (
     "chat", "generate", "status", "convert", "info", "attend", "compose", "train", "eval", "scenes", "score", "bench",
-    "serve",
+    "serve", "models", "pull", "rm",
 )  # fmt: skip
 _FILES = {"status": "counts"}  # of commands that are not called as their file
 INTERRUPTED = 128 + signal.SIGINT

@@ -44,6 +44,7 @@ MISSING = "serving needs further packages: install them with `pip install 'mlx-v
     type=click.Path(path_type=Path),
     help="Serve the models in its folders, too.",
 )
+@click.option("--hub-cache", is_flag=True, help="Serve the models in the Hub's cache, too.")
 @click.option("--max-loaded", type=click.IntRange(1), default=1, show_default=True, help="Models in memory at a time.")
 @loading_options
 def command(
@@ -57,6 +58,7 @@ def command(
     allow_urls: bool,
     origins: tuple[str, ...],
     folders: tuple[Path, ...],
+    hub_cache: bool,
     max_loaded: int,
     loading: dict[str, Any],
 ) -> None:
@@ -80,8 +82,9 @@ def command(
             raise
         raise VLMError(MISSING) from None
     settings = Settings(
-        models=models or (() if folders else (bundled.NAME,)),
+        models=models or (() if folders or hub_cache else (bundled.NAME,)),
         folders=folders,
+        hub_cache=hub_cache,
         host=host,
         port=port,
         key=api_key if api_key is not None else os.environ.get(KEY),

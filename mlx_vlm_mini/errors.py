@@ -34,3 +34,7 @@ class PromptError(VLMError):
 
 class ContextError(PromptError):
     """A prompt that leaves no room for an answer in the model's context."""
+
+
+class MemoryShortError(CheckpointError):
+    """A model that could be loaded if more memory were free."""

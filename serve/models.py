@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
-from mlx_vlm_mini.errors import VLMError
+from mlx_vlm_mini.errors import MemoryShortError, VLMError
 from mlx_vlm_mini.generation.engine import Engine
 
 from .refusals import Refusal, later, refuse
@@ -57,12 +57,23 @@ class Models:
     model that is to make room wait until it comes back, so that none waits without an end.
     """
 
-    def __init__(self, sources: Mapping[str, str], load: Load, *, most: int = 1) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        load: Load,
+        *,
+        most: int = 1,
+        sizes: Mapping[str, int] | None = None,
+        memory: int | None = None,
+    ) -> None:
         """
         Args:
             sources: names, each with a folder or a name on the Hub.
             most: models that are loaded at a time.
+            sizes: bytes of their files.
+            memory: bytes of those that are loaded at a time; one alone may have more.
         """
+        self._sizes, self._memory = sizes or {}, memory
         self._known = {name: Model(name, source) for name, source in sources.items()}
         self._load, self._most = load, most
         self._turn = asyncio.Lock()
@@ -133,13 +144,21 @@ class Models:
         """Load a model, after others have made room."""
         try:
             async with self._turn:
-                while len(loaded := [other for other in self if other.engine is not None]) >= self._most:
-                    await self._give_up(min(loaded, key=lambda other: other.used))
                 begin = time.monotonic()
-                model.engine = await self._work(lambda: self._load(model.source))
+                while model.engine is None:
+                    while (loaded := self._loaded()) and not self._has_room(model, loaded):
+                        await self._give_up(loaded[0])
+                    try:
+                        model.engine = await self._work(lambda: self._load(model.source))
+                    except MemoryShortError:
+                        if not loaded:
+                            raise
+                        await self._give_up(loaded[0])
                 model.load_s = time.monotonic() - begin
         except MemoryError:
             raise later(f"there is not enough memory to load {model.name}", 30, 503) from None
+        except MemoryShortError as error:
+            raise later(f"{model.name} cannot be loaded: {error}", 30, 503) from None
         except VLMError as error:
             found = refuse(error)
             raise Refusal(
@@ -147,6 +166,15 @@ class Models:
             ) from None
         finally:
             model.coming = None
+
+    def _loaded(self) -> list[Model]:
+        """Models that are loaded, the one used longest ago first."""
+        return sorted((model for model in self if model.engine is not None), key=lambda model: model.used)
+
+    def _has_room(self, model: Model, loaded: list[Model]) -> bool:
+        """Whether a model may be loaded beside others."""
+        taken = sum(self._sizes.get(each.name, 0) for each in (model, *loaded))
+        return len(loaded) < self._most and (self._memory is None or taken <= self._memory)
 
     async def _give_up(self, model: Model) -> None:
         model.leaving = True

@@ -98,12 +98,13 @@ async def _answer(
     server: Server, request: Request, read: Callable[[Mapping[str, Any], Limits], Question], kind: str
 ) -> Response:
     async with server.bodies.read(request) as body:
-        question = read(body, server.limits)
+        question, keep_alive = read(body, server.limits), body.get("keep_alive")
         body.clear()
         if not question.messages:  # nothing is asked: the model is loaded, to answer sooner
             model = server.models.find(question.model)
-            await server.models.load(model)
-            return JSONResponse({**_said(model, kind, ""), "done": True, "done_reason": "load"})
+            leaves = keep_alive in (0, "0", "0s")
+            await (server.models.unload(model) if leaves else server.models.load(model))
+            return JSONResponse({**_said(model, kind, ""), "done": True, "done_reason": "unload" if leaves else "load"})
         answers = await server.desk.ask(question, request.receive)
     if question.stream:
         return Stream(answers, _lines(answers, kind), "application/x-ndjson", request.scope)

@@ -13,18 +13,22 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from mlx_vlm_mini.checkpoints.cached import list_cached
 from mlx_vlm_mini.checkpoints.hub import find_folder
 from mlx_vlm_mini.checkpoints.load import load
 from mlx_vlm_mini.decoder.rope import longest_context
 from mlx_vlm_mini.errors import CheckpointError, VLMError
 from mlx_vlm_mini.generation.engine import Engine
 from mlx_vlm_mini.images.source import Access
+from mlx_vlm_mini.layers.memory import device_memory
 
 from .app import make_app
 from .gate import is_this_machine, read_origin
 from .limits import Limits
 from .models import Load, Models
 from .server import About, about, make_server
+
+MODEL_SHARE = 0.75  # of the device's memory, for the weights of all models that are loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class Settings:
     Attributes:
         models: folders and names on the Hub.
         folders: each with models in its folders; those that cannot be served are left out.
+        hub_cache: whether the models in the Hub's cache are served, too.
         host, port: where to listen; port 0 is any that is free.
         key: what each request must bring.
         batch_size: answers of a model that are given together.
@@ -45,6 +50,7 @@ class Settings:
 
     models: tuple[str, ...]
     folders: tuple[Path, ...] = ()
+    hub_cache: bool = False
     host: str = "127.0.0.1"
     port: int = 8080
     key: str | None = None
@@ -89,18 +95,28 @@ def find_models(settings: Settings, say: Callable[[str], None]) -> tuple[dict[st
         if name in sources:
             raise CheckpointError(f"two models are called {name}: rename the folder of one")
         sources[name], descriptions[name] = given, about(str(folder))
-    for place in settings.folders:
-        if not place.is_dir():
-            raise CheckpointError(f"{place} is no folder with models")
-        for folder in sorted(file.parent for file in place.glob("*/config.json")):
+    for name, source, folder in _others(settings):
+        if name not in sources:
             try:
-                descriptions.setdefault(folder.name, about(str(folder)))
-                sources.setdefault(folder.name, str(folder))
+                descriptions[name] = about(str(folder))
+                sources[name] = source
             except VLMError as error:
-                say(f"{folder.name} is not served: {error}")
+                say(f"{name} is not served: {error}")
     if not sources:
         raise CheckpointError("there is no model to serve: name one, or a folder that holds some")
     return sources, descriptions
+
+
+def _others(settings: Settings) -> Iterator[tuple[str, str, Path]]:
+    """Models that are not named themselves: names, what they are loaded by, and their folders."""
+    for place in settings.folders:
+        if not place.is_dir():
+            raise CheckpointError(f"{place} is no folder with models")
+        for file in sorted(place.glob("*/config.json")):
+            yield file.parent.name, str(file.parent), file.parent
+    if settings.hub_cache:
+        for model in list_cached():
+            yield model.name, model.name, model.folder
 
 
 def loader(settings: Settings) -> Load:
@@ -147,7 +163,9 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
     settings = check(settings)
     with bind(settings.host, settings.port) as listening:
         sources, descriptions = find_models(settings, say)
-        models = Models(sources, loader(settings), most=settings.most_loaded)
+        sizes = {name: described.bytes for name, described in descriptions.items()}
+        memory = int(MODEL_SHARE * device_memory())
+        models = Models(sources, loader(settings), most=settings.most_loaded, sizes=sizes, memory=memory)
         ended = asyncio.run(_serve(settings, models, descriptions, listening, say))
     if ended == signal.SIGINT:
         raise KeyboardInterrupt

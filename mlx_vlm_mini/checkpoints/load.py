@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_vlm_mini.config import VLMConfig, check_layers
-from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.errors import CheckpointError, MemoryShortError
 from mlx_vlm_mini.families import Family, find_family, qwen_vl
 from mlx_vlm_mini.families.parts.configs import side
 from mlx_vlm_mini.files import read_json
@@ -247,19 +247,24 @@ def compute_dtype(plan: Plan) -> mx.Dtype:
     return DTYPES[stored][0] if stored in ("F16", "BF16") else mx.float32
 
 
+def weights_memory(planned: Plan, dtype: mx.Dtype) -> int:
+    """Bytes that a model's weights take in memory."""
+    parameters = [array for _, array in tree_flatten(planned.model.parameters())]
+    return sum(
+        array.size * (dtype.size if mx.issubdtype(array.dtype, mx.floating) else array.dtype.size)
+        for array in parameters
+    )
+
+
 def check_memory(planned: Plan, dtype: mx.Dtype) -> None:
     """Whether a model's weights fit into memory, before any of them is read.
 
     On a GPU a warning says so where they take more than nine tenths of the memory that the device recommends.
 
     Raises:
-        CheckpointError: on a CPU, they do not.
+        MemoryShortError: on a CPU, they do not.
     """
-    parameters = [array for _, array in tree_flatten(planned.model.parameters())]
-    needed = sum(
-        array.size * (dtype.size if mx.issubdtype(array.dtype, mx.floating) else array.dtype.size)
-        for array in parameters
-    )
+    needed = weights_memory(planned, dtype)
     kind = str(dtype).split(".")[-1]
     if mx.default_device().type == mx.DeviceType.gpu:
         recommended = mx.device_info().get("max_recommended_working_set_size")
@@ -272,7 +277,7 @@ def check_memory(planned: Plan, dtype: mx.Dtype) -> None:
         return
     free = free_memory()
     if needed > free:
-        raise CheckpointError(
+        raise MemoryShortError(
             f"the model's weights take {needed / 1e9:.1f} GB in {kind}, and {free / 1e9:.1f} GB of memory are free: "
             "close other programs, convert the model to fewer bits, or choose a smaller one"
         )

@@ -12,7 +12,7 @@ pytest.importorskip("httpx")
 
 from serving import served
 
-from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.errors import CheckpointError, MemoryShortError
 from mlx_vlm_mini.serve.models import Models
 from mlx_vlm_mini.serve.refusals import Refusal
 from mlx_vlm_mini.serve.run import Settings, find_models, loader
@@ -82,6 +82,39 @@ def test_the_one_used_longest_ago_makes_room():
 
     asyncio.run(run())
     assert events == ["load A", "load B", "close B", "load C", "close A", "close C"]
+
+
+def test_memory_makes_room():
+    """By what the files take, and where loading finds too little."""
+    events: list[str] = []
+
+    async def run() -> None:
+        models = Models(NAMES, lambda source: Fake(source, events), most=3, sizes={"a": 5, "b": 4, "c": 3}, memory=8)  # type: ignore[arg-type,return-value]
+        for name in ("a", "b", "c"):
+            await models.load(models.find(name))
+        assert events == ["load A", "close A", "load B", "load C"]
+        await models.close()
+
+        def short(source: str) -> Any:
+            if source == "B" and "close A" not in events:
+                raise MemoryShortError("too little")
+            return Fake(source, events)
+
+        events.clear()
+        models = Models(NAMES, short, most=3)
+        for name in ("a", "b"):
+            await models.load(models.find(name))
+        assert events == ["load A", "close A", "load B"]
+        await models.close()
+        events.clear()
+        models = Models(NAMES, short)
+        with pytest.raises(Refusal) as found:
+            await models.load(models.find("b"))
+        assert found.value.status == 503 and ("retry-after", "30") in found.value.headers
+        await models.close()
+
+    asyncio.run(run())
+    assert events == []
 
 
 def test_a_model_that_does_not_load_fails_alone():
