@@ -67,6 +67,12 @@ class Inputs:
         """Tokens of the prompt, without those of an answer that was appended."""
         return len(self.slots) - self.answer_length
 
+    @property
+    def image_ends(self) -> list[int]:
+        """Of each image the length of the prompt up to its last slot."""
+        slots, ends = np.flatnonzero(self.slots), np.cumsum([image.tokens for image in self.images])
+        return [int(slots[end - 1]) + 1 for end in ends if end]
+
     def followed_by(self, tokens: Sequence[int]) -> "Inputs":
         """The same with an answer's token ids after them."""
         ids = mx.array([[*tokens]], dtype=self.input_ids.dtype).reshape(1, -1)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_vlm_mini.decoder.state import State
@@ -25,7 +24,7 @@ from mlx_vlm_mini.processor import Processor
 
 from .answering import Answering, Chunk
 from .cache import Prefixes
-from .decode import checked, read_in_chunks, wired_memory
+from .decode import KEPT_IMAGES, checked, read_in_chunks, wired_memory
 from .features import Features
 from .options import Options
 
@@ -400,8 +399,7 @@ class Batch:
         state, cached, keep = self._make_state(), 0, list[int]()
         if self._prefixes is not None:
             state, cached, shared = self._prefixes.find(model, job.inputs)
-            slots = np.flatnonzero(job.inputs.slots)
-            keep = [shared, *(slots[-1:] + 1).tolist()]  # where other prompts may part from this one
+            keep = [shared, *job.inputs.image_ends[-KEPT_IMAGES:]]  # where other prompts may part from this one
         answer = Answering(
             model, self.processor, job.inputs, options, begin=job.begin, features=self._features, cached=cached
         )

@@ -29,6 +29,7 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 PREFILL_STEP = 512  # prompt tokens a chunk: bounds the activations' memory
 MOST_FORCED = 64  # tokens of an answer that are read together, where the form allows no others
 _FAR = 0x9E3779B97F4A7C15  # an odd number near 2^64 divided by the golden ratio: no two seeds' tokens come near
+KEPT_IMAGES = 2  # last images of a prompt behind which a recurrent state is kept
 TAIL = 8  # last tokens of a prompt, among which those are that open an answer; thoughts go with it from later prompts
 
 _REMEDIES = {"float16": "its numbers are too large for that type, load it as bfloat16 or float32"}
@@ -162,18 +163,19 @@ def prefill(
     state: State,
     *,
     step: int = PREFILL_STEP,
+    keep: Iterable[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
     """Read a prompt into the state, and score its last token only.
 
     Args:
-        reading, step: see `read_in_chunks`.
+        reading, step, keep: see `read_in_chunks`.
         progress: called with tokens done and tokens in all.
 
     Returns:
         float[1, vocab_size], the logits of the last token; not evaluated.
     """
-    chunks = read_in_chunks(decoder, reading, state, step)
+    chunks = read_in_chunks(decoder, reading, state, step, keep)
     while True:
         try:
             done = next(chunks)

@@ -14,7 +14,7 @@ from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.text.messages import Prompt
 
 from .answering import Answering, Chunk
-from .decode import decode, prefill, take_turns, wired_memory
+from .decode import KEPT_IMAGES, decode, prefill, take_turns, wired_memory
 from .features import Features
 from .options import Options
 
@@ -59,7 +59,8 @@ def _answer(
         reading = model.read(inputs, cached, answer.find)
         mx.eval(reading.embeddings, reading.beside)
         answer.read_images()
-        logits = prefill(model.decoder, reading, state, step=options.prefill_step, progress=options.progress)
+        keep, step = inputs.image_ends[-KEPT_IMAGES:], options.prefill_step
+        logits = prefill(model.decoder, reading, state, step=step, keep=keep, progress=options.progress)
         answer.read_prompt(logits, state)
         for token in decode(model.decoder, logits, state, max_tokens=options.max_tokens, choose=answer.choose):
             chunk = answer.chunk(token)

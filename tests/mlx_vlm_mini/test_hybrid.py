@@ -224,6 +224,26 @@ def test_again_undone_and_edited(hybrid):
     assert [chunk.token for chunk in chat.edit("Which is larger?")] == second
 
 
+def test_another_question_about_an_image_begins_behind_it(hybrid):
+    """And another last image behind the one before: what stands before is not read again."""
+    model, processor = hybrid
+    chat = Chat(model, processor, max_tokens=5)
+    first, second = (
+        ["See ", PHOTO, "Describe the photo in a few words"],
+        "What is in this image? A red circle stands left.",
+    )
+    list(chat.send([*first, SHAPES, second]))
+    ends = processor(chat.messages).image_ends
+    assert len(ends) == 2 and ends[0] < ends[1] - 20
+    list(chat.edit([*first, SHAPES, "How many objects do you see?"]))
+    assert chat.last_stats.cached_tokens == ends[1]
+    found, fresh = list(chat.edit([*first, PHOTO, second])), Chat(model, processor, max_tokens=5)
+    assert chat.last_stats.cached_tokens == ends[0]
+    expected = list(fresh.send([*first, PHOTO, second]))
+    assert [chunk.token for chunk in found] == [chunk.token for chunk in expected]
+    np.testing.assert_allclose([c.logprob for c in found], [c.logprob for c in expected], atol=TOLERANCE)
+
+
 def test_an_answer_that_is_broken_off_is_gone_on_with(hybrid):
     model, processor = hybrid
     chat = Chat(model, processor, max_tokens=9)
@@ -268,10 +288,10 @@ def test_files_of_states_that_cannot_be_are_read_anew(hybrid, tmp_path):
     chat = Chat(model, processor, max_tokens=5)
     list(chat.send(["What is in this image?", PHOTO]))
     chat.save(tmp_path / "talk.json", cache=True)
-    file, (_, metadata) = tmp_path / "talk.safetensors", (None, {})
+    file = tmp_path / "talk.safetensors"
     arrays, metadata = mx.load(str(file), return_metadata=True)
     lengths = arrays["lengths"]
-    assert len(lengths) == 2 and arrays["layers.0.1.state"].dtype == mx.float32
+    assert len(lengths) == 3 and arrays["layers.0.1.state"].dtype == mx.float32
     for changes, note in (
         ({"lengths": lengths[::-1]}, "does not say which states it holds"),
         ({"lengths": lengths + 1}, "does not say which states it holds"),
@@ -279,7 +299,7 @@ def test_files_of_states_that_cannot_be_are_read_anew(hybrid, tmp_path):
         ({"lengths": lengths[:, 0]}, "does not say which states it holds"),
         ({"lengths": mx.arange(1, len(arrays["held"]) + 1, dtype=mx.uint64)[:, None]}, "does not say which states"),
         ({"layers.1.0.inputs": None}, "has not the layers of this model"),
-        ({"layers.1.2.inputs": arrays["layers.1.0.inputs"]}, "has not the layers of this model"),
+        ({"layers.1.3.inputs": arrays["layers.1.0.inputs"]}, "has not the layers of this model"),
         ({"lengths": None}, "has not the layers of this model"),
         ({"layers.1.0.inputs": arrays["layers.1.0.inputs"][:, 1:]}, r"layers.1.0.inputs is F32\[1, 2, 56\]"),
         ({"layers.1.0.state": arrays["layers.1.0.state"].astype(mx.bfloat16)}, r"is BF16\["),
