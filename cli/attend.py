@@ -120,6 +120,7 @@ def command(
         open_image(picture)
 
     from mlx_vlm_mini import attend, load
+    from mlx_vlm_mini.grounding.attended import name_numbers
 
     with Status() as status:
         status.show(f"loading {model}")
@@ -137,6 +138,13 @@ def command(
             status.clear()
             writer.write("".join(found.texts))
         click.echo()
+        if "linear_attention" in vlm.config.decoder.layer_types:
+            those = (
+                f"layer {found.layers[0]} attends"
+                if len(found.layers) == 1
+                else (f"layers {name_numbers(found.layers)} attend")
+            )
+            look.note(f"{those} to the images; layers that keep a state have no attention to show")
         for file in outputs:
             status.show(f"writing {file}")
             write_output(found, file)

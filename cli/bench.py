@@ -134,9 +134,15 @@ def table(found: dict[str, Any]) -> str:
     """What `measure.bench` gives, for people: a Markdown table, and a line on the machine."""
     lines = [f"| {found['model']} ({found['family']}, {found['dtype']}) | |", "|---|---|"]
     lines += [f"| {title} | {_seconds(found[key])} |" for title, key in _ROWS]
+    experts = (
+        [f"| experts, those of a token | {found['experts']}, {found['experts_per_token']} |"]
+        if "experts" in found
+        else []
+    )
     lines += [
         f"| tokens of the first prompt, of the picture | {found['prompt_tokens']:,}, {found['image_tokens']:,} |",
         f"| weights, those read for a token | {_bytes(found['weight_bytes'])}, {_bytes(found['bytes_per_token'])} |",
+        *experts,
         f"| memory bandwidth | {found['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s |",
     ]
     for one in found["decoding"]:

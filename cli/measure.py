@@ -68,7 +68,7 @@ def weight_bytes(model: VLM) -> dict[str, int]:
     """Bytes of a model's weights: of `all`, and of those that a `token` of an answer reads.
 
     That is the decoder without its embeddings, unless these are the head, too, and without what only images go
-    through: the keys and values of cross-attention, and query tokens' looks.
+    through: the keys and values of cross-attention, and query tokens' looks; of experts those that a token takes.
     """
     config = model.config.decoder
     token = 0
@@ -82,7 +82,7 @@ def weight_bytes(model: VLM) -> dict[str, int]:
             kind = config.layer_types[int(parts[1])]
             if kind == "query_attention" or {"k_proj", "v_proj"} & {*parts}:
                 continue
-        token += array.nbytes
+        token += round(array.nbytes * config.active_share(name))
     return {"all": sum(array.nbytes for _, array in tree_flatten(model.parameters())), "token": token}
 
 
@@ -134,7 +134,9 @@ def bench(
         "family": model.config.family,
         "dtype": str(model.dtype).split(".")[-1],
     }
-    sizes = weight_bytes(model)
+    sizes, experts = weight_bytes(model), model.config.decoder.experts
+    if experts is not None:
+        found |= {"experts": experts.num_experts, "experts_per_token": experts.num_experts_per_tok}
     found |= {"weight_bytes": sizes["all"], "bytes_per_token": sizes["token"], "load_s": load_s}
     images = [] if model.config.text_alone else [picture or draw_picture()]
     found |= _measure_images(model, processor, images, rounds, say)

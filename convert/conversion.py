@@ -18,6 +18,7 @@ from mlx_vlm_mini.checkpoints.assembly import Assembly
 from mlx_vlm_mini.checkpoints.folder import Checkpoint, open_checkpoint
 from mlx_vlm_mini.checkpoints.hub import INSTRUCTIONS, SMALL_FILES, expand_user
 from mlx_vlm_mini.checkpoints.load import DTypeName, Plan, load_processor, plan, read_config
+from mlx_vlm_mini.checkpoints.weights import count_decoder
 from mlx_vlm_mini.errors import CheckpointError, VLMError
 
 from .calibrate import Observed, find_samples
@@ -202,10 +203,10 @@ def prepare(
     wanted = spread(planned, quantizations)
     if settings.is_calibrated and any(each is not None for each in layers.values()):
         raise CheckpointError(f"{checkpoint.folder} is quantized: calibration needs the original weights")
-    experts = next(iter(find_experts(planned).values()), [])
-    if settings.is_calibrated and experts:
+    first = next(iter(find_experts(planned).values()), [])
+    if settings.is_calibrated and first:
         raise CheckpointError(
-            f"method gptq and recipe auto do not measure experts ({experts[0]}): leave both out, or take recipe mixed"
+            f"method gptq and recipe auto do not measure experts ({first[0]}): leave both out, or take recipe mixed"
         )
     if settings.method == "gptq" and settings.recipe != "auto" and not wanted:
         raise CheckpointError("method gptq needs bits, or recipe auto with bits per weight")
@@ -241,6 +242,13 @@ def prepare(
         notes.append("the head is the embeddings, so bits of its own change nothing")
     if any(name.endswith(".scales") for name in checkpoint.tensors):
         notes.append("the source is quantized: what its rounding lost stays lost")
+    experts = planned.config.decoder.experts
+    if experts is not None:
+        total, active = count_decoder(checkpoint, planned.family.WEIGHTS, planned.config.decoder)
+        notes.append(
+            f"a token takes {experts.num_experts_per_tok} of {experts.num_experts} experts: {active / 1e9:.3g} of the "
+            f"decoder's {total / 1e9:.3g} billion weights"
+        )
     if free and losses is None:
         notes.append("recipe auto measures the layers first: these bits are a guess, their sum is not")
     source_bytes = sum(info.nbytes for info in checkpoint.tensors.values())

@@ -15,7 +15,7 @@ from mlx_vlm_mini.preprocessing.tiles import Tiles, count_tiles
 from .assembly import open_model
 from .folder import Checkpoint
 from .load import find_image_settings, load_processor, plan, read_config
-from .weights import rename
+from .weights import count_decoder, rename
 
 PARTS = ("vision", "projector", "decoder")
 
@@ -90,6 +90,13 @@ def describe(
             "vocab_size": decoder.vocab_size, "context": decoder.max_position_embeddings,
         },
     }  # fmt: skip
+    kinds = decoder.layer_types
+    if "linear_attention" in kinds:
+        shapes["decoder"]["linear_attention_layers"] = kinds.count("linear_attention")
+    if decoder.experts is not None:
+        _, active = count_decoder(checkpoint, family.WEIGHTS, decoder)
+        one = {"experts": decoder.experts.num_experts, "experts_per_token": decoder.experts.num_experts_per_tok}
+        shapes["decoder"] |= {**one, "active_weights": active}
     if config.text_alone:
         shapes = {"decoder": shapes["decoder"]}
     described: dict[str, Any] = {

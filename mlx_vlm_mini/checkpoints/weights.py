@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_vlm_mini.config import VLMConfig, check_layers
+from mlx_vlm_mini.config import DecoderConfig, VLMConfig, check_layers
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families.parts.maps import Experts, PerHead, Raised, Weights
 from mlx_vlm_mini.model import VLM
@@ -75,6 +75,20 @@ def rename(name: str, weights: Weights) -> tuple[str, ...]:
     target, rest = _find(name, weights)
     targets = () if target is None else (target,) if isinstance(target, str) else target
     return tuple(each + rest for each in targets)
+
+
+def count_decoder(checkpoint: Checkpoint, weights: Weights, config: DecoderConfig) -> tuple[int, int]:
+    """The decoder's weights in the files, and those of them that a token reads: of experts the ones that it takes."""
+    total, active = 0, 0.0
+    for theirs in checkpoint.tensors:
+        try:
+            ours = rename(theirs, weights)
+        except KeyError:
+            continue
+        if ours and ours[0].startswith("decoder."):
+            count = checkpoint.num_weights(theirs)
+            total, active = total + count, active + count * config.active_share(ours[0])
+    return total, round(active)
 
 
 def hub_name(name: str, weights: Weights) -> str:

@@ -290,6 +290,12 @@ class DecoderConfig:
             rotary_dims=int(self.head_dim * factor),
         )
 
+    def active_share(self, name: str) -> float:
+        """Which part of one of our tensors a token reads: of stacked experts those that it takes, of others all."""
+        if self.experts is None or ".switch_mlp." not in name:
+            return 1.0
+        return self.experts.num_experts_per_tok / self.experts.num_experts
+
     @property
     def has_sections(self) -> bool:
         """Whether a token has three positions, so that it matters where pictures stand (Qwen2-VL)."""

@@ -131,3 +131,14 @@ def choose(name: str, chosen: Sequence[int] | None, count: int) -> list[int]:
     if not chosen:
         raise PromptError(f"no {name} is chosen: the decoder has {count}, 0 to {count - 1}")
     return sorted({number % count for number in chosen})
+
+
+def name_numbers(numbers: Sequence[int]) -> str:
+    """Numbers in order, runs of them as `0-31`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)

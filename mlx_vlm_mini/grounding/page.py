@@ -6,7 +6,7 @@ from html import escape
 
 from PIL import Image
 
-from .attended import MADE_BY, AnswerAttention
+from .attended import MADE_BY, AnswerAttention, name_numbers
 from .heat import colour, heat_of, mean_token, open_pictures
 
 _MOST, _LEAST, _CELLS = 640, 320, 160  # pixels along a picture, and cells along the heat over it at most
@@ -85,7 +85,7 @@ def attention_page(found: AnswerAttention) -> str:
         for picture, figure in zip(pictures, figures, strict=True)
     )
     words = "".join(_word(found, token) for token in range(len(found.tokens)))
-    how = f"{found.reduce} of layers {_ranges(found.layers)} and heads {_ranges(found.heads)}"
+    how = f"{found.reduce} of layers {name_numbers(found.layers)} and heads {name_numbers(found.heads)}"
     everything = f"{float(found.shares.mean()):.0%} of the attention of all tokens is on the images"
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -115,17 +115,6 @@ def _word(found: AnswerAttention, token: int) -> str:
     title = f"{found.label(token)!r}: {share:.0%} of its attention is on the images"
     shown = escape(text) if text.strip() else escape(text) + escape(found.label(token))
     return f'<span tabindex="0" data-token="{token}"{special} title="{escape(title)}">{shown}</span>'
-
-
-def _ranges(numbers: tuple[int, ...]) -> str:
-    """Numbers in order, runs of them as `0-31`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
 def _data(image: Image.Image, kind: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 from checkpoints import PHOTO, PLAIN, SHAPES
 from click.testing import CliRunner
 from PIL import Image
+from reference import GOLDEN
 
 from mlx_vlm_mini import Chat, generate, load
 from mlx_vlm_mini.cli import attend as room
@@ -167,3 +168,13 @@ def test_what_attend_cannot_do_in_a_conversation(session, tmp_path, lines, messa
         session.take(line)
     with pytest.raises(PromptError, match=message):
         session.take(last)
+
+
+def test_which_layers_attend_is_said(tmp_path):
+    """Of Qwen3.5 some; of others all, and nothing is said."""
+    file = tmp_path / "heat.npz"
+    given = ["-i", str(PHOTO), "-p", "What?", "--max-tokens", "2", "-o", str(file)]
+    found = CliRunner().invoke(main, ["attend", str(GOLDEN / "qwen3.5"), *given])
+    assert found.exit_code == 0 and "layer 3 attends to the images; layers that keep a state have no" in found.stderr
+    file.unlink()
+    assert CliRunner().invoke(main, ["attend", str(PLAIN), *given]).stderr == ""

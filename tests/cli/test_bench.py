@@ -60,6 +60,16 @@ def test_layers_whose_memory_does_not_grow():
     assert second["bytes_per_token"] - first["bytes_per_token"] == 40 * 2 * heads * size * 4
 
 
+def test_of_experts_a_token_reads_those_that_it_takes():
+    model, _ = load(GOLDEN / "qwen3.5-moe")
+    arrays = dict(tree_flatten(model.decoder.parameters()))
+    stacks = sum(array.nbytes for name, array in arrays.items() if ".switch_mlp." in name)
+    everything = sum(array.nbytes for name, array in arrays.items() if name != "embed_tokens.weight")
+    assert stacks and weight_bytes(model)["token"] == everything - stacks * 3 // 5  # two of five
+    _, out, _ = run(GOLDEN / "qwen3.5-moe", *QUICK[:-1], "120", "-i", PHOTO)
+    assert "| experts, those of a token | 5, 2 |" in out
+
+
 def test_a_trace_that_failed_is_named(monkeypatch, traced_steps):
     def fail(decoder):
         raise RuntimeError("no such kernel")

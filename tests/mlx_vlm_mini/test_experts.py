@@ -10,11 +10,12 @@ from checkpoints import edit_json, with_paths
 from reference import CASES, GOLDEN
 
 from mlx_vlm_mini import load
+from mlx_vlm_mini.checkpoints.describe import describe
 from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.checkpoints.weights import load_weights
 from mlx_vlm_mini.config import ExpertConfig
-from mlx_vlm_mini.convert import convert
+from mlx_vlm_mini.convert import convert, preview
 from mlx_vlm_mini.convert.quantize import find_layers
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families import qwen3_vl
@@ -179,6 +180,19 @@ def test_conversion_quantizes_experts_and_no_router(copy_of, tmp_path, layout):
 def test_what_measures_layers_refuses_experts_by_name(settings, tmp_path):
     with pytest.raises(CheckpointError, match=r"do not measure experts \(model.language_model.layers.0.mlp.exp"):
         convert(GOLDEN / MOE, tmp_path / "out", group_size=32, **settings)
+
+
+def test_weights_of_a_token_are_counted(tmp_path):
+    """By `info` and by the plan of a conversion: of three layers with five experts of 3 x 16 x 12 weights two each."""
+    decoder = describe(GOLDEN / MOE)["decoder"]
+    idle = 3 * 3 * 3 * 16 * 12
+    assert (decoder["experts"], decoder["experts_per_token"], decoder["linear_attention_layers"]) == (5, 2, 2)
+    assert decoder["active_weights"] == decoder["weights"] - idle
+    assert "experts" not in describe(GOLDEN / "qwen3.5")["decoder"]
+    convert(GOLDEN / MOE, tmp_path / "out", bits=8, group_size=32)
+    assert describe(tmp_path / "out")["decoder"]["active_weights"] == decoder["active_weights"]
+    (note,) = preview(GOLDEN / MOE).notes
+    assert note.startswith("a token takes 2 of 5 experts: ") and note.endswith(" billion weights")
 
 
 def test_layers_to_quantize_are_named_once_each():
