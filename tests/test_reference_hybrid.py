@@ -105,6 +105,33 @@ def test_tensors_of_the_classes_own_sizes(family):
         assert planned.unused == () and set(planned.ours.values()) == set(shapes)
 
 
+SIZES = [name for name in published.CONFIGS if name.startswith(("Qwen/Qwen3.5", "Qwen/Qwen3-VL-2", "Qwen/Qwen3-VL-3"))]
+OTHERS = ("MiniCPM", "Ministral", "Devstral", "LightOn", "granite", "Qianfan")
+
+
+@pytest.mark.parametrize("name", [*SIZES, *(name for name in published.CONFIGS if any(one in name for one in OTHERS))])
+def test_published_sizes(name):
+    """All tensors that transformers' class of this size has on the meta device have their place, and no other is asked
+    for; of those that the Hub names so, names and shapes are the same."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    given = published.CONFIGS[name]
+    config = AutoConfig.for_model(**given)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    tied = set(getattr(model, "_tied_weights_keys", ())) if config.tie_word_embeddings else set()
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key not in tied}
+    checkpoint = published.published(name)
+    found, expected = plan(published.without_data(given, shapes)), plan(checkpoint)
+    assert found.unused == () and found.ours.keys() == expected.ours.keys()
+    if found.family.__name__.rpartition(".")[2].startswith(tuple(published.LATER)):
+        stored = {key: info.shape for key, info in checkpoint.tensors.items()}
+        experts = {key for key in shapes if ".experts." in key} if given["model_type"] == "qwen3_vl_moe" else set()
+        turned = {key: (shape[0], shape[2], shape[1]) for key, shape in shapes.items() if key in experts}
+        assert {key: tuple(shape) for key, shape in stored.items()} == {**shapes, **turned}
+
+
 @pytest.mark.parametrize("name", ["qwen3.5", "qwen3.5-moe", "qwen3-vl-moe"])
 def test_what_is_converted_transformers_reads(name, tmp_path):
     """Written back in torch's form, as `train --save` and uploads for others are; names are the source's."""

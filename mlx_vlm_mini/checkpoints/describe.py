@@ -4,7 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_mini.config import VLMConfig
+from mlx_vlm_mini.config import DecoderConfig, VLMConfig
 from mlx_vlm_mini.families import Family
 from mlx_vlm_mini.preprocessing.anyres import most_tokens
 from mlx_vlm_mini.preprocessing.grid import EdgeGrid, Grid
@@ -88,15 +88,9 @@ def describe(
             "hidden_size": decoder.hidden_size, "layers": decoder.num_hidden_layers,
             "heads": decoder.num_attention_heads, "kv_heads": decoder.num_key_value_heads,
             "vocab_size": decoder.vocab_size, "context": decoder.max_position_embeddings,
+            **_states_and_experts(checkpoint, family, decoder),
         },
     }  # fmt: skip
-    kinds = decoder.layer_types
-    if "linear_attention" in kinds:
-        shapes["decoder"]["linear_attention_layers"] = kinds.count("linear_attention")
-    if decoder.experts is not None:
-        _, active = count_decoder(checkpoint, family.WEIGHTS, decoder)
-        one = {"experts": decoder.experts.num_experts, "experts_per_token": decoder.experts.num_experts_per_tok}
-        shapes["decoder"] |= {**one, "active_weights": active}
     if config.text_alone:
         shapes = {"decoder": shapes["decoder"]}
     described: dict[str, Any] = {
@@ -126,6 +120,18 @@ def describe(
         described["image_settings"] = processor.image_settings is not None
         described["check"] = "every tensor has its place, name and shape"
     return described
+
+
+def _states_and_experts(checkpoint: Checkpoint, family: Family, decoder: DecoderConfig) -> dict[str, int]:
+    """Layers that keep a state in place of keys and values; experts, and the weights that a token reads."""
+    found = {}
+    if "linear_attention" in decoder.layer_types:
+        found["linear_attention_layers"] = decoder.layer_types.count("linear_attention")
+    if decoder.experts is not None:
+        _, active = count_decoder(checkpoint, family.WEIGHTS, decoder)
+        found |= {"experts": decoder.experts.num_experts, "experts_per_token": decoder.experts.num_experts_per_tok}
+        found["active_weights"] = active
+    return found
 
 
 def _image_size(checkpoint: Checkpoint, family: Family, config: VLMConfig) -> int:

@@ -11,7 +11,10 @@ tensors' names and shapes from vllm-project/vllm (tests/golden/qwen_vl_oracle.py
 configs in public repositories, the sizes of 2-VL's recalled; SmolVLM-256M, SmolVLM2-500M, Gemma 3 4B and 27B from copies of their
 configs in public repositories' tests; SmolVLM 2.2B, Idefics3-8B and Gemma 3 12B from memory; Mistral Small 3.1's from a copy of
 its config, Pixtral-12B's from memory (its decoder has Mistral Nemo's sizes). PaddleOCR-VL's and GLM-4.1V's are their classes' defaults,
-GLM-OCR's and GLM-4.6V-Flash's recalled; Janus-Pro's those of copies of their configs. None was downloaded from the Hub itself.
+GLM-OCR's and GLM-4.6V-Flash's recalled; Janus-Pro's those of copies of their configs. Qwen3.5's 0.8B, 4B, 9B, 27B, 35B-A3B and
+397B-A17B from copies of their configs and from THUDM/slime's scripts, 2B and 122B-A10B recalled; Qwen3-VL-MoE's from those scripts; MiniCPM-V 4.6's from a copy of its config in
+sophgo/LLM-TPU; LightOnOCR's are its class's defaults; Ministral 3's 8B has its class's, 3B, 14B and Devstral Small 2 are recalled, as is
+Granite-Docling; of Qianfan-OCR the decoder is Qwen3-4B, with the vocabulary that its class has. None was downloaded from the Hub itself.
 """
 
 from math import prod
@@ -23,11 +26,11 @@ from qwen_vl_oracle import shapes_of
 
 from mlx_vlm_mini.checkpoints.folder import Checkpoint, TensorInfo
 from mlx_vlm_mini.checkpoints.load import plan
-from mlx_vlm_mini.checkpoints.weights import hub_name, is_convolution
+from mlx_vlm_mini.checkpoints.weights import count_decoder, hub_name, is_convolution
 from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.convert.quantize import choose, plan_outputs, spread
 from mlx_vlm_mini.families import find_family
-from mlx_vlm_mini.families.parts.maps import Weights
+from mlx_vlm_mini.families.parts.maps import Raised, Weights
 from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.preprocessing.anyres import most_tokens
 
@@ -328,6 +331,102 @@ GLM = {
             "rope_type": "default", "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5, "rope_theta": 500000}},
     },
 }  # fmt: skip
+QWEN3_5 = {  # hidden size, MLP, layers, heads, heads of keys and values, heads of the delta nets' values, tied head
+    "0.8B": (1024, 3584, 24, 8, 2, 16, True),
+    "2B": (2048, 6144, 24, 8, 2, 16, True),
+    "4B": (2560, 9216, 32, 16, 4, 32, True),
+    "9B": (4096, 12288, 32, 16, 4, 32, False),
+    "27B": (5120, 17408, 64, 24, 4, 48, False),
+}
+QWEN3_5_MOE = {  # hidden size, an expert's MLP, layers, heads, heads of keys and values, of values, experts, those of a token
+    "35B-A3B": (2048, 512, 40, 16, 2, 32, 256, 8),
+    "122B-A10B": (3072, 1024, 48, 32, 2, 64, 256, 8),
+    "397B-A17B": (4096, 1024, 60, 32, 2, 64, 512, 10),
+}
+SMALL_TOWERS: dict[str, dict[str, Any]] = {
+    "0.8B": {"depth": 12, "hidden_size": 768, "intermediate_size": 3072, "num_heads": 12},
+    **{size: {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096} for size in ("2B", "4B")},
+}
+
+
+def _qwen3_5(size: str) -> dict[str, Any]:
+    """Also with experts, whose shared one is as wide as the others."""
+    experts: dict[str, Any] = {}
+    if size in QWEN3_5:
+        hidden, mlp, layers, heads, kv_heads, value_heads, tied = QWEN3_5[size]
+        family, experts = "qwen3_5", {"intermediate_size": mlp}
+    else:
+        hidden, mlp, layers, heads, kv_heads, value_heads, count, chosen = QWEN3_5_MOE[size]
+        family, tied = "qwen3_5_moe", False
+        experts = {
+            "num_experts": count, "num_experts_per_tok": chosen, "moe_intermediate_size": mlp,
+            "shared_expert_intermediate_size": mlp,
+        }  # fmt: skip
+    text = {
+        "model_type": f"{family}_text", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": 256, "linear_num_value_heads": value_heads, **experts,
+        "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "vocab_size": 248320,
+        "max_position_embeddings": 262144, "tie_word_embeddings": tied, "rms_norm_eps": 1e-6, "rope_parameters": {
+            "rope_theta": 1e7, "rope_type": "default", "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10],
+            "mrope_interleaved": True,
+        },
+    }  # fmt: skip
+    vision = {"out_hidden_size": hidden, "deepstack_visual_indexes": [], **SMALL_TOWERS.get(size, {})}
+    return {"model_type": family, "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+
+
+def _qwen3_vl_moe(hidden: int, mlp: int, layers: int, heads: int) -> dict[str, Any]:
+    """Of 128 experts a token takes 8."""
+    return {
+        "model_type": "qwen3_vl_moe", "tie_word_embeddings": False, "vision_config": {"out_hidden_size": hidden},
+        "text_config": {
+            "model_type": "qwen3_vl_moe_text", "hidden_size": hidden, "moe_intermediate_size": mlp,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 4, "head_dim": 128,
+            "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936, "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-6, "rope_theta": 5e6,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+        },
+    }  # fmt: skip
+
+
+def _ministral3(hidden: int, mlp: int, layers: int, *, tied: bool = False) -> dict[str, Any]:
+    vision = {"model_type": "pixtral", "image_size": 1540, "patch_size": 14, "hidden_act": "silu", "head_dim": 64}
+    return {
+        "model_type": "mistral3", "image_token_index": 10, "projector_hidden_act": "gelu", "vision_feature_layer": -1,
+        "spatial_merge_size": 2, "tie_word_embeddings": tied, "vision_config": vision, "text_config": {
+            "model_type": "ministral3", "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072,
+            "tie_word_embeddings": tied,
+        },
+    }  # fmt: skip
+
+
+MINICPM_V_4_6 = {
+    "model_type": "minicpmv4_6", "image_token_id": 248056, "insert_layer_id": 6, "tie_word_embeddings": True,
+    "text_config": {
+        **{key: value for key, value in _qwen3_5("0.8B")["text_config"].items() if key != "rope_parameters"},
+        "vocab_size": 248094, "rope_parameters": {"rope_theta": 1e7, "rope_type": "default", "partial_rotary_factor": 0.25},
+    },
+    "vision_config": {**SIGLIP_SO400M, "model_type": "minicpmv4_6_vision", "image_size": 980},
+}  # fmt: skip
+GRANITE_DOCLING = {
+    "model_type": "idefics3", "image_token_id": 100270, "scale_factor": 4, "tie_word_embeddings": True,
+    "text_config": {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 100352, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192, "rope_theta": 1e5, "tie_word_embeddings": True,
+    },
+    "vision_config": {**SIGLIP_512, "model_type": "idefics3_vision"},
+}  # fmt: skip
+QIANFAN_OCR = {
+    "model_type": "qianfan_ocr", "image_token_id": 151667, "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 5e6, "tie_word_embeddings": False,
+    },
+    "vision_config": {"model_type": "qianfan_ocr_vision"},
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": _llava("llava", VICUNA_7B, pad_token_id=32001),
     "llava-hf/llava-1.5-13b-hf": _llava("llava", VICUNA_13B, pad_token_id=32001),
@@ -367,8 +466,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **{f"Qwen/Qwen2-VL-{size}-Instruct": _qwen_vl("qwen2_vl", size) for size in ("2B", "7B", "72B")},
     **{f"Qwen/Qwen2.5-VL-{size}-Instruct": _qwen_vl("qwen2_5_vl", size) for size in ("3B", "7B", "32B", "72B")},
     **{f"Qwen/Qwen3-VL-{size}-Instruct": _qwen_vl("qwen3_vl", size) for size in QWEN3_VL},
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": _qwen3_vl_moe(2048, 768, 48, 32),
+    "Qwen/Qwen3-VL-235B-A22B-Instruct": _qwen3_vl_moe(4096, 1536, 94, 64),
+    **{f"Qwen/Qwen3.5-{size}": _qwen3_5(size) for size in (*QWEN3_5, *QWEN3_5_MOE)},
+    "openbmb/MiniCPM-V-4.6": MINICPM_V_4_6,
     "mistral-community/pixtral-12b": _pixtral("llava", 14336, 1024000, patch_size=16, image_size=1024),
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": _pixtral("mistral3", 32768, 131072, patch_size=14, image_size=1540),
+    "mistralai/Ministral-3-3B-Instruct-2512": _ministral3(3072, 9216, 26, tied=True),
+    "mistralai/Ministral-3-8B-Instruct-2512": _ministral3(4096, 14336, 34),
+    "mistralai/Ministral-3-14B-Instruct-2512": _ministral3(5120, 16384, 40),
+    "mistralai/Devstral-Small-2-24B-Instruct-2512": _ministral3(5120, 32768, 40),
+    "lightonai/LightOnOCR-1B-1025": {"model_type": "lighton_ocr"},
+    "ibm-granite/granite-docling-258M": GRANITE_DOCLING,
+    "baidu/Qianfan-OCR": QIANFAN_OCR,
     "PaddlePaddle/PaddleOCR-VL": PADDLEOCR_VL,
     **GLM,
     "deepseek-community/Janus-Pro-1B": _janus(2048, 5632, 24, 16),
@@ -401,16 +511,36 @@ def published(name: str) -> Checkpoint:
         shapes |= {tensor.replace(".0.", f".{number}.", 1): shape for tensor, shape in blocks.items()}
     stored: dict[str, tuple[int, ...]] = {}
     for tensor, shape in shapes.items():
+        if ".switch_mlp." in tensor:  # gate and up of all experts are one tensor, which stands beside that of down
+            stem, _, part = tensor.removesuffix("_proj.weight").partition(".switch_mlp.")
+            name = (
+                stem.replace("decoder.", "model.language_model.")
+                + f".experts.{'down' if part == 'down' else 'gate_up'}_proj"
+            )
+            count, rows, columns = shape
+            rows = rows if part == "down" else 2 * rows
+            stored[name] = (count, columns, rows) if config["model_type"] == "qwen3_vl_moe" else (count, rows, columns)
+            continue
         name = _stored_name(tensor, family.WEIGHTS, str(config["model_type"]))
         stored[name] = (stored.get(name, (0,))[0] + shape[0], *shape[1:])
     return without_data(config, stored)
 
 
+QWEN3 = ("model.visual.", "model.language_model.")
+LATER = {  # families whose names on the Hub are those that others have in memory, and how these begin
+    "qwen3_vl": QWEN3,
+    "qwen3_5": QWEN3,
+    "minicpmv4_6": ("model.vision_tower.", "model.merger.", "model.language_model."),
+    "lighton_ocr": ("model.vision_encoder.", "model.vision_projection.", "model.language_model."),
+}
+
+
 def _stored_name(tensor: str, weights: Weights, model_type: str) -> str:
     """What one of our tensors, or what it is fused into, is called on the Hub."""
-    later = ("model.visual.", "model.language_model.")  # the Hub's names since Qwen3-VL, that others have in memory
-    chosen = {theirs: ours for theirs, ours in weights.items() if theirs.startswith((*later, "lm_head"))}
-    weights = chosen if model_type == "qwen3_vl" else weights
+    parts = next((parts for kind, parts in LATER.items() if model_type.startswith(kind)), None)
+    if parts is not None:
+        chosen = {theirs: ours for theirs, ours in weights.items() if theirs.startswith((*parts, "lm_head"))}
+        weights = {theirs: ours for theirs, ours in chosen.items() if not isinstance(ours, Raised)}
     for theirs, ours in weights.items():
         for part in ours if isinstance(ours, tuple) else () if ours is None else (ours,):
             try:
@@ -447,7 +577,8 @@ def table() -> str:
         "authors' own repositories (`liuhaotian/*`) hold the same towers, the vision one often elsewhere, and a vocabulary",
         "without spare rows. An image of Llama 3.2 Vision takes one token; its keys, which the decoder's cross-attention",
         "layers look at, are counted instead. What draws in Janus-Pro is counted with the projector; its head is quantized, its",
-        "VQ decoder is not. InternVL's sizes are in the README, by tests/test_reference_internvl.py.\n",
+        "VQ decoder is not. Of experts a token reads some: the decoder's weights that it does are named, too. InternVL's sizes",
+        "are in the README, by tests/test_reference_internvl.py.\n",
         "| model | vision | projector | decoder | image tokens | bfloat16 | 8 bits | 4 bits |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -463,7 +594,11 @@ def table() -> str:
             outputs, _, skipped = plan_outputs(planned, spread(planned, choose(bits, 64, "affine", {})), None)
             assert not skipped
             sizes.append(sum(output.nbytes for output in outputs))
-        cells = [f"`{name}`", *(f"{count / 1e6:,.1f} M" for count in counts.values()), image_tokens(planned.config)]
+        parts = {part: f"{count / 1e6:,.1f} M" for part, count in counts.items()}
+        if planned.config.decoder.experts is not None:
+            _, active = count_decoder(checkpoint, planned.family.WEIGHTS, planned.config.decoder)
+            parts["decoder"] += f", a token {active / 1e6:,.1f} M"
+        cells = [f"`{name}`", *parts.values(), image_tokens(planned.config)]
         lines.append(f"| {' | '.join(cells + [f'{size / 1e9:.2f} GB' for size in sizes])} |")
     return "\n".join(lines) + "\n"
 
