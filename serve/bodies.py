@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from starlette.types import Receive
 from .limits import Limits
 from .refusals import Refusal, later
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _AT_ONCE = 2**20  # bytes that the event loop parses without a thread
 
 
@@ -103,6 +105,8 @@ def _parse(data: bytes, depth: int) -> dict[str, Any]:
         raise Refusal(400, f"the body is no JSON: {reason}") from None
     if not isinstance(found, dict):
         raise Refusal(400, "the body must be a JSON object")
+    if _SURROGATE.search(data) and not _can_be_written(found):
+        raise Refusal(400, "the body has half of a surrogate pair, which is no character: leave it out")
     level: list[Any] = [found]
     for _ in range(depth):
         level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
@@ -110,6 +114,14 @@ def _parse(data: bytes, depth: int) -> dict[str, Any]:
         if not level:
             return found
     raise _too_deep(depth)
+
+
+def _can_be_written(content: dict[str, Any]) -> bool:
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
 
 
 def _too_deep(depth: int) -> Refusal:

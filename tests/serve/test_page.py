@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import plistlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from serving import Served, data_url, engine_of, served
 
 from mlx_vlm_mini import attend, load
 from mlx_vlm_mini.serve import browser
+from mlx_vlm_mini.serve.limits import Limits
 
 PAGE = Path(browser.__file__).parent / "page"
 LIBRARIES = {
@@ -137,3 +139,11 @@ def test_attention_is_the_librarys(server, model):
 def test_attention_without_what_it_needs(server, messages, status, message):
     response = look(server, messages)
     assert response.status_code == status and message in response.json()["error"]["message"]
+
+
+def test_the_documents_settings_are_well_formed():
+    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+    plist = plistlib.loads(re.search(r"```xml\n(.*?)```", text, re.DOTALL)[1].encode())
+    assert plist["ProgramArguments"][1] == "serve" and plist["ExitTimeOut"] > Limits().drain
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, "docs/server.md", "exec")
