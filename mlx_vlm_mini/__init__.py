@@ -2,9 +2,10 @@
 
 The public names are `load`, `generate`, `stream_generate` and `Chat`; for many prompts at once `batch_generate` and
 `Engine`; for how probable answers are `score`; for answers that name places `find_detections`
-and `draw_detections`; for what the model looked at `attend`, `draw_attention` and `attention_page`; for CLIP
-and QLLaMA `load_scorer`, for ViLT `load_answerer`. They are imported when first used, so that `import mlx_vlm_mini`
-costs nothing. No module may have one of these names: importing it would put it in the place of the function.
+and `draw_detections`; for pictures from words `imagine`; for what the model looked at `attend`, `draw_attention` and
+`attention_page`; for CLIP and QLLaMA `load_scorer`, for ViLT `load_answerer`. They are imported when first used, so
+that `import mlx_vlm_mini` costs nothing. No module may have one of these names: importing it would put it in the place
+of the function.
 """
 
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_vlm_mini.checkpoints.load import load
+    from mlx_vlm_mini.drawing.imagine import imagine
     from mlx_vlm_mini.generation.chat import Chat
     from mlx_vlm_mini.generation.engine import Engine, batch_generate
     from mlx_vlm_mini.generation.stream import generate, stream_generate
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Chat", "Engine", "__version__", "attend", "attention_page", "batch_generate", "draw_attention", "draw_detections",
-    "find_detections", "generate", "load", "load_answerer", "load_scorer", "score", "stream_generate",
+    "find_detections", "generate", "imagine", "load", "load_answerer", "load_scorer", "score", "stream_generate",
 ]  # fmt: skip
 
 _HOME = {
@@ -41,6 +43,7 @@ _HOME = {
     "draw_detections": ".grounding.draw",
     "find_detections": ".grounding.detections",
     "generate": ".generation.stream",
+    "imagine": ".drawing.imagine",
     "load": ".checkpoints.load",
     "load_answerer": ".scoring.vilt",
     "load_scorer": ".scoring.matching",

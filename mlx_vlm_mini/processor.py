@@ -19,7 +19,7 @@ from mlx_vlm_mini.preprocessing.slices import IMAGE_NUMBER, Slices
 from mlx_vlm_mini.preprocessing.splits import Splits
 from mlx_vlm_mini.preprocessing.tiles import Tiles
 from mlx_vlm_mini.preprocessing.video import VideoLayout, VideoSettings, read_clip
-from mlx_vlm_mini.text.literal import mark
+from mlx_vlm_mini.text.literal import mark, unmark
 from mlx_vlm_mini.text.messages import Message, Prompt, images_of, text_of, to_messages
 from mlx_vlm_mini.text.template import ChatTemplate
 from mlx_vlm_mini.text.thinking import answer_begins
@@ -63,6 +63,16 @@ class PreparedImage:
         return self.pixel_values.nbytes + more + (0 if self.among is None else self.among.nbytes)
 
 
+@dataclass(frozen=True)
+class DrawingTokens:
+    """What stands in the prompt of a picture that is drawn: ids of the token that begins every prompt, of the one after
+    which image tokens follow, and of the one that stands for words in the prompt without any."""
+
+    begin: int
+    image: int
+    pad: int
+
+
 _NO_IMAGE = "\ue002\ue003"  # in place of the image token of a model that reads text alone
 
 
@@ -82,6 +92,7 @@ class Processor:
         eos_token_ids: the ids that end an answer.
         stops: texts that end it, too.
         preamble: text before the rendered template of every prompt that is answered.
+        drawing_tokens: of a model that draws.
         marker_texts: of special tokens that are part of a marker around an answer's thinking, which `decode` leaves
             out, id to text.
     """
@@ -98,6 +109,7 @@ class Processor:
         video_settings: VideoSettings | None = None,
         instruction_tokenizer: Tokenizer | None = None,
         preamble: str = "",
+        drawing_tokens: DrawingTokens | None = None,
         access: Access = LOCAL,
     ) -> None:
         self.config = config
@@ -109,6 +121,7 @@ class Processor:
         self.video_settings = video_settings
         self.eos_token_ids = eos_token_ids
         self.preamble = preamble
+        self.drawing_tokens = drawing_tokens
         prescribed = config.prescribed
         self.stops = () if prescribed is None or prescribed.stop is None else (prescribed.stop,)
         self._cuts = prescribed is not None and prescribed.cut_at_images
@@ -277,6 +290,36 @@ class Processor:
                 text, piece = text.removesuffix(before), piece.removeprefix(behind)
             text += image.text.replace(IMAGE_NUMBER, str(number)) + piece
         return text, slots
+
+    def drawing_prompt(self, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of what a picture is drawn after: a user's message by the chat template, without the preamble, and
+        the token after which image tokens follow; and where in `prompt` each token's text lies, (0, 0) of others.
+
+        Raises:
+            PromptError: the prompt is empty.
+            CheckpointError: the model does not draw.
+        """
+        if self.drawing_tokens is None:
+            raise CheckpointError(f"family '{self.config.family}' draws no pictures")
+        words = prompt.strip()
+        if not words:
+            raise PromptError("the prompt is empty: say what the picture should show")
+        text, probe = (
+            self.chat_template.render(
+                [{"role": "user", "content": [{"type": "text", "text": each}]}], controls=self._controls()
+            )[0]
+            for each in (words, _NO_IMAGE)
+        )
+        ids, places, _ = self.tokenize(text, [False] * text.count(self.image_token))
+        first, lead = probe.find(_NO_IMAGE), len(prompt) - len(prompt.lstrip())
+        (marked,) = mark([words], {*self._controls(), self.image_token})
+
+        def own(start: int, end: int) -> tuple[int, int]:
+            start, end = (min(max(edge - first, 0), len(marked)) for edge in (start, end))
+            start, end = (len(unmark(marked[:edge])) + lead for edge in (start, end))
+            return (start, end) if start < end else (0, 0)
+
+        return [*ids, self.drawing_tokens.image], [*(own(*place) for place in places), (0, 0)]
 
     def _controls(self) -> frozenset[str]:
         """The tokens that are text where a message has them in its own."""

@@ -22,7 +22,7 @@ from mlx_vlm_mini.model import VLM
 from mlx_vlm_mini.preprocessing.grid import EdgeGrid
 from mlx_vlm_mini.preprocessing.settings import TILINGS, ImageSettings, image_settings
 from mlx_vlm_mini.preprocessing.video import VideoSettings, video_settings
-from mlx_vlm_mini.processor import Processor
+from mlx_vlm_mini.processor import DrawingTokens, Processor
 from mlx_vlm_mini.text.template import find_chat_template
 from mlx_vlm_mini.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -215,6 +215,7 @@ def load_processor(checkpoint: Checkpoint, family: Family, config: VLMConfig) ->
         instruction_tokenizer=load_tokenizer(checkpoint.folder / INSTRUCTIONS) if reads else None,
         chat_template=found or family.CHAT_TEMPLATE,
         preamble=_find_preamble(checkpoint.folder, family),
+        drawing_tokens=None if config.drawing is None else _find_drawing_tokens(checkpoint.folder, family, tokenizer),
         image_settings=find_image_settings(checkpoint.folder, family, config),
         video_settings=find_video_settings(checkpoint.folder, family, config),
         eos_token_ids=eos_token_ids(checkpoint, tokenizer, None if prescribed is None else prescribed.end_token),
@@ -225,6 +226,30 @@ def _find_preamble(folder: Path, family: Family) -> str:
     """What a family's own processor writes before every rendered template; empty where the folder asks for nothing."""
     file, text = folder / "processor_config.json", getattr(family, "PREAMBLE", "")
     return text if text and file.is_file() and read_json(file).get("use_default_system_prompt") else ""
+
+
+def _find_drawing_tokens(folder: Path, family: Any, tokenizer: Tokenizer) -> DrawingTokens | None:
+    """The ids that generation_config.json gives, since uploads differ; else those of the tokens by their names. None
+    where there are no such tokens.
+
+    Raises:
+        CheckpointError: an id is none of the tokenizer's.
+    """
+    file = folder / GENERATION
+    given = read_json(file) if file.is_file() else {}
+    more = given.get("generation_kwargs")
+    given = {**given, **(more if isinstance(more, Mapping) else {})}
+    names = {key: tokenizer.special_tokens.get(f"{key}_token", "") for key in ("bos", "pad")}
+    found = []
+    for key, name in {"bos": names["bos"], "boi": family.BEGIN_IMAGE, "pad": names["pad"]}.items():
+        token = given.get(f"{key}_token_id")
+        token = tokenizer.token_to_id(name) if token is None else token
+        if token is None:
+            return None
+        if type(token) is not int or tokenizer.id_to_token(token) is None:
+            raise CheckpointError(f"{file}: {key}_token_id {token!r} is no token of the tokenizer's")
+        found.append(token)
+    return DrawingTokens(*found)
 
 
 def _add_prescribed(tokenizer: Tokenizer, tokens: tuple[str, ...], config: VLMConfig, folder: Path) -> None:

@@ -57,8 +57,8 @@ class Drawer(nn.Module):
         return self.head(hidden)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """int[B] -> float[B, 1, C]: what the decoder reads of image tokens, which is not the codebook's."""
-        return self.aligner(self.embeddings[tokens])[:, None]
+        """int[B, L] -> float[B, L, C]: what the decoder reads of image tokens, which is not the codebook's."""
+        return self.aligner(self.embeddings[tokens])
 
     def pixels(self, tokens: Sequence[int]) -> mx.array:
         """A picture's image tokens, row by row -> float32[side, side, 3], normalised; evaluated."""
