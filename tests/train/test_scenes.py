@@ -207,9 +207,9 @@ def test_dialogues_vary_and_a_lone_question_is_nothing_new(train):
 
 
 def test_a_test_asks_one_question_of_each_kind_equally_often(tmp_path):
-    write_scenes(tmp_path, 300, seed=4, pairs=0.0, test=True)
+    write_scenes(tmp_path, 120, seed=4, pairs=0.0, test=True)
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "scenes.jsonl").read_text().splitlines()]
-    share = {kind: kinds.count(kind) / 300 for kind in set(kinds)}
+    share = {kind: kinds.count(kind) / 120 for kind in set(kinds)}
     assert set(share) == {"describe", "count", "colour", "where", "size", "follow-up", "shape", "presence"}
     assert all(0.05 < value < 0.25 for value in share.values()), share
 
