@@ -16,7 +16,7 @@ from .options import complete_files, loading_options, model_argument, page_optio
 from .questions import ask
 from .status import Status
 from .thumbnail import KINDS
-from .writing import Answer, neutralize
+from .writing import Answer, free_name, neutralize
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -277,7 +277,7 @@ def attend_last(chat: "Chat", typed: str) -> Path:
 
     if not chat.messages or chat.messages[-1]["role"] != "assistant":
         raise PromptError("there is no answer yet to look at")
-    file = Path(typed) if typed else free_name()
+    file = Path(typed) if typed else free_name("attention")
     try:
         check_output(file)
     except click.UsageError as error:
@@ -287,10 +287,3 @@ def attend_last(chat: "Chat", typed: str) -> Path:
     found = attend(chat.model, chat.processor, before, answer=answer, features=chat.features, think=chat.last_think)
     write_output(found, file)
     return Path(os.path.abspath(file))  # noqa: PTH100 - links stay
-
-
-def free_name() -> Path:
-    number = 1
-    while (file := Path("attention.png" if number == 1 else f"attention-{number}.png")).exists():
-        number += 1
-    return file

@@ -31,6 +31,7 @@ COMMANDS = {  # name: what may follow, what it does
         "show a picture or a PDF's pages with your next message (a URL works too); @PATH in a message does the same",
     ),
     "/paste": ("", "show the picture on the clipboard with your next message"),
+    "/imagine": ("PROMPT", "draw a picture, write it to a file, and show it with your next message (Janus-Pro)"),
     "/system": ("[TEXT]", "the system message: show it, set it, or remove it with /system off"),
     "/set": ("[NAME VALUE]", "settings of answers: list them, or change one: /set temperature 0.7"),
     "/model": ("[MODEL]", "which model this is, or go on with another one"),
@@ -176,6 +177,15 @@ class Session:
         from mlx_vlm_mini.images.source import read_image
 
         self._wait(self.show_picture(read_image(clipboard_picture()), "from the clipboard"))
+
+    def _imagine(self, prompt: str) -> None:
+        from mlx_vlm_mini.images.source import read_image
+
+        from .imagine import draw_here
+
+        file = draw_here(self.chat.model, self.chat.processor, prompt, self.model, plain=self._look.plain)
+        self._look.note(f"written to {file}")
+        self._wait(self.show_picture(read_image(file), file.name))
 
     def _wait(self, part: dict[str, Any]) -> None:
         self.waiting.append(part)

@@ -14,7 +14,7 @@ from mlx_vlm_mini import __version__
 from mlx_vlm_mini.errors import VLMError
 
 COMMANDS = (
-    "chat", "generate", "status", "convert", "info", "attend", "compose", "train", "eval", "scenes", "score", "bench",
+    "chat", "generate", "status", "convert", "info", "attend", "imagine", "compose", "train", "eval", "scenes", "score", "bench",
     "serve", "models", "pull", "rm",
 )  # fmt: skip
 _FILES = {"status": "counts"}  # of commands that are not called as their file

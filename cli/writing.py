@@ -2,6 +2,7 @@
 
 import io
 import sys
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -116,3 +117,11 @@ def block_end(text: str) -> int | None:
             return place
         begun = begun or bool(line.strip())
     return None
+
+
+def free_name(stem: str) -> Path:
+    """The first of `stem.png`, `stem-2.png` and on that is not in this folder."""
+    number = 1
+    while (file := Path(f"{stem}.png" if number == 1 else f"{stem}-{number}.png")).exists():
+        number += 1
+    return file

@@ -13,6 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_mini.config import VLMConfig
 from mlx_vlm_mini.decoder.reading import Reading
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.generation.decode import PREFILL_STEP, checked, take_turns, wired_memory
@@ -63,8 +64,8 @@ class DrawOptions:
                 raise PromptError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
 
 
-def check_drawing(model: VLM, processor: Processor, name: str = "") -> None:
-    """Refuse a model that cannot draw.
+def refuse_config(config: VLMConfig, name: str = "") -> None:
+    """Refuse a model whose config says that it cannot draw.
 
     Args:
         name: the model's, for the error.
@@ -72,16 +73,23 @@ def check_drawing(model: VLM, processor: Processor, name: str = "") -> None:
     Raises:
         CheckpointError: it cannot.
     """
-    named, family = name or "this model", model.config.family
-    if model.config.drawing is not None and processor.drawing_tokens is not None:
-        return
-    if family == "janus":
-        lacks = "the VQ decoder" if model.config.drawing is None else "the token <begin_of_image> or a pad token"
-        raise CheckpointError(f"{named} answers and cannot draw: its files lack {lacks}")
-    raise CheckpointError(
-        f"{named} cannot draw: family '{family}' answers in words alone; take a model of the family 'janus', such as "
-        "deepseek-community/Janus-Pro-1B"
-    )
+    named = name or "this model"
+    if config.family != "janus":
+        raise CheckpointError(
+            f"{named} cannot draw: family '{config.family}' answers in words alone; take a model of the family "
+            "'janus', such as deepseek-community/Janus-Pro-1B"
+        )
+    if config.drawing is None:
+        raise CheckpointError(f"{named} answers and cannot draw: its files lack the VQ decoder")
+
+
+def check_drawing(model: VLM, processor: Processor, name: str = "") -> None:
+    """Refuse a model that cannot draw; see `refuse_config`."""
+    refuse_config(model.config, name)
+    if processor.drawing_tokens is None:
+        raise CheckpointError(
+            f"{name or 'this model'} answers and cannot draw: its tokenizer lacks <begin_of_image> or a pad token"
+        )
 
 
 def imagine(
@@ -109,9 +117,7 @@ def imagine(
         PromptError: the prompt or an option is at fault.
         CheckpointError: the model cannot draw, or computes numbers that are not finite.
     """
-    options = DrawOptions(
-        count=count, guidance=guidance, temperature=temperature, seed=seed, progress=progress
-    )  # fmt: skip
+    options = DrawOptions(count=count, guidance=guidance, temperature=temperature, seed=seed, progress=progress)
     check_drawing(model, processor)
     if not isinstance(prompt, str):
         raise PromptError("a picture is drawn after a text alone: give the prompt as one text, without pictures")
