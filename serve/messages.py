@@ -19,7 +19,7 @@ def read_messages(given: Any, limits: Limits) -> list[dict[str, Any]]:
     """The `messages` of a chat completion.
 
     Content may be a text, a list of parts or null; parts are texts, pictures and PDFs. What else a message has (`name`,
-    `annotations`, ...) is left out, the thinking of an answer excepted.
+    `annotations`, ...) is left out, the thinking and the calls of an answer excepted.
 
     Raises:
         Refusal: they are none, or hold what is not taken here.
@@ -38,7 +38,7 @@ def read_messages(given: Any, limits: Limits) -> list[dict[str, Any]]:
             content = ""
         elif not isinstance(content, str):
             raise Refusal(400, f"{where}.content must be a text, a list of parts or null", f"{where}.content")
-        found.append({"role": _ROLES.get(role, role), "content": content, **_thinking(message)})
+        found.append({"role": _ROLES.get(role, role), "content": content, **_beside(message)})
     return checked(found, limits)
 
 
@@ -62,18 +62,23 @@ def read_ollama(given: Any, limits: Limits) -> list[dict[str, Any]]:
             {
                 "role": _ROLES.get(role, role),
                 "content": with_images(content, message.get("images")),
-                **_thinking(message),
+                **_beside(message),
             }
         )
     return checked(found, limits)
 
 
-def _thinking(message: Mapping[str, Any]) -> dict[str, str]:
-    """What an answer was thought about, under the name that the library has for it."""
-    if message.get("role") != "assistant":
+def _beside(message: Mapping[str, Any]) -> dict[str, Any]:
+    """What an answer was thought about and which tools it called, and of a tool's answer which call it belongs to."""
+    if message["role"] in ("tool", "function"):
+        name = message.get("name") or message.get("tool_name")
+        named = {"tool_call_id": message.get("tool_call_id"), "name": name}
+        return {key: value for key, value in named.items() if isinstance(value, str)}
+    if message["role"] != "assistant":
         return {}
     found = next((message[key] for key in KEYS if isinstance(message.get(key), str) and message[key]), None)
-    return {} if found is None else {KEYS[0]: found}
+    calls = message.get("tool_calls")
+    return {**({} if found is None else {KEYS[0]: found}), **({"tool_calls": calls} if calls else {})}
 
 
 def with_images(text: str, images: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from mlx_vlm_mini import __version__
 from mlx_vlm_mini.errors import VLMError
 from mlx_vlm_mini.generation.answering import Stats
+from mlx_vlm_mini.text.tools import Call, ToolFilter
 
 from .answers import Answers
 from .limits import Limits
@@ -78,6 +79,7 @@ async def show(server: Server, request: Request) -> Response:
                 "completion",
                 *(["vision"] if about.vision else []),
                 *(["thinking"] if about.thinking else []),
+                *(["tools"] if about.tools else []),
             ],
             "modified_at": _time(model.created),
         }
@@ -111,17 +113,29 @@ async def _answer(
     async with answers:
         chunks = [found[1] async for found in answers if found is not None]
         text, thinking = "".join(chunk.text for chunk in chunks), "".join(chunk.thinking for chunk in chunks)
+        calls: list[Call] = []
+        if question.tools:
+            tools = ToolFilter(question.tools)
+            parts = [tools.add(text), tools.finish()]
+            text, calls = "".join(part for part, _ in parts), [call for _, found in parts for call in found]
         request.scope["note"] = answers.note
-        return JSONResponse({**_said(answers.model, kind, text, thinking), **_end(answers)})
+        return JSONResponse({**_said(answers.model, kind, text, thinking, calls), **_end(answers)})
 
 
 async def _lines(answers: Answers, kind: str) -> AsyncIterator[bytes]:
     """Lines of JSON; an empty text is a sign of life, an error has a line of its own."""
+    tools = ToolFilter(answers.question.tools) if answers.question.tools else None
     try:
         async for found in answers:
             text, thinking = ("", "") if found is None else (found[1].text, found[1].thinking)
-            if found is None or text or thinking:
-                yield _line({**_said(answers.model, kind, text, thinking), "done": False})
+            calls: list[Call] = []
+            if found is not None and tools is not None:
+                text, calls = tools.add(text)
+                if found[1].finish_reason is not None:
+                    rest, last = tools.finish()
+                    text, calls = text + rest, calls + last
+            if found is None or text or thinking or calls:
+                yield _line({**_said(answers.model, kind, text, thinking, calls), "done": False})
         yield _line({**_said(answers.model, kind, ""), **_end(answers)})
     except VLMError as error:
         yield _line(refuse(error).as_ollama())
@@ -129,8 +143,10 @@ async def _lines(answers: Answers, kind: str) -> AsyncIterator[bytes]:
         yield _line(refusal.as_ollama())
 
 
-def _said(model: Model, kind: str, text: str, thinking: str = "") -> dict[str, Any]:
-    more = {"thinking": thinking} if thinking else {}
+def _said(model: Model, kind: str, text: str, thinking: str = "", calls: Sequence[Call] = ()) -> dict[str, Any]:
+    more: dict[str, Any] = {"thinking": thinking} if thinking else {}
+    if calls:
+        more["tool_calls"] = [{"function": {"name": call.name, "arguments": call.arguments}} for call in calls]
     chat = {"message": {"role": "assistant", "content": text, **more}}
     said = chat if kind == "chat" else {"response": text, **more}
     return {"model": model.name, "created_at": datetime.now(UTC).isoformat(), **said}

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from mlx_vlm_mini.errors import VLMError
 from mlx_vlm_mini.generation.answering import Chunk, Stats
 from mlx_vlm_mini.processor import Processor
+from mlx_vlm_mini.text.tools import ToolFilter
 
 from .answers import Answer, Answers
 from .models import Model
@@ -64,6 +65,8 @@ class _Reply:
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": answers.model.name,
         }  # fmt: skip
+        self._filters = [ToolFilter(self._question.tools) for _ in answers.answers]
+        self._calls: list[list[dict[str, Any]]] = [[] for _ in answers.answers]
         self._texts = [""] * len(answers.answers)
         self._thinking = [""] * len(answers.answers)
         self._logprobs: list[list[dict[str, Any]]] = [[] for _ in answers.answers]
@@ -71,7 +74,7 @@ class _Reply:
 
     def add(self, number: int, chunk: Chunk) -> None:
         """Keep a chunk for the whole answer."""
-        self._texts[number] += chunk.text
+        self._texts[number] += self._told(number, chunk)[0]
         self._thinking[number] += chunk.thinking
         self._logprobs[number] += self._logprobs_of(chunk)
 
@@ -82,15 +85,16 @@ class _Reply:
                 "index": number,
                 "message": {
                     "role": "assistant",
-                    "content": text,
+                    "content": text if text or not calls else None,
                     "refusal": None,
+                    **({"tool_calls": [_without_index(call) for call in calls]} if calls else {}),
                     **({"reasoning_content": thinking} if thinking else {}),
                 },
                 "logprobs": {"content": logprobs, "refusal": None} if self._question.logprobs else None,
-                "finish_reason": answer.finish_reason,
+                "finish_reason": self._reason(number, answer.finish_reason),
             }
-            for number, (text, thinking, logprobs, answer) in enumerate(
-                zip(self._texts, self._thinking, self._logprobs, self._answers.answers, strict=True)
+            for number, (text, thinking, calls, logprobs, answer) in enumerate(
+                zip(self._texts, self._thinking, self._calls, self._logprobs, self._answers.answers, strict=True)
             )
         ]
         cost = {"usage": usage(self._answers.answers), "timings": timings(self._answers.answers)}
@@ -123,11 +127,13 @@ class _Reply:
             deltas.append(({"role": "assistant", "content": ""}, None))
         if chunk.thinking:
             deltas.append(({"reasoning_content": chunk.thinking}, None))
+        text, calls = self._told(number, chunk)
         logprobs = self._logprobs_of(chunk)
-        if chunk.text or logprobs:
-            deltas.append(({"content": chunk.text}, None))
+        if text or logprobs:
+            deltas.append(({"content": text}, None))
+        deltas += [({"tool_calls": [call]}, None) for call in calls]
         if chunk.finish_reason is not None:
-            deltas.append(({}, chunk.finish_reason))
+            deltas.append(({}, self._reason(number, chunk.finish_reason)))
         return [
             {
                 "index": number,
@@ -140,6 +146,29 @@ class _Reply:
             for delta, reason in deltas
         ]
 
+    def _told(self, number: int, chunk: Chunk) -> tuple[str, list[dict[str, Any]]]:
+        """The text and the calls of tools that a chunk completes."""
+        if not self._question.tools:
+            return chunk.text, []
+        text, found = self._filters[number].add(chunk.text)
+        if chunk.finish_reason is not None:
+            rest, last = self._filters[number].finish()
+            text, found = text + rest, found + last
+        calls = [
+            {
+                "index": len(self._calls[number]) + place,
+                "id": f"call_{secrets.token_hex(12)}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+            }
+            for place, call in enumerate(found)
+        ]
+        self._calls[number] += calls
+        return text, calls
+
+    def _reason(self, number: int, reason: str | None) -> str | None:
+        return "tool_calls" if reason == "stop" and self._calls[number] else reason
+
     def _event(self, content: dict[str, Any]) -> bytes:
         none = {"usage": None} if self._question.usage else {}
         return _data({**self._head, "object": "chat.completion.chunk", **none, **content})
@@ -151,6 +180,10 @@ class _Reply:
             return []
         text = processor.tokenizer.decode([chunk.token], skip_special_tokens=False)
         return [{"token": text, "logprob": chunk.logprob, "bytes": [*text.encode()], "top_logprobs": []}]
+
+
+def _without_index(call: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in call.items() if key != "index"}
 
 
 def usage(answers: list[Answer]) -> dict[str, Any]:

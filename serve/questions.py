@@ -8,6 +8,7 @@ from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.generation.options import Options
 from mlx_vlm_mini.text.messages import images_of
 from mlx_vlm_mini.text.thinking import SWITCH
+from mlx_vlm_mini.text.tools import check_tools
 
 from .limits import Limits
 from .messages import checked, read_messages, read_ollama, with_images
@@ -26,6 +27,7 @@ class Question:
         stream: whether they come piece by piece.
         usage: whether a stream says at its end what it cost.
         logprobs: whether the tokens' log-probabilities are told.
+        tools: those that the model may call.
         effort: whether the model is to think, where it has a choice; None: as it does by default.
     """
 
@@ -36,14 +38,14 @@ class Question:
     stream: bool = False
     usage: bool = False
     logprobs: bool = False
+    tools: list[dict[str, Any]] = field(default_factory=list)
     effort: bool | None = None
 
 
 # Fields that clients send and that cannot be honoured: the values that mean "nothing", and what to do.
 # None always means nothing. All other fields that are not known are left out.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tools": (([],), "this server calls no tools: leave it out"),
-    "functions": (([],), "this server calls no functions: leave it out"),
+    "functions": (([],), "give tools in its place"),
     "top_logprobs": ((0,), "the chosen tokens' log-probabilities are told alone: leave it out or give 0"),
     "frequency_penalty": ((0,), "give repetition_penalty in its place"),
     "presence_penalty": ((0,), "give repetition_penalty in its place"),
@@ -54,7 +56,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 _LEVELS = ("none", "minimal", "low", "medium", "high", "xhigh")
 _REFUSED_BY_OLLAMA: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tools": _REFUSED["tools"],
     "suffix": (("",), "models here complete no text between two others: leave it out"),
     "template": (("",), "a model's own template is used: leave it out"),
     "raw": ((False,), "a model's own template is used: leave it out"),
@@ -97,9 +98,11 @@ def read_chat(body: Mapping[str, Any], limits: Limits) -> Question:
         **_form(body.get("response_format")),
         **_think(body),
     }
+    tools = _tools(body)
     return Question(
         model=_name(body),
-        messages=read_messages(body.get("messages"), limits),
+        messages=_told(read_messages(body.get("messages"), limits), tools),
+        tools=tools,
         options={"max_tokens": limits.max_tokens, **options},
         choices=choices,
         stream=stream,
@@ -168,9 +171,11 @@ def _read_ollama(body: Mapping[str, Any], messages: list[dict[str, Any]], limits
         **_ollama_form(body.get("format")),
         **({"think": body["think"]} if isinstance(body.get("think"), bool) else {}),
     }
+    tools = _tools(body)
     return Question(
         model=_name(body),
-        messages=messages,
+        messages=_told(messages, tools),
+        tools=tools,
         options={"max_tokens": limits.max_tokens, **options},
         stream=_flag(body, "stream", True),
         usage=True,
@@ -224,6 +229,26 @@ def _at_least_zero(value: Any) -> Any:
 def _seed(value: Any) -> Any:
     """Seeds may be below 0."""
     return value % 2**64 if type(value) is int and -(2**63) <= value < 0 else value
+
+
+def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tools that the model may call; none where `tool_choice` says so."""
+    choice = body.get("tool_choice")
+    if choice not in (None, "auto", "none"):
+        raise Refusal(
+            400, "tool_choice is auto or none here: whether a tool is called is the model's to say", "tool_choice"
+        )
+    if choice == "none" or not body.get("tools"):
+        return []
+    try:
+        return check_tools(body["tools"])
+    except PromptError as error:
+        raise Refusal(400, str(error), "tools") from None
+
+
+def _told(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages the first of which names the tools."""
+    return [{**messages[0], "tools": tools}, *messages[1:]] if tools and messages else messages
 
 
 def _effort(body: Mapping[str, Any]) -> bool | None:

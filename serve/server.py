@@ -8,6 +8,7 @@ from mlx_vlm_mini.checkpoints.hub import find_folder
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.text.template import find_chat_template
 from mlx_vlm_mini.text.thinking import SWITCH
+from mlx_vlm_mini.text.tools import takes_tools
 
 from .answers import Desk
 from .bodies import Bodies
@@ -37,6 +38,7 @@ class About:
     layers: int
     vision: bool
     thinking: bool
+    tools: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ def about(source: str) -> About:
     decoder, quantization = found["decoder"], found["quantization"]
     if not found["weights"]:
         raise CheckpointError(f"{source} has no weights")
+    template = find_chat_template(find_folder(source)) or ""
     bits = None if quantization is None else quantization.get("bits")
     return About(
         family=found["family"],
@@ -77,7 +80,8 @@ def about(source: str) -> About:
         hidden_size=decoder["hidden_size"],
         layers=decoder["layers"],
         vision="vision" in found,
-        thinking=SWITCH in (find_chat_template(find_folder(source)) or ""),
+        thinking=SWITCH in template,
+        tools=takes_tools(template),
     )
 
 

@@ -9,10 +9,12 @@ from mlx_vlm_mini.images.source import Access, ImageSource, may_have_pages, read
 from mlx_vlm_mini.images.video import Video
 
 from .thinking import KEYS
+from .tools import check_calls, check_tools
 
 Message = dict[str, Any]
 """{"role": str, "content": str or list of {"type": "text", "text": str} and {"type": "image", "image": ImageSource},
-or {"type": "video", "image": Video}}; of an answer that was thought about also "reasoning_content": str"""
+or {"type": "video", "image": Video}}; of an answer that was thought about also "reasoning_content": str; "tools" that
+may be called from there on, "tool_calls" of an answer, all in OpenAI's form"""
 
 Prompt = str | Sequence[Any]
 """Text; texts and images in order; or OpenAI-style messages."""
@@ -133,11 +135,18 @@ def take_beside(entry: Mapping[str, Any]) -> Any:
 def _message(item: Mapping[str, Any], waiting: list[ImageSource]) -> Message:
     role, content, own = str(item["role"]), item.get("content"), item.get("images")
     answers = role == "assistant"
-    _check_keys(f"the {role[:40]} message", item, _MESSAGE_KEYS | {*(KEYS if answers else ())})
+    own_keys = {*KEYS, "tool_calls"} if answers else {"tool_call_id", "name"} if role == "tool" else {"tools"}
+    _check_keys(f"the {role[:40]} message", item, _MESSAGE_KEYS | own_keys)
     thinking = next((item[key] for key in KEYS if answers and not _says_nothing(item.get(key))), None)
     if not isinstance(thinking, str | None):
         raise PromptError("the assistant message's thinking is no text: leave it out")
-    more = {} if thinking is None else {KEYS[0]: thinking}
+    more: dict[str, Any] = {} if thinking is None else {KEYS[0]: thinking}
+    if item.get("tools") and not answers:
+        more["tools"] = check_tools(item["tools"])
+    if item.get("tool_calls") and answers:
+        more["tool_calls"] = check_calls(item["tool_calls"])
+    if role == "tool":
+        more |= {key: str(item[key]) for key in ("tool_call_id", "name") if item.get(key)}
     shown: list[Any] = [] if own is None else [own] if _is_one(own) else list(own)
     if isinstance(content, str):
         if not shown:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mlx_vlm_mini.files import read_bytes, read_json
 from .literal import mark
 from .messages import Message, images_of
 from .thinking import KEYS, SWITCH, answer_begins, find_markers
+from .tools import replace_texts, takes_tools, texts_in
 
 
 def find_chat_template(folder: Path) -> str | None:
@@ -41,9 +43,12 @@ def find_chat_template(folder: Path) -> str | None:
     return None
 
 
+_OF_TOOLS = ("tools", "tool_calls", "tool_call_id", "name")  # what messages say of tools
+
+
 def _as_text(messages: Sequence[Message], tokens: Collection[str]) -> list[Message]:
-    """Messages with marks inside the tokens that they have in their texts, and in their roles; an answer's thinking
-    goes by all names that templates have for it."""
+    """Messages with marks inside the tokens that they have in their texts, in their roles and in what they say of
+    tools; an answer's thinking goes by all names that templates have for it."""
     texts = [
         text
         for message in messages
@@ -54,6 +59,7 @@ def _as_text(messages: Sequence[Message], tokens: Collection[str]) -> list[Messa
                 if isinstance(message["content"], str)
                 else [part["text"] for part in message["content"] if part["type"] == "text"]
             ),
+            *(text for key in _OF_TOOLS if key in message for text in texts_in(message[key])),
         )
     ]
     marked = iter(mark(texts, tokens))
@@ -65,6 +71,7 @@ def _as_text(messages: Sequence[Message], tokens: Collection[str]) -> list[Messa
             "content": next(marked)
             if isinstance(message["content"], str)
             else [{**part, "text": next(marked)} if part["type"] == "text" else part for part in message["content"]],
+            **{key: replace_texts(message[key], partial(next, marked)) for key in _OF_TOOLS if key in message},
         }
         for message in messages
     ]
@@ -165,7 +172,10 @@ class ChatTemplate:
             {**message, "content": self._content(message["content"], message["role"])}
             for message in _as_text(messages, tokens)
         ]
-        text = self._render(plain, add_generation_prompt=add_generation_prompt, think=think)
+        tools = [tool for message in plain for tool in message.pop("tools", [])]
+        if tools and not takes_tools(self.source):
+            raise PromptError("this model's chat template takes no tools in a form that is read here: leave them out")
+        text = self._render(plain, add_generation_prompt=add_generation_prompt, think=think, tools=tools)
         kinds = [part["type"] for part in images_of(messages)]
         if self.video_token is not None and "video" in kinds:
             return self._cut(text, kinds, self.video_token)
@@ -200,12 +210,21 @@ class ChatTemplate:
         tokens = {"image": self.image_token, "video": self.video_token}
         return "".join(part["text"] if part["type"] == "text" else f"{tokens[part['type']]}\n" for part in parts)
 
-    def _render(self, messages: list[Message], *, add_generation_prompt: bool, think: bool | None = None) -> str:
+    def _render(
+        self,
+        messages: list[Message],
+        *,
+        add_generation_prompt: bool,
+        think: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         from .sandbox import Stopped, render
 
         given: dict[str, Any] = {**self.variables, "add_generation_prompt": add_generation_prompt}
         if think is not None:
             given[SWITCH] = think
+        if tools:
+            given["tools"] = [*tools]
         try:
             return render(self._template, given, messages)
         except Stopped as error:

@@ -214,7 +214,7 @@ class TestOllama:
         with pytest.raises(ollama.ResponseError, match="llama3 is not served here") as found:
             client.chat("llama3", [{"role": "user", "content": "Hi"}])
         assert found.value.status_code == 404
-        with pytest.raises(ollama.ResponseError, match="tools is not supported"):
+        with pytest.raises(ollama.ResponseError, match="takes no tools"):
             client.chat(
                 "demo",
                 [{"role": "user", "content": "Hi"}],

@@ -216,7 +216,7 @@ BAD: list[tuple[Any, int, str, str | None]] = [
     ({"messages": [SHORT], "stop": ["a"] * 17}, 400, "the limit is 16", "stop"),
     ({"messages": [SHORT], "top_logprobs": 3}, 400, "top_logprobs is not supported", "top_logprobs"),
     ({"messages": [SHORT], "frequency_penalty": 0.5}, 400, "frequency_penalty is not supported", "frequency_penalty"),
-    ({"messages": [SHORT], "tools": [{"type": "function"}]}, 400, "tools is not supported", "tools"),
+    ({"messages": [SHORT], "tools": [{"type": "function"}]}, 400, "tools[0] must be", "tools"),
     ({"messages": [SHORT], "response_format": {"type": "xml"}}, 400, "response_format must be", "response_format"),
     ({"messages": [{"role": "user", "content": "x " * 500}]}, 400, "the model's context is 400", "messages"),
 ]  # fmt: skip
