@@ -190,6 +190,15 @@ class Ours(OnMlx):
 
         return {"bytes_per_s": measure_bandwidth(), "bytes_per_token": weight_bytes(self.model)["token"]}
 
+    def together(self, images: list[str], question: str, tokens: int, rows: int) -> Reply:
+        from mlx_vlm_mini import batch_generate
+
+        begin = time.perf_counter()
+        prompts = [[Path(image), question] for image in images]
+        found = batch_generate(self.model, self.processor, prompts, max_tokens=tokens, batch_size=rows)
+        assert all(len(answer.token_ids) == tokens for answer in found)
+        return {"seconds": (time.perf_counter() - begin) / len(images)}
+
 
 class Peer(OnMlx):
     name = "mlx-vlm"
@@ -294,6 +303,16 @@ class Peer(OnMlx):
             assert said[-1].generation_tokens == tokens
         return {"seconds": (time.perf_counter() - begin) / len(images)}
 
+    def together(self, images: list[str], question: str, tokens: int, rows: int) -> Reply:
+        from mlx_vlm.generate.ar import batch_generate
+
+        begin = time.perf_counter()
+        found = batch_generate(
+            self.model, self.processor, images, prompts=[question for _ in images], max_tokens=tokens
+        )
+        assert found.stats.generation_tokens == tokens * len(images)
+        return {"seconds": (time.perf_counter() - begin) / len(images)}
+
 
 class Torch:
     """transformers' classes and a bare loop around them, which is less than its `generate` does."""
@@ -374,6 +393,20 @@ class Torch:
             inputs = self._inputs([image], question)
             out = self.model(**inputs, use_cache=True, logits_to_keep=1)
             self._steps(out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values, tokens - 1)
+        return {"seconds": (time.perf_counter() - begin) / len(images)}
+
+    def together(self, images: list[str], question: str, tokens: int, rows: int) -> Reply:
+        from PIL import Image
+
+        parts = [{"type": "image"}, {"type": "text", "text": question}]
+        prompt = self.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        self.processor.tokenizer.padding_side = "left"
+        begin = time.perf_counter()
+        for first in range(0, len(images), rows):
+            opened = [Image.open(image) for image in images[first : first + rows]]
+            inputs = self.processor(images=opened, text=[prompt] * len(opened), return_tensors="pt")
+            found = self.model.generate(**inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+            assert found.shape[1] == inputs["input_ids"].shape[1] + tokens
         return {"seconds": (time.perf_counter() - begin) / len(images)}
 
 
