@@ -27,6 +27,20 @@ SNAPSHOT_BYTES = 2**29  # of all layers' snapshots, beyond those that are sure
 MakeLayers = Callable[[], list[Any]]
 
 
+@dataclass(frozen=True)
+class Aside:
+    """What of a sequence the rows of a batch lack, and further tokens leave as it is.
+
+    Attributes:
+        positions, spans: as of `State`.
+        layers: the caches of images, and what others can go back to, by the layer's number.
+    """
+
+    positions: Positions
+    spans: tuple[Span, ...]
+    layers: dict[int, Any]
+
+
 @dataclass
 class State:
     """What a decoder keeps of the tokens that it has read.
@@ -214,12 +228,39 @@ class State:
         self.start -= spare
         self._set_rows(padding - spare, [prompts[row] for row in rows], [shifts[row] for row in rows])
 
-    def extract(self, row: int) -> "State":
-        """One row of a batch as a sequence of its own. Of images it has the keys that further tokens attend to."""
+    @property
+    def can_be_row(self) -> bool:
+        """Whether it can be a row of a batch, see `merge`."""
+        return self.visible is None and all(hasattr(entry, "merge") for entry in self.layers)
+
+    def aside(self) -> Aside:
+        """What has to be handed to `extract`, so that a row goes back as this sequence does."""
+        layers = {
+            number: entry if isinstance(entry, ImageCache) else entry.snapshots
+            for number, entry in enumerate(self.layers)
+            if isinstance(entry, ImageCache) or hasattr(entry, "snapshots")
+        }
+        return Aside(self.positions, self.spans, layers)
+
+    def extract(self, row: int, aside: Aside | None = None) -> "State":
+        """One row of a batch as a sequence of its own.
+
+        Args:
+            aside: of the sequence that became the row. Without it images have the keys that further tokens attend to,
+                and recurrent layers go back nowhere.
+        """
         padding, prompts, shifts = self._rows()
         layers = [entry.extract(row) for entry in self.layers]
         own = State(self.make, layers=layers, start=self.start - int(padding[row]), positions=Counting(shifts[row]))
         own.prompt_length = prompts[row]
+        if aside is not None:
+            own.positions, own.spans = aside.positions, aside.spans
+            for number, kept in aside.layers.items():
+                if isinstance(kept, ImageCache):
+                    own.layers[number] = kept
+                else:
+                    own.layers[number].snapshots = kept
+            return own
         images = next((entry for entry in layers if isinstance(entry, ImageCache) and entry.keys is not None), None)
         if images is not None and images.keys is not None:
             count = images.keys.shape[2]

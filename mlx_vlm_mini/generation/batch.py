@@ -6,6 +6,7 @@ alone. Sequences whose caches have no batched form (quantized and rotating ones)
 turns.
 """
 
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
@@ -16,7 +17,7 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_vlm_mini.decoder.state import State
+from mlx_vlm_mini.decoder.state import Aside, State
 from mlx_vlm_mini.errors import VLMError
 from mlx_vlm_mini.inputs import Inputs
 from mlx_vlm_mini.model import VLM
@@ -74,6 +75,32 @@ class Cost:
 
 
 @dataclass(eq=False)
+class Turn:
+    """What a conversation lends to a batch while it answers a turn.
+
+    Attributes:
+        state: of the conversation; once it is `over`, with the answer as far as that was computed, or None where the
+            computation failed.
+        cached: tokens of the prompt that it holds.
+        features: where what images become is kept and found.
+        context: tokens that the conversation may have, for the statistics.
+        over: set when the state is given back.
+    """
+
+    state: State | None
+    cached: int
+    features: Features
+    context: int
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def end(self, state: State | None) -> None:
+        """Give the state back."""
+        if not self.over.is_set():
+            self.state = state
+            self.over.set()
+
+
+@dataclass(eq=False)
 class Job:
     """A prompt to be answered.
 
@@ -82,12 +109,26 @@ class Job:
         options: how to answer.
         begin: `time.perf_counter()` at which the caller began.
         cancelled: set by whoever wants no more of it.
+        turn: the conversation whose turn it is; None where it is none's.
     """
 
     inputs: Inputs
     options: Options
     begin: float = field(default_factory=time.perf_counter)
     cancelled: bool = False
+    turn: Turn | None = None
+
+    def give_up(self) -> None:
+        """It has not become a row, and will not."""
+        if self.turn is None:
+            return
+        state = self.turn.state
+        try:
+            if state is not None:
+                state.evaluate()
+        except Exception:  # what failed cannot be computed now
+            state = None
+        self.turn.end(state)
 
     @property
     def image_rows(self) -> int:
@@ -105,11 +146,13 @@ class _Row:
 
     Attributes:
         fault: why its next token cannot be chosen.
+        aside: what its conversation's state goes back to; None where it is none's.
     """
 
     job: Job
     answer: Answering
     fault: VLMError | None = None
+    aside: Aside | None = None
 
     @property
     def left(self) -> int:
@@ -175,9 +218,15 @@ class _Group:
         self.logprob = mx.concatenate([self.logprob, other.logprob])
 
     def keep(self, places: list[int]) -> None:
-        """Keep these rows only."""
+        """Keep these rows only; conversations get the states of the others back."""
         if len(places) == len(self.rows):
             return
+        for place in {*range(len(self.rows))} - {*places}:
+            row = self.rows[place]
+            if row.job.turn is not None:
+                state = self.state.extract(place, row.aside) if self.batched else self.state
+                state.evaluate()
+                row.job.turn.end(state)
         self.rows = [self.rows[place] for place in places]
         if self.rows and self.batched:
             self.state.keep(places)
@@ -339,6 +388,11 @@ class Batch:
 
     def clear(self) -> None:
         """Give up all prompts and rows."""
+        for job in (*self._waiting, *([] if self._reading is None else [self._reading[0]])):
+            job.give_up()
+        for turn in (row.job.turn for group in self._groups for row in group.rows):
+            if turn is not None:
+                turn.end(None)
         self._waiting.clear()
         self._groups, self._reading = [], None
         self._end()
@@ -349,9 +403,13 @@ class Batch:
         self._run.close()
 
     def _drop_cancelled(self) -> None:
+        for job in self._waiting:
+            if job.cancelled:
+                job.give_up()
         self._waiting = deque(job for job in self._waiting if not job.cancelled)
         if self._reading is not None and self._reading[0].cancelled:
             self._reading[1].close()
+            self._reading[0].give_up()
             self._reading = None
         for group in self._groups:
             group.keep([place for place, row in enumerate(group.rows) if not row.job.cancelled])
@@ -373,7 +431,8 @@ class Batch:
     def _place(self, group: _Group) -> None:
         """Let rows join those that are most alike in length, or be a group."""
         apart = sum(each.nbytes(self.cost) for each in self._groups)
-        for other in sorted(self._groups, key=lambda each: each.padding(*group.lengths)) if self._batched else []:
+        others = [other for other in self._groups if other.batched and group.batched]
+        for other in sorted(others, key=lambda each: each.padding(*group.lengths)):
             if other.padding(*group.lengths) * self.cost.token > self.cost.weights:
                 break
             if apart - other.nbytes(self.cost) + other.nbytes(self.cost, *group.shapes) <= self.memory:
@@ -390,31 +449,40 @@ class Batch:
             self._admit(end.value)
         except Exception as error:  # of this prompt: the rows are whole
             self._reading = None
+            job.give_up()
             return [(job, fault_of(error))]
         return []
 
     def _read(self, job: Job) -> Generator[int, None, _Group]:
         """Read a prompt: yields after each chunk."""
-        options, model = job.options, self.model
-        state, cached, keep = self._make_state(), 0, list[int]()
-        if self._prefixes is not None:
-            state, cached, shared = self._prefixes.find(model, job.inputs)
-            keep = [shared, *job.inputs.image_ends[-KEPT_IMAGES:]]  # where other prompts may part from this one
+        options, model, turn = job.options, self.model, job.turn
+        own = None if turn is None else turn.state
+        state, cached = (self._make_state(), 0) if own is None or turn is None else (own, turn.cached)
+        keep = job.inputs.image_ends[-KEPT_IMAGES:]  # where other prompts may part from this one
+        prefixes = self._prefixes if state.can_be_row else None
+        if prefixes is not None:
+            found = prefixes.find(model, job.inputs)
+            keep.append(found.shared)
+            if found.length > cached:
+                state, cached = found.state, found.length
         answer = Answering(
-            model, self.processor, job.inputs, options, begin=job.begin, features=self._features, cached=cached
-        )
+            model, self.processor, job.inputs, options, begin=job.begin, cached=cached,
+            features=self._features if turn is None else turn.features, context=None if turn is None else turn.context,
+        )  # fmt: skip
         reading = model.read(job.inputs, cached, answer.find)
         mx.eval(reading.embeddings, reading.beside)
         answer.read_images()
-        logits = yield from read_in_chunks(model.decoder, reading, state, options.prefill_step, keep)
+        logits = yield from read_in_chunks(model.decoder, reading, state, options.prefill_step, keep, options.progress)
         answer.read_prompt(logits, state)
         token, logprob = answer.choose(logits)
         mx.eval(token, logprob)
-        if self._prefixes is not None:
-            self._prefixes.add(job.inputs, state)
+        if prefixes is not None and (turn is None or not turn.cached):  # a conversation keeps its later turns
+            prefixes.add(job.inputs, state)
         return _Group(state, [_Row(job, answer)], token, logprob[:, 0], batched=False)
 
     def _admit(self, group: _Group) -> None:
-        if self._batched:
+        (row,) = group.rows
+        if self._batched and group.state.can_be_row:
+            row.aside = None if row.job.turn is None else group.state.aside()
             group.state, group.batched = State.merge([group.state]), True
         self._place(group)

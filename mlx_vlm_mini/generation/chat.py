@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,11 +22,16 @@ from mlx_vlm_mini.text.messages import Message, Prompt, images_of, split_turns, 
 from mlx_vlm_mini.text.thinking import KEYS
 
 from .answering import Chunk, Stats
+from .batch import Turn
 from .cache import TurnCache, identify
+from .decode import one_at_a_time
 from .features import FEATURE_MEMORY, Features
 from .options import Options
 from .stream import stream_inputs
 from .transcript import places, read_transcript, write_transcript
+
+if TYPE_CHECKING:
+    from .engine import Engine, Request
 
 OnFull = Literal["stop", "drop"]
 
@@ -94,6 +99,7 @@ class Chat:
         kv_bits: int | None = None,
         rotate: int | None = None,
         feature_memory: int = FEATURE_MEMORY,
+        engine: "Engine | None" = None,
         **options: Any,
     ) -> None:
         """
@@ -104,6 +110,8 @@ class Chat:
                 the whole conversation again.
             rotate: the cache holds that many tokens, the first few and the last ones; the model sees no others.
             feature_memory: bytes of pixels and features that are kept for pictures that come again.
+            engine: answers every turn, as a row beside what else it answers; made with the same model. Its own options
+                are not this conversation's.
             options: defaults for every turn, see `Options`.
 
         Raises:
@@ -113,6 +121,8 @@ class Chat:
             raise PromptError(f"on_full must be 'stop' or 'drop', not {on_full!r}")
         if context is not None and context < 1:
             raise PromptError(f"context must be 1 token or more, not {context}")
+        if engine is not None and engine.model is not model:
+            raise PromptError("the engine answers with another model: give the one that it was made with")
         self.model = model
         self.processor = processor
         self.options = options
@@ -124,6 +134,8 @@ class Chat:
         self._system = system
         self._thread = threading.RLock()
         self._cache = TurnCache(model, kv_bits=kv_bits, rotate=rotate)
+        self.engine = engine
+        self._running: tuple[Request, Turn] | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -132,6 +144,7 @@ class Chat:
             self._forget()
 
     def _forget(self) -> None:
+        self._take_back()
         self._open: _Answer | None = None
         self.messages: list[Message] = []
         self._said: tuple[Message, list[int], bool | None] = {}, [], None
@@ -232,7 +245,8 @@ class Chat:
     def fork(self) -> "Chat":
         """Another conversation that begins as this one did; pictures are shared, and the cache until one goes on."""
         self._close_answer()
-        twin = Chat(self.model, self.processor, system=self._system, **self._settings, **self.options)
+        own = {**self._settings, **self.options}
+        twin = Chat(self.model, self.processor, system=self._system, engine=self.engine, **own)
         twin.context, twin.on_full, twin.features = self.context, self.on_full, self.features
         twin.dropped_turns, twin._used, twin.last_stats = self.dropped_turns, self._used, self.last_stats
         twin.messages = [{**message, "content": _copy(message["content"])} for message in self.messages]
@@ -359,19 +373,8 @@ class Chat:
         before, inputs, dropped = self._fit(before, turn, chosen)
         identity = identify(inputs)
         answer = self._open = _Answer([*before, *turn], identity, dropped, chosen.think)
-        cached = self._cache.share(identity)
         try:
-            for chunk in stream_inputs(
-                self.model,
-                self.processor,
-                inputs,
-                self._cache.state,
-                options=chosen,
-                cached=cached,
-                started=started,
-                features=self.features,
-                context=self.context,
-            ):
+            for chunk in self._run(inputs, chosen, self._cache.share(identity), started):
                 answer.text.append(chunk.text)
                 answer.thinking.append(chunk.thinking)
                 answer.tokens.append(chunk.token)
@@ -381,12 +384,40 @@ class Chat:
                     return
         except VLMError:
             if answer is self._open:
-                self._cache.keep(answer.prompt, answer.tokens)
+                self._keep_cache(answer)
                 self._open = None
             raise
         finally:
             if answer is self._open:
                 self._close_answer()
+
+    def _run(self, inputs: Inputs, options: Options, cached: int, started: float) -> Iterator[Chunk]:
+        """Answer a prompt whose first `cached` tokens are cached."""
+        model, processor, features, context = self.model, self.processor, self.features, self.context
+        if self.engine is None:
+            yield from stream_inputs(
+                model, processor, inputs, self._cache.state, options=options, cached=cached, started=started,
+                features=features, context=context,
+            )  # fmt: skip
+            return
+        one_at_a_time(self._cache.state.evaluate)  # no thread computes what another one asked for
+        turn = Turn(self._cache.state, cached, features, context)
+        running = self._running = self.engine.take_turn(inputs, options, turn, started), turn
+        try:
+            yield from running[0]
+        finally:
+            if running is self._running:
+                self._take_back()
+
+    def _take_back(self) -> None:
+        """Have the engine end what it answers, and give the state back."""
+        if self._running is not None and self.engine is not None:
+            running, self._running = self._running, None
+            state = self.engine.end_turn(*running)
+            if state is None:
+                self._cache.clear()
+            else:
+                self._cache.state = state
 
     def _fit(self, before: list[Message], turn: list[Message], options: Options) -> tuple[list[Message], Inputs, int]:
         """The messages that a turn is answered after, the prompt that gives, and how many turns were dropped for it."""
@@ -394,35 +425,42 @@ class Chat:
         dropped, max_tokens = 0, options.max_tokens
         while True:
             inputs = self.processor([*before, *turn], think=options.think)
-            length, images = len(inputs.slots), int(inputs.slots.sum())
-            if length + max_tokens <= self.context:
+            if len(inputs.slots) + max_tokens <= self.context:
                 return before, inputs, dropped
             if self.on_full == "stop" or dropped == len(turns):
-                advice = "undo or clear, drop the oldest turns," if turns and not dropped else "shorten the message"
-                raise PromptError(
-                    f"the conversation would take {length} tokens ({images} of images) and its answer up to "
-                    f"{max_tokens}, and the context is {self.context}: {advice} or ask for a shorter answer "
-                    "(max tokens)"
-                )
+                raise PromptError(_too_long(inputs, max_tokens, self.context, can_drop=bool(turns) and not dropped))
             dropped += 1
             before = opening + [message for later in turns[dropped:] for message in later]
 
     def _close_answer(self) -> None:
         """Put the answer that is being given, or was, into the conversation."""
         with self._alone():
+            self._take_back()
             answer, self._open = self._open, None
             if answer is None:
                 return
             self._keep_answer(answer)
 
+    def _keep_cache(self, answer: _Answer) -> None:
+        """Note what the cache holds; computed while no other thread computes."""
+        one_at_a_time(lambda: self._cache.keep(answer.prompt, answer.tokens))
+
     def _keep_answer(self, answer: _Answer) -> None:
-        self._cache.keep(answer.prompt, answer.tokens)
+        self._keep_cache(answer)
         said: Message = {"role": "assistant", "content": [{"type": "text", "text": "".join(answer.text)}]}
         if thinking := "".join(answer.thinking):
             said[KEYS[0]] = thinking
         self.messages, self._said = [*answer.messages, said], (said, answer.tokens, answer.think)
         self.dropped_turns += answer.dropped
         self._used = len(answer.prompt) + len(answer.tokens)
+
+
+def _too_long(inputs: Inputs, max_tokens: int, context: int, *, can_drop: bool) -> str:
+    advice = "undo or clear, drop the oldest turns," if can_drop else "shorten the message"
+    return (
+        f"the conversation would take {len(inputs.slots)} tokens ({int(inputs.slots.sum())} of images) and its answer "
+        f"up to {max_tokens}, and the context is {context}: {advice} or ask for a shorter answer (max tokens)"
+    )
 
 
 def _copy(content: Any) -> Any:

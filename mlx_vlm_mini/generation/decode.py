@@ -112,7 +112,12 @@ def release_buffers() -> None:
 
 
 def read_in_chunks(
-    decoder: Decoder, reading: Reading, state: State, step: int = PREFILL_STEP, keep: Iterable[int] = ()
+    decoder: Decoder,
+    reading: Reading,
+    state: State,
+    step: int = PREFILL_STEP,
+    keep: Iterable[int] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> Generator[int, None, mx.array]:
     """Read a prompt into the state, chunk by chunk.
 
@@ -124,6 +129,7 @@ def read_in_chunks(
         reading: the prompt, or the part of it that the state lacks.
         step: tokens a chunk. Not applied where the prompt's keys depend on all of it, nor among tokens that see one
             another.
+        progress: called after each chunk but the last with tokens done and tokens in all.
 
     Yields:
         After each chunk but the last how many tokens are done.
@@ -149,6 +155,8 @@ def read_in_chunks(
         if end in stops:
             state.snapshot()
         done = end
+        if progress is not None:
+            progress(done, total)
         yield done
         mx.clear_cache()
     hidden = decoder(reading.part(done, total), state)
@@ -170,19 +178,17 @@ def prefill(
 
     Args:
         reading, step, keep: see `read_in_chunks`.
-        progress: called with tokens done and tokens in all.
+        progress: see `read_in_chunks`.
 
     Returns:
         float[1, vocab_size], the logits of the last token; not evaluated.
     """
-    chunks = read_in_chunks(decoder, reading, state, step, keep)
+    chunks = read_in_chunks(decoder, reading, state, step, keep, progress)
     while True:
         try:
-            done = next(chunks)
+            next(chunks)
         except StopIteration as end:
             return cast(mx.array, end.value)
-        if progress is not None:
-            progress(done, reading.length)
 
 
 class Chooser:

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_vlm_mini.decoder.state import State
 from mlx_vlm_mini.errors import ContextError, PromptError, VLMError
 from mlx_vlm_mini.images.source import ImageSource
 from mlx_vlm_mini.inputs import Inputs
@@ -23,7 +24,7 @@ from mlx_vlm_mini.processor import Processor
 from mlx_vlm_mini.text.messages import Prompt, to_messages
 
 from .answering import Choice, Chunk, FinishReason, Stats
-from .batch import Batch, Job, Said
+from .batch import Batch, Job, Said, Turn
 from .cache import Prefixes, make_state
 from .decode import one_at_a_time
 from .features import FEATURE_MEMORY, Features
@@ -69,7 +70,8 @@ class Request:
         self.cancelled = False
 
     def cancel(self) -> None:
-        """Want no more of it: its row is free after the step that is being computed."""
+        """Want no more of it: its row is free after the step that is being computed. Nothing happens where all of it
+        was read."""
         self.cancelled = True
         if self._job is not None:
             self._job.cancelled = True
@@ -94,7 +96,8 @@ class Request:
                 self._whole, callbacks = True, self._callbacks
                 self._callbacks = []
             for callback in callbacks:
-                callback(self)
+                with suppress(Exception):  # of its own: others' answers are computed by this thread
+                    callback(self)
 
     def __iter__(self) -> Iterator[Chunk]:
         """The chunks of `stream_generate`.
@@ -234,7 +237,7 @@ class Engine:
         )
         self._requests: dict[Job, Request] = {}
         self._arrived: queue.SimpleQueue[tuple[Request, Job] | None] = queue.SimpleQueue()
-        self._closed = False
+        self._closed, self._gate = False, threading.Lock()
         self._opening = ThreadPoolExecutor(1, thread_name_prefix="mlx-vlm-mini-images")
         self._thread = threading.Thread(target=self._run, name="mlx-vlm-mini-engine", daemon=True)
         self._thread.start()
@@ -252,8 +255,6 @@ class Engine:
                 raised where the request is read.
         """
         chosen, begin = Options(**{**self.options, **options}), time.perf_counter()
-        if self._closed:
-            raise PromptError("the engine is closed")
         request = Request(lambda: self._arrived.put(None))
 
         def arrive(prepared: "Future[Inputs]") -> None:
@@ -268,10 +269,45 @@ class Engine:
                 request._give(VLMError(f"the prompt cannot be prepared: {error!r}"))
             else:
                 job.cancelled = request.cancelled
-                self._arrived.put((request, job))
+                self._deliver(request, job)
 
-        self._opening.submit(self._prepare, request, prompt, images, chosen.think).add_done_callback(arrive)
+        with self._gate:
+            if self._closed:
+                raise PromptError("the engine is closed")
+            prepared = self._opening.submit(self._prepare, request, prompt, images, chosen.think)
+        prepared.add_done_callback(arrive)
         return request
+
+    def take_turn(self, inputs: Inputs, options: Options, turn: Turn, begin: float) -> Request:
+        """Have a prompt of a conversation answered, of which `turn` lends the state; returns at once. See `Chat`.
+
+        Args:
+            inputs: as the processor gives them.
+            begin: `time.perf_counter()` at which the caller began.
+        """
+        request = Request(lambda: self._arrived.put(None))
+        request._job = job = Job(inputs, options, begin, turn=turn)
+        self._deliver(request, job)
+        return request
+
+    def end_turn(self, request: Request, turn: Turn) -> State | None:
+        """Cancel what is left of a turn, and wait until its state is given back; None where the computation failed, or
+        where the engine's own thread asks."""
+        if not turn.over.is_set():
+            request.cancel()
+            if threading.current_thread() is self._thread:  # that collects garbage
+                return None
+            turn.over.wait()
+        return turn.state
+
+    def _deliver(self, request: Request, job: Job) -> None:
+        """Hand a job to the engine's thread."""
+        with self._gate:
+            if not self._closed:
+                self._arrived.put((request, job))
+                return
+        job.give_up()
+        request._give(PromptError("the engine was closed"))
 
     def _prepare(
         self, request: Request, prompt: Prompt, images: ImageSource | Sequence[ImageSource], think: bool | None
@@ -305,16 +341,12 @@ class Engine:
 
     def close(self) -> None:
         """End: requests that are not answered yet get an error."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._gate:
+            self._closed = True
         self._opening.shutdown(wait=True, cancel_futures=True)
         self._arrived.put(None)
-        self._thread.join()
-        with suppress(queue.Empty):
-            while True:
-                if (arrived := self._arrived.get_nowait()) is not None:  # prepared meanwhile
-                    arrived[0]._give(PromptError("the engine was closed"))
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def __enter__(self) -> "Engine":
         return self
@@ -324,6 +356,15 @@ class Engine:
 
     def _run(self) -> None:
         """Steps of the batch, one after another; where there is nothing to do it waits for a request."""
+        try:
+            self._answer_requests()
+        finally:
+            with self._gate:
+                self._closed = True
+            self._take_in(wait=False)  # what arrived meanwhile
+            self._fail(PromptError("the engine was closed"))
+
+    def _answer_requests(self) -> None:
         while not self._closed:
             self._take_in(wait=not self._batch.busy)
             if self._closed or not self._batch.busy:
@@ -335,7 +376,6 @@ class Engine:
                 continue
             for job, found in said:
                 self._hand_over(job, found)
-        self._fail(PromptError("the engine was closed"))
 
     def _take_in(self, *, wait: bool) -> None:
         """What was submitted and cancelled meanwhile."""
@@ -347,7 +387,9 @@ class Engine:
             wait = False
             if arrived is not None:
                 request, job = arrived
-                if not job.cancelled:
+                if job.cancelled:
+                    job.give_up()
+                else:
                     self._requests[job] = request
                     self._batch.add(job)
             else:  # somebody cancelled: the batch gives up the rows, and the prompts need not be kept

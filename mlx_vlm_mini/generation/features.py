@@ -1,5 +1,6 @@
 """What a conversation knows of its pictures: pixels and features, by digest, within a limit of memory."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,8 @@ class Features:
     """Keeps what pictures became, the least recently used being given up first.
 
     A picture is known by the SHA-256 of its file's bytes, so that the same file is decoded once, whatever its path; and
-    its features by the digest of its prepared pixels, so that they serve whatever file the pixels came from.
+    its features by the digest of its prepared pixels, so that they serve whatever file the pixels came from. Several
+    threads may use it.
 
     Attributes:
         limit: bytes of pixels and features that are kept; 0 keeps none. What is larger alone is not kept.
@@ -31,6 +33,7 @@ class Features:
         self.limit = limit
         self.nbytes = 0
         self._kept: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def prepare(self, processor: Processor, source: ImageSource | Picture | PreparedImage | Video) -> PreparedImage:
         """`processor.prepare`, which opens no picture twice.
@@ -54,15 +57,17 @@ class Features:
         return self._find(image.digest, lambda: encode(image), lambda features: features.nbytes)
 
     def _find(self, key: Any, make: Callable[[], Kept], size: Callable[[Kept], int]) -> Kept:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            found: Kept = self._kept[key][0]
-            return found
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                found: Kept = self._kept[key][0]
+                return found
         made = make()
         nbytes = size(made)
-        if nbytes <= self.limit:
-            self._kept[key] = made, nbytes
-            self.nbytes += nbytes
-        while self.nbytes > self.limit:
-            self.nbytes -= self._kept.popitem(last=False)[1][1]
+        with self._lock:
+            if nbytes <= self.limit and key not in self._kept:  # another thread may have made it, too
+                self._kept[key] = made, nbytes
+                self.nbytes += nbytes
+            while self.nbytes > self.limit:
+                self.nbytes -= self._kept.popitem(last=False)[1][1]
         return made

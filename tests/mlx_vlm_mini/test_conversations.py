@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from reference import GOLDEN
 
-from mlx_vlm_mini import Chat, load, stream_generate
+from mlx_vlm_mini import Chat, Engine, load, stream_generate
 from mlx_vlm_mini.errors import PromptError
 
 LONG = "llava with longrope"  # whose angles change at 56 tokens, for all positions
@@ -77,12 +77,10 @@ def _raw(part):
     return {"type": "image", "image": part["image"].origin.path or part["image"].origin.data}
 
 
-@pytest.mark.parametrize("name", MODELS)
-@settings(deadline=None, max_examples=12, derandomize=True, database=None)
-@given(plan=st.lists(steps, min_size=4, max_size=7))
-def test_every_answer_equals_a_fresh_run(name, plan):
+def hold(name, plan, **options):
+    """Do what a plan says in two conversations, and compare each answer with a fresh run."""
     model, processor = model_of(name)
-    chat = Chat(model, processor, context=10**6, max_tokens=3)
+    chat = Chat(model, processor, context=10**6, max_tokens=3, **options)
     if not any(kind in name for kind in ("paligemma", "-mistral", "mllama")):  # templates that take no system message
         chat.system = "Be brief."
     chats, seen, encoded = [chat, chat], set(), 0
@@ -114,6 +112,43 @@ def test_every_answer_equals_a_fresh_run(name, plan):
         seen |= {image.digest for image in processor(chat.messages[:-1]).images}
         encoded += chunks[-1].stats.encoded_images
     assert encoded == len(seen)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(deadline=None, max_examples=12, derandomize=True, database=None)
+@given(plan=st.lists(steps, min_size=4, max_size=7))
+def test_every_answer_equals_a_fresh_run(name, plan):
+    hold(name, plan)
+
+
+KINDS = (
+    "llava-clip-mistral",
+    "gemma3-hub",
+    "paligemma2-gemma2",
+    "mllama-meta",
+    "qwen-vl-chat",
+    "qwen2-vl",
+    "qwen3.5",
+    LONG,
+)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.reference) for name in MODELS]
+)
+@settings(deadline=None, max_examples=3, derandomize=True, database=None)
+@given(plan=st.lists(steps, min_size=4, max_size=7))
+def test_the_same_as_rows_of_an_engine(name, plan):
+    """Beside a long answer of somebody else's, and one that ends in between; what is left is whole."""
+    model, processor = model_of(name)
+    asked = ["Why? Tell me more.", PHOTO]
+    with Engine(model, processor, batch_size=3, max_tokens=200) as engine:
+        other = [engine.submit(asked), engine.submit("Hi", max_tokens=4)]
+        hold(name, plan, engine=engine)
+        other[0].cancel()
+        assert other[1].result().error is None
+        expected = [chunk.token for chunk in stream_generate(model, processor, asked, max_tokens=4)]
+        assert engine.submit(asked, max_tokens=4).result().token_ids == expected
 
 
 ONE_IMAGE = ("qllama", "blip2-opt", "instructblip-vicuna")
