@@ -246,13 +246,13 @@ def _engine(
     from mlx_vlm_mini.text.messages import images_of
 
     vlm, processor = load(model, **loading)
-    pixels = Features()
+    pixels, tokens = Features(), options["image_tokens"]
 
     def ask(item: Item) -> "Request":
         messages = [
             message
             if isinstance(message["content"], str)
-            else {**message, "content": [pixels.prepare_part(processor, part) for part in message["content"]]}
+            else {**message, "content": [pixels.prepare_part(processor, part, tokens) for part in message["content"]]}
             for message in item.opened()
         ]
         check_pictures(item, [part["image"].origin.sha256 for part in images_of(messages)])

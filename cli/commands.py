@@ -112,7 +112,8 @@ class Session:
         """Show a picture that was read, and give the part of a message that holds it."""
         from mlx_vlm_mini.images.source import open_image
 
-        prepared = self.chat.features.prepare(self.chat.processor, picture)
+        tokens = self.chat.options.get("image_tokens")
+        prepared = self.chat.features.prepare(self.chat.processor, picture, tokens)
         if self._look.thumbnails != "none":
             self._look.show(open_image(picture), name)
         return {"type": "image", "image": prepared}

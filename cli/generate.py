@@ -192,7 +192,8 @@ def _answer_one(asked: _Asked, as_json: bool, loading: dict[str, Any], options: 
     if asked.draw is not None and not interrupted:
         answered = [chunk.token for chunk in chunks[chunks[-1].stats.thinking_tokens :]]
         text = processor.tokenizer.decode(answered, skip_special_tokens=False)
-        scale = processor.answer_scale((asked.images[0].height, asked.images[0].width))
+        size = asked.images[0].height, asked.images[0].width
+        scale = processor.answer_scale(size, options["image_tokens"])
         drawn["detections"] = draw_answer(text, asked.images[0], asked.draw, decode_masks, scale)
     if as_json:
         said = as_object(chunks, {"load_s": load_s}, interrupted)

@@ -191,7 +191,7 @@ def check_videos(videos: list[dict[str, Any]]) -> None:
 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--max-tokens, --temperature and the other fields of stream.Options that a terminal can give."""
+    """--max-tokens, --temperature and the other fields of `Options` that a terminal can give."""
     for option in reversed(
         [
             click.option(
@@ -238,6 +238,13 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 "--think/--no-think",
                 default=None,
                 help="Whether the model thinks before it answers.  [default: as its chat template does]",
+            ),
+            click.option(
+                "--image-tokens",
+                type=click.IntRange(1),
+                metavar="N",
+                help="Tokens of an image at most, where a family takes any size: 70, 140, 280, 560 or 1120 of Gemma 4, any "
+                "number of Qwen2-VL and later.  [default: the checkpoint's]",
             ),
         ]
     ):

@@ -135,7 +135,8 @@ class Walk:
         """Read everything in front of the decoder's layers."""
         self._say("vision")
         others = {name.partition(".")[0] for name in self.plan.ours} - {"decoder"}
-        load_part(self.plan, "decoder.embed_tokens.", "decoder.pos_embed", *sorted(others), dtype=self.dtype)
+        front = ("decoder.embed_tokens.", "decoder.pos_embed", "decoder.per_layer.")
+        load_part(self.plan, *front, *sorted(others), dtype=self.dtype)
 
     def enter(self) -> list[mx.array]:
         """What the first layer reads of each sample; what is prepared for the layers becomes `passes`."""
@@ -144,7 +145,7 @@ class Walk:
         for sample in self.samples:
             run = model.decoder.begin(model.read(sample.inputs))
             entered.append(model.decoder.enter(run))
-            mx.eval(entered[-1], run.reading.beside, run.reading.memory and run.reading.memory.features)
+            mx.eval(entered[-1], run.beside, run.reading.memory and run.reading.memory.features)
             none = run.reading.embeddings[:, :0]  # they are the first hidden states, which are given up later
             self.passes.append(replace(run, reading=replace(run.reading, embeddings=none)))
         return entered
@@ -159,6 +160,8 @@ class Walk:
             release(part)
         if "lm_head" in model.decoder:
             release(model.decoder.embed_tokens)
+        if "per_layer" in model.decoder:
+            release(model.decoder.per_layer)
 
     def features(self) -> list[np.ndarray]:
         """Of each sample the embeddings of its pictures, float32[P, C]; between `embed` and the first layer."""

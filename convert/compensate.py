@@ -356,8 +356,9 @@ def compensate_model(
     images = [image for sample in samples for image in sample.inputs.images]
     if images:
         _finish_front(plan, images, {path: layers[path] for path in wanted if not path.startswith("decoder.")}, finish)
-    if "decoder.embed_tokens" in wanted:
-        finish("decoder.embed_tokens", None)
+    for path in ("decoder.embed_tokens", "decoder.per_layer.embed", "decoder.per_layer.projection"):
+        if path in wanted:
+            finish(path, None)
     walk.embed()
     for number in range(len(decoder.layers)):
         walk.load_layer(number)

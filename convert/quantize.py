@@ -16,7 +16,7 @@ from mlx_vlm_mini.checkpoints.pickled import Pickled
 from mlx_vlm_mini.checkpoints.weights import EXPERT, is_bare, is_convolution, lies_transposed, to_mlx_layout
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.layers.experts import is_stack
-from mlx_vlm_mini.layers.mlp import Narrow
+from mlx_vlm_mini.layers.mlp import Narrow, PerLayerEmbedding
 
 from .read import Reader
 
@@ -106,7 +106,10 @@ def choose(
 
 def find_parts(plan: Plan) -> dict[str, Part]:
     """The checkpoint's tensors to the part that they belong to; those that the model does not use are left out."""
-    special: dict[str, Part] = {"decoder.embed_tokens": "embeddings", **dict.fromkeys(HEADS, "head")}
+    special: dict[str, Part] = {
+        **dict.fromkeys(("decoder.embed_tokens", "decoder.per_layer.embed"), "embeddings"),
+        **dict.fromkeys(HEADS, "head"),
+    }
     found: dict[str, Part] = {}
     for ours, theirs in plan.ours.items():
         part = ours.partition(".")[0]
@@ -149,9 +152,18 @@ def find_experts(plan: Plan) -> dict[str, list[str]]:
 
 
 def spread(plan: Plan, quantizations: Mapping[Part, Quantization]) -> dict[str, Quantization]:
-    """How each layer is to be quantized, by its weight's name, where only the parts' bits are given."""
+    """How each layer is to be quantized, by its weight's name, where only the parts' bits are given.
+
+    Embeddings of single layers get 8 bits where others get fewer: these are the bulk of some models (Gemma 4 E2B), and
+    few bits harm them.
+    """
     parts = find_parts(plan)
-    return {name: quantizations[parts[name]] for name in find_layers(plan) if parts[name] in quantizations}
+    chosen = {name: quantizations[parts[name]] for name in find_layers(plan) if parts[name] in quantizations}
+    tables = [path for path, module in plan.model.named_modules() if isinstance(module, PerLayerEmbedding)]
+    for name in {plan.ours[f"{path}.weight"] for path in tables} & chosen.keys():
+        size = chosen[name].group_size if chosen[name].mode == "affine" else 64
+        chosen[name] = Quantization(8, size)
+    return chosen
 
 
 def plan_outputs(

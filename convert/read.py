@@ -14,6 +14,10 @@ _LARGEST = {mx.float16: 0x7BFF, mx.bfloat16: 0x7F7F, mx.float32: 0x7F7FFFFF}
 """The bits of the largest finite number: as whole numbers, those of infinity and of every NaN are larger."""
 
 
+_BOUNDS = (".input_min", ".input_max", ".output_min", ".output_max")
+"""How tensors are called that may be infinite: bounds of what enters and leaves a layer."""
+
+
 @cache
 def _stream() -> mx.Stream:
     """Reading waits for no computation. One for all, for a stream is a thread that never ends."""
@@ -44,7 +48,7 @@ class Reader:
                 mx.eval(array)
         except RuntimeError as error:
             raise CheckpointError(f"cannot read {name}: {error}") from None
-        if count := count_not_finite(array):
+        if not name.endswith(_BOUNDS) and (count := count_not_finite(array)):
             self.not_finite[name] = count
             if not self._allow_nan:
                 raise CheckpointError(

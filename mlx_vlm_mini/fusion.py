@@ -27,6 +27,8 @@ VISIBLE: dict[TwoWay, Callable[[Inputs, int], Visibility]] = {
     "nothing": lambda inputs, start: Causal(),
     "prompt": lambda inputs, start: Prefix(inputs.prompt_length),
     "images": lambda inputs, start: Blocks(tuple(find_blocks(inputs.slots, start))),
+    "images_in_window": lambda inputs, start: Blocks(tuple(find_blocks(inputs.slots, start)), in_windows=True),
+    "images_whole": lambda inputs, start: Blocks(tuple(find_blocks(inputs.slots, start)), whole=True),
 }
 """By what sees later tokens of its kind, the visibility of a prompt that is read from token `start` on."""
 
@@ -63,16 +65,22 @@ class Slots:
 
     def read(self, model: Any, inputs: Inputs, start: int, encode: Encode) -> Reading:
         """See `Fusion`."""
-        embeddings = model.decoder.embed(_token_ids(model, inputs, start))
+        ids, per_layer = _token_ids(model, inputs, start), model.config.decoder.embeddings.per_layer
+        embeddings = model.decoder.embed(ids)
         slots = np.flatnonzero(inputs.slots[start:])
         width = embeddings.shape[-1]
         found = [encode(image) for image, places in _places(inputs) if len(places) and places[-1] >= start]
         if found:
             features = mx.concatenate(found)[-len(slots) :, :width]
             embeddings[:, mx.array(slots)] = features.astype(embeddings.dtype)
-        visible = VISIBLE[model.config.decoder.two_way](inputs, start)
+        if per_layer is not None:
+            ids = mx.where(mx.array(inputs.slots[start:]), per_layer.pad_token_id, ids)
         return Reading(
-            embeddings, visible, prompt_length=inputs.prompt_length, **self._more(model, inputs, start, found)
+            embeddings,
+            VISIBLE[model.config.decoder.two_way](inputs, start),
+            token_ids=None if per_layer is None else ids,
+            prompt_length=inputs.prompt_length,
+            **self._more(model, inputs, start, found),
         )
 
     def _more(self, model: Any, inputs: Inputs, start: int, found: list[mx.array]) -> dict[str, Any]:

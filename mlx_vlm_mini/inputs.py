@@ -21,6 +21,7 @@ class InputImage:
         tokens: its slots in the prompt.
         size: height and width in pixels, as it was opened.
         digest: SHA-256 of its size and all its pixels, by which a cache tells images apart; of its instruction, too.
+        budget: tokens that it was allowed to have; None: as the checkpoint says.
         instruction: int32[L] (numpy), what a Q-Former reads beside it; None where that is nothing.
         times: of a video, where its steps stand on the decoder's axis of time.
     """
@@ -31,6 +32,7 @@ class InputImage:
     digest: bytes
     times: tuple[int, ...] = (0,)
     instruction: np.ndarray | None = None
+    budget: int | None = None
     slices: np.ndarray | None = None
 
     @property

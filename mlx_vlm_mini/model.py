@@ -71,7 +71,7 @@ class VLM(nn.Module):
             instruction: int[L], what a Q-Former reads beside them.
             looks: takes the weights of a Q-Former's queries.
         """
-        if self.config.vision.grid is not None and self.config.projector.merger is None:
+        if self.config.vision.grid is not None and not self.config.projector.reads_grid:
             features = features.flatten(1, 2)
         if self.config.projector.qformer is None:
             return self.projector(features)
@@ -120,7 +120,7 @@ class VLM(nn.Module):
         Raises:
             PromptError, CheckpointError: as `arrange`.
         """
-        merge = self.config.projector.shuffle
+        merge = self.config.projector.joined
         if self.config.vision.grid is not None:
             sources, done = [], 0
             for pixels in image.pieces:

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from PIL import Image
 from mlx_vlm_mini.images.source import LOCAL, Access, ImageSource, Picture, open_image, read_image
 from mlx_vlm_mini.images.video import Video
 from mlx_vlm_mini.preprocessing.crops import Crops
-from mlx_vlm_mini.preprocessing.grid import Grid
+from mlx_vlm_mini.preprocessing.grid import Grid, PatchGrid
 from mlx_vlm_mini.preprocessing.settings import ImageSettings
 from mlx_vlm_mini.preprocessing.slices import IMAGE_NUMBER, Slices
 from mlx_vlm_mini.preprocessing.splits import Splits
@@ -44,6 +45,7 @@ class PreparedImage:
         origin: what it was made of; its `data` are left out where they can be read again from its path.
         video, layout: of a video, whose rows are its steps, each with the channels of all its frames.
         among: what it becomes where it is not the conversation's only image; None where that is the same.
+        budget: tokens that it was allowed to have; None: as the checkpoint says.
     """
 
     pixel_values: np.ndarray
@@ -55,12 +57,18 @@ class PreparedImage:
     video: Video | None = None
     layout: VideoLayout = field(default_factory=lambda: VideoLayout("", (0,)))
     slices: np.ndarray | None = None
+    budget: int | None = None
 
     @property
     def nbytes(self) -> int:
         """Of all its pixels."""
         more = 0 if self.slices is None else self.slices.nbytes
         return self.pixel_values.nbytes + more + (0 if self.among is None else self.among.nbytes)
+
+    @property
+    def again(self) -> Picture | Path:
+        """What it can be made of once more."""
+        return self.origin if self.origin.data is not None or self.origin.path is None else self.origin.path
 
 
 @dataclass(frozen=True)
@@ -185,10 +193,26 @@ class Processor:
         if self.video_settings is not None and most is not None:
             self.video_settings = replace(self.video_settings, frame_pixels=most)
 
-    def answer_scale(self, size: tuple[int, int]) -> tuple[int, int] | None:
+    def settings_of(self, tokens: int | None = None) -> ImageSettings | None:
+        """How images are prepared that may have so many tokens at most; None: as many as the checkpoint says.
+
+        Raises:
+            PromptError: the family's images have no such limit, or not this one.
+        """
+        settings = self.image_settings
+        if tokens is None or settings is None:
+            return settings
+        if not isinstance(settings.tiling, PatchGrid):
+            raise PromptError(
+                f"images of family '{self.config.family}' have no limit of tokens: leave image_tokens out"
+            )
+        return replace(settings, tiling=settings.tiling.limit_tokens(tokens))
+
+    def answer_scale(self, size: tuple[int, int], tokens: int | None = None) -> tuple[int, int] | None:
         """Height and width of an image of `size`, height and width in pixels, in the numbers of answers that say places
-        in JSON; None where these are 1000ths."""
-        grid = None if self.image_settings is None else self.image_settings.tiling
+        in JSON; None where these are 1000ths. `tokens`: that it may have."""
+        settings = self.settings_of(tokens)
+        grid = None if settings is None else settings.tiling
         if isinstance(grid, Grid) and getattr(self.family, "ANSWERS_IN_PIXELS", False):
             return grid.fit(size)
         return None
@@ -218,16 +242,24 @@ class Processor:
         origin = Picture(None, video.name, None, digest.hex())
         return PreparedImage(clip.pixel_values, clip.size, layout.text, digest, origin, video=video, layout=layout)
 
-    def prepare(self, source: ImageSource | Picture | PreparedImage | Video) -> PreparedImage:
+    def prepare(
+        self, source: ImageSource | Picture | PreparedImage | Video, tokens: int | None = None
+    ) -> PreparedImage:
         """Open an image, or a video, and make its pixels ready.
+
+        Args:
+            tokens: of an image at most, in families that take any size; None: as the checkpoint says, or as it is
+                prepared already.
 
         Raises:
             ImageError: it cannot be opened.
             CheckpointError: the checkpoint does not say how it takes images.
-            PromptError: the model takes none.
+            PromptError: the model takes none, or has no such limit of tokens.
         """
         if isinstance(source, PreparedImage):
-            return source
+            if tokens in (None, source.budget) or source.video is not None:
+                return source
+            return self.prepare(source.again, tokens)
         if isinstance(source, Video):
             return self._prepare_video(source)
         if self.config.text_alone:
@@ -238,10 +270,10 @@ class Processor:
                 "so how it takes images is unknown: copy the file from the original repository"
             )
         picture = source if isinstance(source, Picture) else read_image(source, self.access)
+        settings = self.settings_of(tokens) or self.image_settings
         image = open_image(picture)
-        found = self._form(image, self.image_settings, picture)
-        among = self.image_settings.among
-        return found if among is None else replace(found, among=self._form(image, among, picture))
+        found = replace(self._form(image, settings, picture), budget=tokens)
+        return found if settings.among is None else replace(found, among=self._form(image, settings.among, picture))
 
     def _form(self, image: Image.Image, settings: ImageSettings, picture: Picture) -> PreparedImage:
         size = image.height, image.width
@@ -380,6 +412,7 @@ class Processor:
         *,
         add_generation_prompt: bool = True,
         think: bool | None = None,
+        image_tokens: int | None = None,
     ) -> Inputs:
         """Everything `model()` needs to answer a prompt, ready for prefill.
 
@@ -388,6 +421,7 @@ class Processor:
             images: come before the text.
             add_generation_prompt: whether the template opens the answer.
             think: whether the model is to think before it answers; None: as the template does by default.
+            image_tokens: of an image at most, where its part of a message says nothing of them; see `prepare`.
 
         Raises:
             PromptError: the messages do not fit the model, or its template has no switch for thinking.
@@ -400,7 +434,7 @@ class Processor:
             raise PromptError(
                 f"family '{self.config.family}' answers about exactly one image, here are {len(parts)}: {advice}"
             )
-        prepared = [self.prepare(part["image"]) for part in parts]
+        prepared = [self.prepare(part["image"], part.get("tokens", image_tokens)) for part in parts]
         text, slots = self.expand(messages, prepared, add_generation_prompt=add_generation_prompt, think=think)
         instruction = self._instruction(messages)
         read = b"" if instruction is None else instruction.tobytes()
@@ -413,6 +447,7 @@ class Processor:
                 times=image.layout.times,
                 instruction=instruction,
                 slices=image.slices,
+                budget=image.budget,
             )
             for image in self.forms(prepared)
         ]

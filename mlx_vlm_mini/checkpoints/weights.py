@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_vlm_mini.config import DecoderConfig, VLMConfig, check_layers
+from mlx_vlm_mini.config import DecoderConfig, LayerShape, VLMConfig, check_layers
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.families.parts.maps import Experts, PerHead, Raised, Weights
 from mlx_vlm_mini.model import VLM
@@ -145,9 +145,16 @@ def without_drafts(ours: Mapping[str, str], config: VLMConfig) -> tuple[dict[str
 
 
 def _is_idle(name: str, config: VLMConfig) -> bool:
-    """Whether a tensor belongs to a vision block behind the last one whose features are read, which is not built."""
-    match = re.match(r"vision\.blocks\.(\d+)\.", name)
-    return match is not None and config.vision.depth <= int(match[1]) < config.vision.num_hidden_layers
+    """Whether a tensor belongs to a vision block behind the last one whose features are read, which is not built, or
+    would make keys and values in a layer that has another's."""
+    block = re.match(r"vision\.blocks\.(\d+)\.", name)
+    if block is not None:
+        return config.vision.depth <= int(block[1]) < config.vision.num_hidden_layers
+    layer = re.match(r"decoder\.layers\.(\d+)\.self_attn\.(?:[kv]_proj|k_norm)\.", name)
+    kinds = config.decoder.layer_types
+    if layer is None or int(layer[1]) >= len(kinds):
+        return False
+    return config.decoder.shape(kinds[int(layer[1])]).shared_with is not None
 
 
 def _list(names: list[str]) -> str:
@@ -187,17 +194,25 @@ def quantization_of(
 def _least_weights(config: VLMConfig) -> int:
     """Weights that the largest matrices of a model have, whatever its family: it has no fewer."""
     decoder, vision = config.decoder, config.vision
-    heads = decoder.num_attention_heads + decoder.num_key_value_heads
-    mixed: dict[str, int] = dict.fromkeys(decoder.layer_types, 2 * heads * decoder.head_dim)
+    mixed = {kind: _attention_weights(decoder.shape(kind)) for kind in decoder.layer_types}
     if decoder.delta is not None:
         mixed["linear_attention"] = decoder.delta.mixed_size + 2 * decoder.delta.value_size
     inner = 2 * decoder.intermediate_size
     if decoder.experts is not None:
-        inner = 3 * decoder.experts.num_experts * decoder.experts.moe_intermediate_size
+        inner = 0 if decoder.mlp_type == "moe" else inner
+        inner += 3 * decoder.experts.num_experts * decoder.experts.moe_intermediate_size
     block = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
     tower = 0 if config.text_alone else vision.depth * block
     layers = sum(mixed[kind] + inner for kind in decoder.layer_types if kind != "cross_attention")
-    return decoder.hidden_size * (decoder.num_embeddings + layers) + tower
+    per_layer = decoder.embeddings.per_layer
+    beside = 0 if per_layer is None else per_layer.vocab_size * per_layer.size
+    return decoder.hidden_size * (decoder.num_embeddings + layers) + tower + beside * decoder.num_hidden_layers
+
+
+def _attention_weights(shape: LayerShape) -> int:
+    """Rows of a layer's matrices of the hidden size."""
+    made = 0 if shape.shared_with is not None else shape.num_kv_heads * (1 if shape.keys_as_values else 2)
+    return (2 * shape.num_heads + made) * shape.head_dim
 
 
 def _check_weights(config: VLMConfig, checkpoint: Checkpoint) -> None:

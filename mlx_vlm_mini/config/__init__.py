@@ -13,16 +13,19 @@ from mlx_vlm_mini.errors import CheckpointError
 
 from .checks import Activation, NormType, check_layers, check_sizes
 from .decoder import (
-    AttentionShape,
+    SLIDING,
     BiasConfig,
     BlindRows,
     CrossAttentionConfig,
     DecoderConfig,
     DeltaConfig,
+    EmbeddingConfig,
     ExpertConfig,
+    LayerShape,
     LayerType,
     MLPType,
     NormConfig,
+    PerLayerConfig,
     QueryScale,
     QueryScaleType,
     ScaleConfig,
@@ -30,18 +33,27 @@ from .decoder import (
     WindowConfig,
 )
 from .drawing import NORM_GROUPS, DrawingConfig, VQConfig
-from .projector import MergerConfig, MergerKind, PoolConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
+from .projector import (
+    GridPoolConfig,
+    MergerConfig,
+    MergerKind,
+    PoolConfig,
+    ProjectorConfig,
+    ResamplerConfig,
+    ShuffleConfig,
+)
 from .qformer import InstructionConfig, QFormerConfig
 from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, GridConfig, Resize, TiledConfig, VisionConfig
 
 __all__ = [
-    "MOST_TILES", "NORM_GROUPS", "Activation", "AttentionShape", "BiasConfig", "BlindRows", "BlockConfig",
-    "ContrastConfig", "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "DrawingConfig", "ExpertConfig",
-    "GridConfig", "InstructionConfig", "LayerType", "MLPType", "MergerConfig", "MergerKind", "NormConfig", "NormType",
-    "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig", "QueryConfig", "QueryScale", "QueryScaleType",
-    "ResamplerConfig", "Resize", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig",
-    "VQConfig", "VisionConfig", "WindowConfig", "check_layers",
+    "MOST_TILES", "NORM_GROUPS", "SLIDING", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig",
+    "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "DrawingConfig", "EmbeddingConfig", "ExpertConfig",
+    "GridConfig", "GridPoolConfig", "InstructionConfig", "LayerShape", "LayerType", "MLPType", "MergerConfig",
+    "MergerKind", "NormConfig", "NormType", "PerLayerConfig", "PoolConfig", "Prescribed", "ProjectorConfig",
+    "QFormerConfig", "QueryConfig", "QueryScale", "QueryScaleType", "ResamplerConfig", "Resize", "ScaleConfig",
+    "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VQConfig", "VisionConfig", "WindowConfig",
+    "check_layers",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]
@@ -122,6 +134,8 @@ class VLMConfig:
         merges, grid = self.projector.merger is not None, self.vision.grid is not None
         if (merges and not grid) or (grid and merges != (shuffle is not None)):
             raise CheckpointError("config.json: a merger needs a tower of patch grids, whose squares it alone can join")
+        if self.projector.grid_pool is not None and not grid:
+            raise CheckpointError("config.json: means of a grid's squares need a tower of patch grids")
         if (self.vision.tiled is None) != (self.decoder.cross_attention is None):
             raise CheckpointError("config.json: a tower of tiles and cross-attention are supported together only")
         if self.drawing is not None and self.drawing.hidden_size != self.decoder.hidden_size:

@@ -7,7 +7,9 @@ from typing import Any, Literal
 from mlx_vlm_mini.errors import CheckpointError
 
 Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"]
-NormType = Literal["layer_norm", "rms_norm"]
+NormType = Literal["layer_norm", "rms_norm", "rms_norm_float32", "rms_norm_bare"]
+"""RMS norms are computed in the vectors' type, or in float32 with the weight before anything is rounded (Gemma 4), or
+have no weight."""
 
 _LAYERS = re.compile(r"layers?$|depth$|_pattern$|frequency$|^n_layer")
 _LARGEST = 10**8  # of any size in a config: far above every model, and products of two still fit 64 bits

@@ -9,10 +9,14 @@ from mlx_vlm_mini.errors import CheckpointError
 from .checks import Activation, NormType, check_flags, check_multiple, check_positive, check_sizes
 from .queries import QueryConfig
 
-LayerType = Literal["full_attention", "sliding_attention", "cross_attention", "query_attention", "linear_attention"]
+LayerType = Literal[
+    "full_attention", "sliding_attention", "shared_full_attention", "shared_sliding_attention", "cross_attention",
+    "query_attention", "linear_attention",
+]  # fmt: skip
+SLIDING: tuple[LayerType, ...] = ("sliding_attention", "shared_sliding_attention")
 BlindRows = Literal["zero", "attend"]
-TwoWay = Literal["nothing", "prompt", "images"]
-MLPType = Literal["gated", "plain", "moe"]
+TwoWay = Literal["nothing", "prompt", "images", "images_in_window", "images_whole"]
+MLPType = Literal["gated", "plain", "moe", "gated_and_moe"]
 QueryScaleType = Literal["log", "log_steps"]
 
 
@@ -29,10 +33,12 @@ class NormConfig:
     """Norms behind attention and MLP too, before the residual (Gemma 2)."""
     qk_norm: bool = False
     """Norms of each head's queries and keys (Qwen3)."""
+    v_norm: bool = False
+    """Norms of each head's values, without weights (Gemma 4; not Qwen3)."""
 
     def __post_init__(self) -> None:
         check_positive(self, "rms_norm_eps")
-        check_flags(self, "sandwich", "qk_norm")
+        check_flags(self, "sandwich", "qk_norm", "v_norm")
         if self.norm_type not in get_args(NormType):
             raise CheckpointError(f"config.json: unknown norm_type {self.norm_type!r} of the decoder")
 
@@ -70,9 +76,12 @@ class ScaleConfig:
     """Of tokens far from the first; None: no query is scaled by its place."""
     fits_float16: bool = True
     """Whether no activation exceeds 65504, float16's largest number: Gemma's do."""
+    layer_scalars: bool = False
+    """What leaves a layer, the stream that entered it included, is multiplied by a number of the file (Gemma 4; not
+    Gemma 3)."""
 
     def __post_init__(self) -> None:
-        check_flags(self, "fits_float16")
+        check_flags(self, "fits_float16", "layer_scalars")
         optional = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
         check_positive(self, "embed_scale", *(name for name in optional if getattr(self, name) is not None))
 
@@ -107,7 +116,7 @@ class CrossAttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig:
-    """Of the layers of type `sliding_attention`."""
+    """Of the layers of the types `SLIDING`."""
 
     sliding_window: int
     """Keys that such a layer sees, the query's own among them."""
@@ -120,8 +129,8 @@ class WindowConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionShape:
-    """The attention of a kind of layer."""
+class LayerShape:
+    """A kind of layer: its attention, and its feed-forward where that has a width of its own."""
 
     num_heads: int
     num_kv_heads: int
@@ -132,11 +141,18 @@ class AttentionShape:
     """They rotate each even number against the next (GLM-4); else one half against the other."""
     gated: bool = False
     """Each head's output is multiplied by a gate that q_proj gives besides the query (Qwen3-Next)."""
+    keys_as_values: bool = False
+    """Values are what k_proj gives, before the keys' norm and without rotation (Gemma 4 12B, 26B and 31B; not E2B)."""
+    shared_with: LayerType | None = None
+    """Keys and values are those of the last layer of this kind (Gemma 4 E2B); None: the layers have their own (31B)."""
+    mlp_width: int | None = None
+    """Of the gated or plain feed-forward (Gemma 4 E2B's layers with others' keys); None: `intermediate_size` (E4B)."""
 
     def __post_init__(self) -> None:
-        check_sizes(self, "num_heads", "num_kv_heads", "head_dim", "rotary_dims")
+        widths = ["mlp_width"] if self.mlp_width is not None else []
+        check_sizes(self, "num_heads", "num_kv_heads", "head_dim", "rotary_dims", *widths)
         check_multiple(self, "num_heads", "num_kv_heads")
-        check_flags(self, "neighbours", "gated")
+        check_flags(self, "neighbours", "gated", "keys_as_values")
         if self.rotary_dims % 2 or self.rotary_dims > self.head_dim:
             raise CheckpointError(
                 f"config.json: rotary positions need an even number of a head's {self.head_dim} numbers, not "
@@ -200,6 +216,32 @@ class ExpertConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PerLayerConfig:
+    """Embeddings of each token for each layer (Gemma 4 E2B), besides those that enter the first one."""
+
+    size: int
+    vocab_size: int
+    """Rows of the table."""
+    pad_token_id: int
+    """Whose row stands for an image's tokens."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "size", "vocab_size")
+        if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size:
+            raise CheckpointError(f"config.json: pad_token_id must be a token id, not {self.pad_token_id!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig:
+    """What of a token is looked up in a table besides what enters the first layer."""
+
+    learned_positions: int | None = None
+    """Rows of a learned position embedding before the first token's (OPT); None: positions are rotary."""
+    per_layer: PerLayerConfig | None = None
+    """Each layer reads an embedding of its own of each token (Gemma 4 E2B). None: it does not (31B)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A pre-norm decoder with grouped-query attention, rotary positions and a gated MLP."""
 
@@ -223,20 +265,23 @@ class DecoderConfig:
     tie_word_embeddings: bool
     two_way: TwoWay
     """What sees later tokens of its kind, too, all else being causal: the tokens of the prompt (PaliGemma), or of an
-    image those of the same one (Gemma 3)."""
+    image those of the same one. These in all layers, but nothing before a sliding layer's window (Gemma 3); so, but in
+    sliding layers alone (`images_in_window`, Gemma 4 26B and 31B); or in all layers and whatever the window
+    (`images_whole`, Gemma 4 12B)."""
     cross_attention: CrossAttentionConfig | None = None
     """Image embeddings do not enter the sequence: layers of a type of their own read them. None: there are none."""
     queries: QueryConfig | None = None
     """Query tokens stand for an image, and layers of another type let them look at it. None: there are none."""
     delta: DeltaConfig | None = None
     """Some layers keep a state in place of keys and values. None: there are none."""
-    shapes: Mapping[LayerType, AttentionShape] = field(default_factory=dict)
-    """The attention of kinds of layers whose shape is not the one that the fields above say."""
+    shapes: Mapping[LayerType, LayerShape] = field(default_factory=dict)
+    """Kinds of layers whose shape is not the one that the fields above say."""
     mlp_type: MLPType = "gated"
+    """`moe`: a router chooses a few of many experts (Qwen3.5-MoE); `gated_and_moe`: so it does, and what they give is
+    added to what a gated MLP gives of the same token (Gemma 4 26B-A4B)."""
     experts: ExpertConfig | None = None
-    """Of feed-forwards of type `moe`, whose `intermediate_size` is that of an expert. None: there are none."""
-    learned_positions: int | None = None
-    """Rows of a learned position embedding before the first token's (OPT); None: positions are rotary."""
+    """Of feed-forwards that have them; with type `moe`, `intermediate_size` is that of an expert. None: none has."""
+    embeddings: EmbeddingConfig = EmbeddingConfig()
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -250,7 +295,7 @@ class DecoderConfig:
             raise CheckpointError(f"config.json: rotary positions need an even head_dim, not {self.head_dim}")
         if self.mlp_type not in get_args(MLPType):
             raise CheckpointError(f"config.json: unknown mlp_type {self.mlp_type!r}")
-        if (self.mlp_type == "moe") != (self.experts is not None):
+        if (self.mlp_type in ("moe", "gated_and_moe")) != (self.experts is not None):
             raise CheckpointError("config.json: feed-forwards of experts and their settings go together")
         if len(self.layer_types) != self.num_hidden_layers:
             raise CheckpointError(
@@ -261,8 +306,14 @@ class DecoderConfig:
             raise CheckpointError(f"config.json: unknown layer type {unknown.pop()!r}")
         for kind in set(self.layer_types):
             self.shape(kind)
-        if "sliding_attention" in self.layer_types and self.window is None:
+        if set(SLIDING) & set(self.layer_types) and self.window is None:
             raise CheckpointError("config.json: sliding layers need a sliding_window")
+        self._check_shared()
+        per_layer = self.embeddings.per_layer
+        if per_layer is not None and per_layer.vocab_size < self.vocab_size:
+            raise CheckpointError(
+                f"config.json: vocab_size_per_layer_input {per_layer.vocab_size} is below vocab_size {self.vocab_size}"
+            )
         if ("cross_attention" in self.layer_types) != (self.cross_attention is not None):
             raise CheckpointError("config.json: cross-attention layers and their settings go together")
         if ("query_attention" in self.layer_types) != (self.queries is not None):
@@ -276,14 +327,14 @@ class DecoderConfig:
         if self.cross_attention is not None and self.tie_word_embeddings:
             raise CheckpointError("config.json: the head cannot be tied to an embedding with spare rows")
 
-    def shape(self, kind: LayerType) -> AttentionShape:
-        """The attention of a kind of layer."""
+    def shape(self, kind: LayerType) -> LayerShape:
+        """The sizes of a kind of layer."""
         if kind in self.shapes:
             return self.shapes[kind]
         factor = (self.rope_scaling or {}).get("partial_rotary_factor") or 1.0
         if not isinstance(factor, int | float) or not 0 < factor <= 1:
             raise CheckpointError(f"config.json: partial_rotary_factor must be above 0 and at most 1, not {factor!r}")
-        return AttentionShape(
+        return LayerShape(
             num_heads=self.num_attention_heads,
             num_kv_heads=self.num_key_value_heads,
             head_dim=self.head_dim,
@@ -291,10 +342,30 @@ class DecoderConfig:
         )
 
     def active_share(self, name: str) -> float:
-        """Which part of one of our tensors a token reads: of stacked experts those that it takes, of others all."""
+        """Which part of one of our tensors a token reads: of stacked experts those that it takes, of what each layer
+        adds to a token one row, of others all."""
+        if self.embeddings.per_layer is not None and "per_layer.embed." in name:
+            return 1 / self.embeddings.per_layer.vocab_size
         if self.experts is None or ".switch_mlp." not in name:
             return 1.0
         return self.experts.num_experts_per_tok / self.experts.num_experts
+
+    def _check_shared(self) -> None:
+        """Raises CheckpointError where a layer would share keys of one that does not come before it."""
+        seen: set[LayerType] = set()
+        for kind in self.layer_types:
+            source = self.shape(kind).shared_with
+            if kind.startswith("shared_") != (source is not None) or (source is not None and source not in seen):
+                raise CheckpointError(f"config.json: layers of type {kind} share keys and values of none before them")
+            seen.add(kind)
+
+    def window_of(self, kind: LayerType) -> int | None:
+        """Keys that a layer of a kind sees, a query's own among them; None: all before it."""
+        return self.sliding_window if kind in SLIDING else None
+
+    def mlp_width(self, kind: LayerType) -> int:
+        """The width of a kind of layer's gated or plain feed-forward."""
+        return self.shape(kind).mlp_width or self.intermediate_size
 
     @property
     def has_sections(self) -> bool:

@@ -37,6 +37,20 @@ class PoolConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GridPoolConfig:
+    """Means of squares of `factor` x `factor` features of a grid of any size, times the root of their width, before
+    norm and linear layer (Gemma 4; Gemma 3's grids are square, its means stay as they are); see `pooling.py`."""
+
+    factor: int
+    standardize: bool
+    """A bias of the file is taken off then, and what is left multiplied by a scale (Gemma 4 31B; not E2B)."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "factor")
+        check_flags(self, "standardize")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergerConfig:
     """Squares of features become embeddings; see `merger.py`."""
 
@@ -90,10 +104,13 @@ class ProjectorConfig:
     bias: bool
     shuffle: ShuffleConfig | None = None
     norm_eps: float | None = None
+    norm_type: NormType = "layer_norm"
+    """Of the norm before the first layer: InternVL's has weights, Gemma 4's none."""
     resampler: ResamplerConfig | None = None
     qformer: QFormerConfig | None = None
     pool: PoolConfig | None = None
     """In place of all that; one layer."""
+    grid_pool: GridPoolConfig | None = None
     merger: MergerConfig | None = None
     """In place of what stands above, for grids of patches; it has the other fields' sizes."""
 
@@ -114,4 +131,10 @@ class ProjectorConfig:
     @property
     def joined(self) -> ShuffleConfig | None:
         """Which features become one embedding, shuffled or averaged; None: each is one."""
-        return self.shuffle if self.pool is None else ShuffleConfig(factor=self.pool.factor, transposed=False)
+        pool = self.pool or self.grid_pool
+        return self.shuffle if pool is None else ShuffleConfig(factor=pool.factor, transposed=False)
+
+    @property
+    def reads_grid(self) -> bool:
+        """Whether it takes features in rows and columns."""
+        return self.merger is not None or self.grid_pool is not None

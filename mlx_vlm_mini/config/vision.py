@@ -29,9 +29,16 @@ class BlockConfig:
     """An MLP of three layers, as decoders have it (Qwen2.5-VL, Pixtral)."""
     mlp_bias: bool = True
     """Biases in a gated MLP (Qwen2.5-VL; Pixtral's has none)."""
+    sandwich: bool = False
+    """Norms after attention and MLP, too, of each head's queries, keys and values, and scores that are not scaled
+    (Gemma 4); Pixtral's blocks have norms before them alone."""
+    clipped: bool = False
+    """Inputs and outputs of such a block's linear layers are kept within bounds of the file (Gemma 4 E2B; not 31B)."""
 
     def __post_init__(self) -> None:
-        check_flags(self, "qkv_bias", "o_bias", "qk_norm_heads", "layer_scale", "gated_mlp", "mlp_bias")
+        check_flags(
+            self, "qkv_bias", "o_bias", "qk_norm_heads", "layer_scale", "gated_mlp", "mlp_bias", "sandwich", "clipped"
+        )
         if self.norm_type not in get_args(NormType):
             raise CheckpointError(f"config.json: unknown norm_type {self.norm_type!r} of the vision tower")
         if self.qk_norm_eps is not None:
@@ -74,20 +81,29 @@ class GridConfig:
     not rotary; None: none do."""
     alternating: bool = False
     """Every other rotary frequency goes by the row, those between by the column (Pixtral); else the former by both."""
+    linear_patches: bool = False
+    """Patches are projected by what is stored as a linear layer (Gemma 4); else as a convolution (Qwen2-VL)."""
+    places: int | None = None
+    """Learned positions of columns, and as many of rows, which are added up (Gemma 4); Qwen3-VL has those of a square.
+    None: there are none."""
+    axial_theta: float | None = None
+    """Base of rotary positions by which one half of each head turns by the column, the other by the row (Gemma 4).
+    None: the base is 10,000, and both halves turn against one another (Qwen2-VL)."""
 
     def __post_init__(self) -> None:
-        optional = ("frames", "window", "position_side", "merged_after")
+        optional = ("frames", "window", "position_side", "merged_after", "places")
         check_sizes(self, *(name for name in optional if getattr(self, name) is not None))
-        check_flags(self, "alternating")
+        check_flags(self, "alternating", "linear_patches")
         if self.position_resize not in get_args(Resize):
             raise CheckpointError(f"config.json: unknown position_resize {self.position_resize!r}")
-        if self.tokens_per_second is not None:
-            check_positive(self, "tokens_per_second")
+        positive = ("tokens_per_second", "axial_theta")
+        check_positive(self, *(name for name in positive if getattr(self, name) is not None))
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A pre-norm vision transformer on a square image, or on one of any size where it has a `grid`.
+    """A pre-norm vision transformer on a square image, or on one of any size where it has a `grid`. With a grid there
+    may be no layers: patches between norms are all then (Gemma 4 12B).
 
     `feature_layers` are the hidden states that the projector reads: 0 is what enters the first block, n what leaves
     block n. Several are concatenated along C. Blocks after the last one named are not built.
@@ -121,7 +137,8 @@ class VisionConfig:
     """The image has any size, its sides being multiples of `image_size`."""
 
     def __post_init__(self) -> None:
-        check_sizes(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        layers = ["num_hidden_layers"] if self.num_hidden_layers != 0 or self.grid is None else []
+        check_sizes(self, "hidden_size", *layers, "num_attention_heads", "intermediate_size")
         check_sizes(self, "image_size", "patch_size")
         check_positive(self, "layer_norm_eps")
         check_multiple(self, "hidden_size", "num_attention_heads")

@@ -132,7 +132,7 @@ def encode(processor: Processor, example: Example) -> Encoded:
         PromptError: the chat template does not render a conversation as the beginning of a longer one.
     """
     messages = list(example.messages)
-    prepared = [processor.prepare(part["image"]) for part in images_of(messages)]
+    prepared = [processor.prepare(part["image"], part.get("tokens")) for part in images_of(messages)]
 
     def render(count: int, prompt: bool) -> tuple[str, list[bool]]:
         shown = prepared[: len(images_of(messages[:count]))]

@@ -20,7 +20,7 @@ from mlx_vlm_mini.errors import PromptError
 from mlx_vlm_mini.layers.rotary import Rotary
 from mlx_vlm_mini.layers.types import Recorder, Rope
 
-from .blocks import layer_class, make_norm
+from .blocks import PerLayerInputs, layer_class, make_norm
 from .masks import Rows
 from .positions import Counting
 from .reading import Pass, Reading
@@ -40,11 +40,13 @@ class Decoder(nn.Module):
         self.norm = make_norm(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        kinds = dict.fromkeys(config.layer_types) if config.learned_positions is None else {}
+        kinds = dict.fromkeys(config.layer_types) if config.embeddings.learned_positions is None else {}
         # Not a dict, which MLX would take for a part with weights.
         self.ropes = MappingProxyType(make_ropes(config, kinds))
-        if config.learned_positions is not None:
-            rows = config.max_position_embeddings + config.learned_positions
+        if config.embeddings.per_layer is not None:
+            self.per_layer = PerLayerInputs(config)
+        if config.embeddings.learned_positions is not None:
+            rows = config.max_position_embeddings + config.embeddings.learned_positions
             self.pos_embed = mx.zeros((rows, config.hidden_size))
 
     def make_state(self, make: Callable[[], Any] | None = None) -> State:
@@ -62,7 +64,14 @@ class Decoder(nn.Module):
 
     def read(self, input_ids: mx.array) -> Reading:
         """int[B, L] -> what is read of tokens without images."""
-        return Reading(self.embed(input_ids))
+        return Reading(self.embed(input_ids), token_ids=input_ids if "per_layer" in self else None)
+
+    def beside(self, reading: Reading) -> tuple[mx.array, ...]:
+        """What stands beside the tokens for each layer, the first ones or all."""
+        if reading.token_ids is None:
+            return reading.beside
+        found: tuple[mx.array, ...] = self.per_layer(reading.token_ids, reading.embeddings)
+        return found
 
     def reads_whole(self, length: int) -> bool:
         """Whether the keys of a prompt of this length depend on all of it.
@@ -103,7 +112,7 @@ class Decoder(nn.Module):
             state.positions = positions
         visible = reading.visible if state is None or state.visible is None else state.visible
         first = positions.at(offset, length)
-        run = Pass(reading, rows, first, visible, spans, attentions=attentions)
+        run = Pass(reading, rows, first, visible, spans, beside=self.beside(reading), attentions=attentions)
         for kind in dict.fromkeys(self.config.layer_types):
             run.masks[kind] = layer_class(self.config, kind).mask(self.config, kind, run)
         made: dict[Rotary, Rope] = {}
@@ -131,7 +140,7 @@ class Decoder(nn.Module):
         Raises:
             PromptError: prompt and answer are longer than there are positions.
         """
-        x, before = run.reading.embeddings, self.config.learned_positions
+        x, before = run.reading.embeddings, self.config.embeddings.learned_positions
         if before is None:
             return x
         if not isinstance(run.first, mx.array):
@@ -146,9 +155,9 @@ class Decoder(nn.Module):
 
     def run_layer(self, number: int, x: mx.array, run: Pass, cache: Any = None) -> mx.array:
         """What a layer gives of its input, float[B, L, C], with what stands beside the tokens for it added."""
-        x = self.layers[number](x, run, cache)
-        beside = run.reading.beside
-        return x + beside[number].astype(x.dtype) if number < len(beside) else x
+        layer, beside = self.layers[number], run.beside[number] if number < len(run.beside) else None
+        y: mx.array = layer.join(layer(x, run, cache), beside)
+        return y
 
     def run(self, run: Pass, caches: Sequence[Any]) -> mx.array:
         """All layers and the final norm: float[B, L, C]."""

@@ -1,7 +1,7 @@
 """Attention masks: causal ones, with windows, with parts that see one another, and where a prompt may be cut for them.
 
 Sources: prefix-LM, Raffel et al., 2020 (arXiv:1910.10683), figure 3; images inside a causal decoder, Gemma 3
-(arXiv:2503.19786) and models/gemma3 of huggingface/transformers.
+(arXiv:2503.19786); models/gemma3, gemma4 and gemma4_unified of huggingface/transformers.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,11 @@ class Rows(NamedTuple):
     start: int
     length: int
     padding: mx.array | None = None
+
+    @property
+    def end(self) -> int:
+        """Keys before the first token after them."""
+        return self.start + self.length
 
 
 class ImageBlock(NamedTuple):
@@ -57,7 +62,7 @@ def causal_mask(rows: Rows, window: int | None = None, prefix: int = 0) -> Mask:
         None or "causal" where the fused attention needs no array, else bool[L, S], or of padded rows bool[B, 1, L, S];
         S = start + L.
     """
-    total = rows.start + rows.length
+    total = rows.end
     if rows.padding is None:
         if prefix >= total:
             return None
@@ -69,9 +74,9 @@ def causal_mask(rows: Rows, window: int | None = None, prefix: int = 0) -> Mask:
     return seen if rows.padding is None else seen & (keys >= rows.padding[:, None, None, None])
 
 
-def block_mask(rows: Rows, window: int | None, blocks: Sequence[ImageBlock]) -> mx.array:
+def block_mask(rows: Rows, window: int | None, blocks: Sequence[ImageBlock], *, whole: bool = False) -> mx.array:
     """Tokens see themselves, what stands before them, and the whole of their block; with a window of 3 nothing that
-    stands 3 tokens before them or further.
+    stands 3 tokens before them or further, or where `whole` nothing of that but their block.
 
     A block of tokens 1 to 3, with that window:
 
@@ -85,14 +90,14 @@ def block_mask(rows: Rows, window: int | None, blocks: Sequence[ImageBlock]) -> 
     Returns:
         bool[L, start + L].
     """
-    total = rows.start + rows.length
-    number = np.full(total, -1)
+    number = np.full(rows.end, -1)
     for i, block in enumerate(blocks):
         number[block.start : block.end] = i
     own = number[rows.start :, None]
-    queries, keys = np.arange(rows.start, total)[:, None], np.arange(total)
-    seen = (keys <= queries) | ((own == number) & (own >= 0))
-    return mx.array(seen if window is None else seen & (keys > queries - window))
+    queries, keys = np.arange(rows.start, rows.end)[:, None], np.arange(rows.end)
+    near = keys > queries - (rows.end if window is None else window)
+    block = (own == number) & (own >= 0)
+    return mx.array((near & (keys <= queries)) | (block if whole else near & block))
 
 
 @dataclass(frozen=True)
@@ -125,15 +130,24 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Images whose tokens see one another, all else being causal (Gemma 3)."""
+    """Images whose tokens see one another, all else being causal (Gemma 3).
+
+    Attributes:
+        blocks: the images.
+        in_windows: they do so in layers with a window alone (Gemma 4 31B).
+        whole: the window does not cut them (Gemma 4 12B).
+    """
 
     blocks: tuple[ImageBlock, ...]
+    in_windows: bool = False
+    whole: bool = False
 
     def mask(self, window: int | None, rows: Rows) -> Mask:
         """None of the blocks may begin in these tokens and end after them."""
-        if any(block.end > rows.start and block.start < rows.start + rows.length for block in self.blocks):
-            return block_mask(rows, window, self.blocks)
-        return causal_mask(rows, window)
+        causal = window is None and self.in_windows
+        if causal or not any(block.end > rows.start and block.start < rows.end for block in self.blocks):
+            return causal_mask(rows, window)
+        return block_mask(rows, window, self.blocks, whole=self.whole)
 
     def cut(self, start: int, step: int, end: int) -> int:
         """Between images: a piece is shorter where one would be cut, and longer where that one is its first."""

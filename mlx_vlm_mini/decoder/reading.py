@@ -47,6 +47,8 @@ class Reading:
         positions: where tokens stand; None: as the state knows it, counting on.
         memory: of the images that are new.
         beside: float[B, L, C] a layer, added to what the first layers give (DeepStack, arXiv:2406.04334).
+        token_ids: int[B, L], by which layers have embeddings of their own, the padding's id where images stand (Gemma 4
+            E2B); None: they have none.
         prompt_length: tokens of the prompt that begins the sequence, which some rotary scalings go by. None: as the
             state knows it; without one all of these tokens.
     """
@@ -56,6 +58,7 @@ class Reading:
     positions: Positions | None = None
     memory: Memory | None = None
     beside: tuple[mx.array, ...] = ()
+    token_ids: mx.array | None = None
     prompt_length: int | None = None
 
     @property
@@ -70,6 +73,7 @@ class Reading:
             embeddings=self.embeddings[:, start:end],
             memory=None if start else self.memory,
             beside=tuple(each[:, start:end] for each in self.beside),
+            token_ids=None if self.token_ids is None else self.token_ids[:, start:end],
         )
 
 
@@ -86,6 +90,8 @@ class Pass:
         masks: by kind of layer, what its attention may look at.
         ropes: by kind of layer, what rotates its queries and keys.
         sharpness: float[L, 1], of rows float[B, 1, L, 1], that queries are multiplied by; None: nothing.
+        beside: of each layer, the first ones or all, what it is given besides the stream; see `StreamLayer.join`.
+        shared: by kind of layer, the keys and values of its last one so far, where other layers attend to them.
         attentions: takes each layer's weights.
     """
 
@@ -97,4 +103,6 @@ class Pass:
     masks: dict[str, Any] = field(default_factory=dict)
     ropes: dict[str, Any] = field(default_factory=dict)
     sharpness: mx.array | None = None
+    beside: tuple[mx.array, ...] = ()
+    shared: dict[str, tuple[mx.array, mx.array]] = field(default_factory=dict)
     attentions: Recorder | None = None

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_mini.borrow import borrow
-from mlx_vlm_mini.config import DecoderConfig, LayerType
+from mlx_vlm_mini.config import SLIDING, DecoderConfig, LayerType
 from mlx_vlm_mini.errors import CheckpointError
 from mlx_vlm_mini.layers.rotary import DependsOn, Rotary, Scaling
 
@@ -22,6 +22,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor",),
     "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor"),
+    "proportional": (),
     "prompt_ntk": ("original_max_position_embeddings",),  # our name
 }
 _NUMBERS = (
@@ -45,6 +46,17 @@ def _plain(dims: int, base: float, stretch: float = 1.0) -> Scaling:
     MLX's own frequencies differ from transformers' in the last bit, which a thousand positions make 1e-4 of an angle.
     """
     periods = _periods(base, dims) * stretch
+    return lambda total: (periods, 1.0)
+
+
+def _proportional(dims: int, base: float, share: float, factor: float) -> Scaling:
+    """The first `share` of the frequencies of a whole head; the others stand still (Gemma 4).
+
+    So numbers i and dims / 2 + i of a head turn for i below share dims / 2, and not its first ones.
+    """
+    turning = int(share * dims // 2)
+    still = mx.full(dims // 2 - turning, math.inf)
+    periods = mx.concatenate([_periods(base, dims)[:turning] * factor, still])
     return lambda total: (periods, 1.0)
 
 
@@ -165,6 +177,9 @@ def make_rope(config: DecoderConfig, kind: LayerType = "full_attention") -> Rota
         "linear": lambda: _plain(dims, base, scaling["factor"]),
         "dynamic": lambda: _dynamic(dims, base, scaling["factor"], longest),
         "longrope": lambda: _longrope(dims, base, scaling, longest),
+        "proportional": lambda: _proportional(
+            dims, base, scaling.get("partial_rotary_factor", 1.0), scaling.get("factor", 1.0)
+        ),
         "prompt_ntk": lambda: _prompt_ntk(dims, base, original),
     }
     found = kinds.get(name, lambda: _borrowed(dims, base, scaling, longest))()
@@ -187,7 +202,7 @@ def make_ropes(config: DecoderConfig, kinds: Iterable[LayerType]) -> dict[LayerT
 
 
 def _own_base(config: DecoderConfig, kind: LayerType) -> float | None:
-    return config.window.sliding_rope_theta if kind == "sliding_attention" and config.window is not None else None
+    return config.window.sliding_rope_theta if kind in SLIDING and config.window is not None else None
 
 
 def _axes(config: DecoderConfig, half: int, depends_on: DependsOn) -> np.ndarray:

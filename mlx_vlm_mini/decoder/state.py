@@ -41,6 +41,39 @@ class Aside:
     layers: dict[int, Any]
 
 
+class NoCache:
+    """Of a layer that keeps nothing, as it attends to what another one keeps."""
+
+    nbytes = 0
+    state: tuple[mx.array, ...] = ()
+
+    def empty(self) -> bool:
+        """Always."""
+        return True
+
+    def reach(self, length: int) -> int:
+        """Any length."""
+        return length
+
+    def rewind(self, length: int) -> None:
+        """There is nothing to go back in."""
+
+    @classmethod
+    def merge(cls, caches: Sequence["NoCache"]) -> "NoCache":
+        """The same for the rows of a batch."""
+        return cls()
+
+    def extend(self, other: "NoCache") -> None:
+        """See `State.extend`."""
+
+    def filter(self, rows: mx.array) -> None:
+        """See `State.keep`."""
+
+    def extract(self, row: int) -> "NoCache":
+        """See `State.extract`."""
+        return self
+
+
 @dataclass
 class State:
     """What a decoder keeps of the tokens that it has read.

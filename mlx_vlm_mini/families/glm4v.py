@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_vlm_mini.config import (
-    AttentionShape,
     BlockConfig,
     DecoderConfig,
+    LayerShape,
     LayerType,
     MergerConfig,
     ProjectorConfig,
@@ -108,9 +108,7 @@ def glm_decoder(hf: Mapping[str, Any], defaults: Mapping[str, Any], *, bias: boo
         _SECTIONS,
         interleaved=False,
     )
-    shapes: dict[LayerType, AttentionShape] = {
-        "full_attention": replace(decoder.shape("full_attention"), neighbours=True)
-    }
+    shapes: dict[LayerType, LayerShape] = {"full_attention": replace(decoder.shape("full_attention"), neighbours=True)}
     return replace(decoder, norms=replace(decoder.norms, sandwich=True), shapes=shapes)
 
 

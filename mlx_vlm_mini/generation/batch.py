@@ -55,6 +55,7 @@ class Cost:
         kinds = Counter(config.layer_types)
         images, linear = kinds.pop("cross_attention", 0), kinds.pop("linear_attention", 0)
         shapes = [(config.shape(kind), count) for kind, count in kinds.items()]
+        shapes = [(shape, count) for shape, count in shapes if shape.shared_with is None]
         row = image_row = 0
         if (delta := config.delta) is not None:
             state = delta.num_value_heads * delta.value_head_dim * delta.key_head_dim * mx.float32.size

@@ -16,7 +16,7 @@ from mlx_vlm_mini.decoder.cross_attention import ImageCache, Span
 from mlx_vlm_mini.decoder.decoder import Decoder
 from mlx_vlm_mini.decoder.delta import DeltaCache, Memory, Snapshot
 from mlx_vlm_mini.decoder.masks import Rotating
-from mlx_vlm_mini.decoder.state import SNAPSHOTS, State
+from mlx_vlm_mini.decoder.state import SNAPSHOTS, NoCache, State
 from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.inputs import Inputs
 from mlx_vlm_mini.model import VLM
@@ -83,11 +83,12 @@ def make_state(model: VLM, *, kv_bits: int | None = None, rotate: int | None = N
         state = model.make_state(lambda: caches.RotatingKVCache(max_size=rotate, keep=KEEP))
         state.visible = Rotating(rotate, KEEP)
         return state
-    group_size = next((size for size in (64, 32) if config.head_dim % size == 0), None)
+    heads = {config.shape(kind).head_dim for kind in config.layer_types if kind != "linear_attention"}
+    group_size = next((size for size in (64, 32) if not any(head % size for head in heads)), None)
     if kv_bits not in (2, 4, 8) or group_size is None:
         why = f"kv_bits must be 2, 4 or 8, not {kv_bits}"
         if kv_bits in (2, 4, 8):
-            why = f"heads of {config.head_dim} numbers cannot be quantized in groups of 32: leave kv_bits out"
+            why = f"heads of {min(heads)} numbers cannot be quantized in groups of 32: leave kv_bits out"
         raise PromptError(why)
     return model.make_state(lambda: caches.QuantizedKVCache(group_size=group_size, bits=kv_bits))
 
@@ -299,6 +300,8 @@ class TurnCache:
                     state = 1, delta.num_value_heads, delta.value_head_dim, delta.key_head_dim
                     found[f"layers.{i}.{number}.state"] = state, mx.float32
                     found[f"layers.{i}.{number}.inputs"] = (1, delta.conv_kernel - 1, delta.mixed_size), dtype
+            elif isinstance(entry, NoCache):
+                continue
             elif spans or not isinstance(entry, ImageCache):
                 length = sum(span.held for span in spans) if isinstance(entry, ImageCache) else count
                 shape = config.shape(kind)

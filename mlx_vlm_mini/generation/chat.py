@@ -297,7 +297,7 @@ class Chat:
         system = options.get("system")
         chat.messages = found.messages
         for part in images_of(chat.messages):
-            part["image"] = chat.features.prepare(processor, part["image"])
+            part["image"] = chat.features.prepare(processor, part["image"], part.pop("tokens", None))
         opening, _ = split_turns(chat.messages)
         if system is not None:
             chat.system = system
@@ -369,7 +369,7 @@ class Chat:
         chosen = Options(**{**self.options, **options})
         turn = [{**message, "content": _copy(message["content"])} for message in turn]
         for part in images_of(turn):
-            part["image"] = self.features.prepare(self.processor, part["image"])
+            part |= self.features.prepare_part(self.processor, part, chosen.image_tokens)
         before, inputs, dropped = self._fit(before, turn, chosen)
         identity = identify(inputs)
         answer = self._open = _Answer([*before, *turn], identity, dropped, chosen.think)

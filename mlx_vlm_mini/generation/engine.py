@@ -274,7 +274,7 @@ class Engine:
         with self._gate:
             if self._closed:
                 raise PromptError("the engine is closed")
-            prepared = self._opening.submit(self._prepare, request, prompt, images, chosen.think)
+            prepared = self._opening.submit(self._prepare, request, prompt, images, chosen)
         prepared.add_done_callback(arrive)
         return request
 
@@ -310,7 +310,7 @@ class Engine:
         request._give(PromptError("the engine was closed"))
 
     def _prepare(
-        self, request: Request, prompt: Prompt, images: ImageSource | Sequence[ImageSource], think: bool | None
+        self, request: Request, prompt: Prompt, images: ImageSource | Sequence[ImageSource], chosen: Options
     ) -> Inputs:
         if request.cancelled:
             raise PromptError("the request was cancelled")
@@ -319,11 +319,13 @@ class Engine:
             if isinstance(message["content"], str)
             else {
                 **message,
-                "content": [self._pixels.prepare_part(self.processor, part) for part in message["content"]],
+                "content": [
+                    self._pixels.prepare_part(self.processor, part, chosen.image_tokens) for part in message["content"]
+                ],
             }
             for message in to_messages(prompt, images, self.processor.access)
         ]
-        inputs = self.processor(messages, think=think)
+        inputs = self.processor(messages, think=chosen.think)
         mx.eval(inputs.input_ids)
         return inputs
 
@@ -492,7 +494,9 @@ def batch_generate(
                 try:
                     asked, images = own.pop("prompt"), own.pop("images", ())
                     chosen = Options(**{**options, **own})
-                    job = Job(processor(asked, images, think=chosen.think), chosen, begin)
+                    job = Job(
+                        processor(asked, images, think=chosen.think, image_tokens=chosen.image_tokens), chosen, begin
+                    )
                 except (VLMError, TypeError) as error:
                     answers[number].error = str(error)
                     end(number)

@@ -35,22 +35,30 @@ class Features:
         self._kept: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def prepare(self, processor: Processor, source: ImageSource | Picture | PreparedImage | Video) -> PreparedImage:
+    def prepare(
+        self,
+        processor: Processor,
+        source: ImageSource | Picture | PreparedImage | Video,
+        tokens: int | None = None,
+    ) -> PreparedImage:
         """`processor.prepare`, which opens no picture twice.
 
         Raises:
-            ImageError, CheckpointError: as `processor.prepare`.
+            ImageError, CheckpointError, PromptError: as `processor.prepare`.
         """
         if isinstance(source, PreparedImage | Video):
-            return processor.prepare(source)
+            return processor.prepare(source, tokens)
         picture = source if isinstance(source, Picture) else read_image(source, processor.access)
-        key = picture.sha256, repr(processor.image_settings)
-        found = self._find(key, lambda: processor.prepare(picture), lambda image: image.nbytes)
+        key = picture.sha256, repr(processor.settings_of(tokens)), tokens
+        found = self._find(key, lambda: processor.prepare(picture, tokens), lambda image: image.nbytes)
         return found if found.origin.path == picture.path else replace(found, origin=without_data(picture))
 
-    def prepare_part(self, processor: Processor, part: Any) -> Any:
-        """A part of a message, its image or video prepared."""
-        return {**part, "image": self.prepare(processor, part["image"])} if part["type"] in ("image", "video") else part
+    def prepare_part(self, processor: Processor, part: Any, tokens: int | None = None) -> Any:
+        """A part of a message, its image or video prepared; `tokens`: of an image whose part does not say it."""
+        if part["type"] not in ("image", "video"):
+            return part
+        own = part.get("tokens", tokens) if part["type"] == "image" else None
+        return {**part, "image": self.prepare(processor, part["image"], own)}
 
     def encode(self, image: InputImage, encode: Callable[[InputImage], mx.array]) -> mx.array:
         """`encode(image)`, which encodes no picture twice: float[tokens, C]."""

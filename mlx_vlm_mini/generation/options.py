@@ -16,7 +16,7 @@ from .decode import PREFILL_STEP, Chooser, LogitsProcessor, Sampler, Seeded
 _MANY = 2**62
 _LIMITS: dict[str, tuple[float, float]] = {
     "max_tokens": (1, _MANY), "temperature": (1e-4, 1e4), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "top_k": (0, _MANY),
-    "repetition_penalty": (0.01, 100.0), "seed": (0, 2**64 - 1), "prefill_step": (1, _MANY),
+    "repetition_penalty": (0.01, 100.0), "seed": (0, 2**64 - 1), "prefill_step": (1, _MANY), "image_tokens": (1, _MANY),
 }  # fmt: skip
 
 
@@ -31,6 +31,9 @@ class Options:
         seed: makes a sampled answer repeatable: its n-th token depends on the seed and n, whatever else draws numbers.
         stop: texts that end the answer; they are not part of it.
         schema, choices, regex, grammar: one of these keeps the answer in a form, see `text/forms.py: make_form`.
+        image_tokens: of an image at most, in families that take any size: 70, 140, 280, 560 or 1120 of Gemma 4, any
+            number of Qwen2-VL and later ones; None: as the checkpoint says. What an image's own part of a message says
+            comes first: `{"type": "image", "image": ..., "tokens": 1120}`.
         sampler, logits_processors: own ones, in mlx-lm's form, in place of those above.
         think: whether the model is to think before it answers; None: as its chat template does by default.
         prefill_step: prompt tokens a chunk.
@@ -48,6 +51,7 @@ class Options:
     seed: int | None = None
     stop: str | Sequence[str] = ()
     think: bool | None = None
+    image_tokens: int | None = None
     sampler: Sampler | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
     prefill_step: int = PREFILL_STEP
@@ -63,7 +67,7 @@ class Options:
         """Raises PromptError where an option has another type, is out of range, or no form that can be followed."""
         for name, (low, high) in _LIMITS.items():
             value, whole = getattr(self, name), type(high) is int
-            if value is None and name in ("seed", "repetition_penalty"):
+            if value is None and name in ("seed", "repetition_penalty", "image_tokens"):
                 continue
             if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
                 raise PromptError(f"{name} must be a {'whole number' if whole else 'number'}, not {value!r}")

@@ -16,15 +16,16 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_vlm_mini.borrow import borrow
+from mlx_vlm_mini.config import SLIDING
 from mlx_vlm_mini.decoder.decoder import Decoder
 from mlx_vlm_mini.decoder.masks import Causal, Rows
 from mlx_vlm_mini.decoder.reading import Pass
 from mlx_vlm_mini.decoder.sharpness import sharpness
-from mlx_vlm_mini.decoder.state import State
+from mlx_vlm_mini.decoder.state import NoCache, State
 
 COMPILE = "MLX_VLM_MINI_COMPILE"
 BUILT_FIRST = 32  # tokens of a model's first answer: a trace costs what it spares for so many
-_TEXT = {"full_attention", "sliding_attention"}
+_TEXT = {"full_attention", *SLIDING, "shared_full_attention"}
 _AGREE = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}  # of the largest logit
 
 Step = Callable[[mx.array], mx.array]
@@ -68,7 +69,8 @@ def make_step(decoder: Decoder, state: State) -> Step:
 
     if not compiles() or not _is_plain(decoder, state) or trace_fault(decoder) is not None:
         return built
-    cache, shift = state.layers, cast(int, state.positions.shift)
+    cache = [entry for entry in state.layers if type(entry) is not NoCache]
+    shift = cast(int, state.positions.shift)
     left = 0 if hasattr(decoder, "traced_step") else BUILT_FIRST
 
     def traced(token: mx.array) -> mx.array:
@@ -118,32 +120,38 @@ def _is_plain(decoder: Decoder, state: State) -> bool:
     """Whether a token depends on what came before it by keys, values and its own position alone."""
     plain = borrow("models.cache").KVCache
     return (
-        decoder.config.learned_positions is None
+        decoder.config.embeddings.learned_positions is None
         and {*decoder.config.layer_types} <= _TEXT
         and all(rope.depends_on == "nothing" for rope in decoder.ropes.values())
-        and all(type(entry) is plain for entry in state.layers)
+        and all(type(entry) in (plain, NoCache) for entry in state.layers)
     )
 
 
 def _trace(decoder: Decoder) -> Callable[..., Any]:
-    window, kinds = decoder.config.sliding_window, decoder.config.layer_types
+    config = decoder.config
+    windows = {kind: config.window_of(kind) for kind in dict.fromkeys(config.layer_types)}
+    keeps = [config.shape(kind).shared_with is None for kind in config.layer_types]
+    kinds = [kind for kind, own in zip(config.layer_types, keeps, strict=True) if own]
 
     def step(token: mx.array, place: mx.array, position: mx.array, held: Any) -> Any:
         stored = held[0][0].shape[2]
         run = Pass(decoder.read(token[:, None]), Rows(0, 1), position, Causal())
-        whole = mx.arange(stored)[None] <= place
-        run.masks = {"full_attention": whole, "sliding_attention": whole}
-        parts: dict[str, tuple[mx.array, int]] = {}
-        if window is not None:
+        run.beside = decoder.beside(run.reading)
+        run.masks, parts = {}, {}
+        for kind, window in windows.items():
+            if window is None:
+                run.masks[kind] = mx.arange(stored)[None] <= place
+                continue
             start, length = mx.clip(place - window + 1, 0, max(stored - window, 0)), min(window, stored)
             places = start + mx.arange(length)
-            run.masks["sliding_attention"] = ((places <= place) & (places > place - window))[None]
+            run.masks[kind] = ((places <= place) & (places > place - window))[None]
             if length < stored:
-                parts["sliding_attention"] = start, length
+                parts[kind] = start, length
         slots = [_Slot(keys, values, place, parts.get(kind)) for (keys, values), kind in zip(held, kinds, strict=True)]
         run.ropes = {kind: rope.at(position, 1) for kind, rope in decoder.ropes.items()}
         run.sharpness = sharpness(decoder.config.scales.query_scale, place, 1)
-        hidden = decoder.run(run, slots)
+        waiting = iter(slots)
+        hidden = decoder.run(run, [next(waiting) if own else None for own in keeps])
         return decoder.logits(hidden)[:, 0], [(slot.keys, slot.values) for slot in slots]
 
     traced: Callable[..., Any] = mx.compile(step, inputs=[decoder])  # weights that training changes are seen

@@ -92,7 +92,7 @@ def stream_generate(
     """
     started = time.perf_counter()
     chosen = Options(**options)
-    inputs = processor(prompt, images, think=chosen.think)
+    inputs = processor(prompt, images, think=chosen.think, image_tokens=chosen.image_tokens)
     yield from stream_inputs(model, processor, inputs, model.make_state(), options=chosen, started=started)
 
 

@@ -2,11 +2,12 @@
 
     {"format": "mlx-vlm-mini conversation", "version": 1, "model": FINGERPRINT, "settings": {...}, "options": {...},
      "messages": [{"role": "user", "content": [{"type": "text", "text": ...},
-                                               {"type": "image", "path": ..., "sha256": ...}]}],
+                                               {"type": "image", "path": ..., "sha256": ..., "tokens": ...}]}],
      "cache": null or the SHA-256 of what the cache beside it holds}
 
 An answer's message also has its "reasoning_content" where the model thought before it. A picture that came from no file
-is written beside the JSON, under its SHA-256.
+is written beside the JSON, under its SHA-256; `tokens` is there where it was allowed another number than the checkpoint
+says.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ _NUMBER, _WHOLE = (int, float), (int,)
 _OPTIONS: dict[str, tuple[type, ...]] = {  # of stream.Options, those that a file can hold
     "max_tokens": _WHOLE, "temperature": _NUMBER, "top_p": _NUMBER, "min_p": _NUMBER, "top_k": _WHOLE,
     "repetition_penalty": _NUMBER, "seed": _WHOLE, "stop": (str, list), "think": (bool,), "prefill_step": _WHOLE,
-    "schema": (str, dict), "choices": (list,), "regex": (str,), "grammar": (str,),
+    "schema": (str, dict), "choices": (list,), "regex": (str,), "grammar": (str,), "image_tokens": _WHOLE,
 }  # fmt: skip
 _SETTINGS: dict[str, tuple[type, ...]] = {"context": _WHOLE, "on_full": (str,), "kv_bits": _WHOLE, "rotate": _WHOLE}
 
@@ -110,7 +111,7 @@ def _plain_message(message: Message, file: Path) -> Message:
     return {"role": message["role"], "content": content, **more}
 
 
-def _plain_image(image: PreparedImage, file: Path) -> dict[str, str]:
+def _plain_image(image: PreparedImage, file: Path) -> dict[str, Any]:
     origin, folder = image.origin, file.parent.absolute()
     path, sha256 = origin.path, origin.sha256
     if path is None:
@@ -123,7 +124,8 @@ def _plain_image(image: PreparedImage, file: Path) -> dict[str, str]:
         path = folder / f"{file.stem}-{sha256[:16]}.{suffix}"
         write_whole(path, lambda place: place.write_bytes(picture))
     inside = path.relative_to(folder) if path.is_relative_to(folder) else path
-    return {"type": "image", "path": str(inside), "sha256": sha256}
+    own = {} if image.budget is None else {"tokens": image.budget}
+    return {"type": "image", "path": str(inside), "sha256": sha256, **own}
 
 
 def read_transcript(file: Path) -> Transcript:
@@ -171,7 +173,8 @@ def _read_message(message: Any, file: Path, number: int, notes: list[str]) -> Me
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
         elif kind == "image" and isinstance(part.get("path"), str) and isinstance(part.get("sha256"), str):
-            parts.append({"type": "image", "image": _read_picture(part, file, notes)})
+            own = {"tokens": part["tokens"]} if type(part.get("tokens")) is int and part["tokens"] > 0 else {}
+            parts.append({"type": "image", "image": _read_picture(part, file, notes), **own})
         else:
             raise PromptError(f"{file}: message {number} has a part that is neither text nor an image with its sha256")
     return {"role": role, "content": parts, **more}

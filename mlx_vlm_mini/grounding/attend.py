@@ -84,7 +84,10 @@ def attend(
     messages = to_messages(prompt, images, processor.access)
     if any(part["type"] == "video" for part in images_of(messages)):
         raise PromptError("attention is drawn on images, not on videos: give some of the frames as images")
-    messages = [{**message, "content": _prepare(message["content"], processor, kept)} for message in messages]
+    messages = [
+        {**message, "content": _prepare(message["content"], processor, kept, chosen.image_tokens)}
+        for message in messages
+    ]
     prepared: list[PreparedImage] = [part["image"] for part in images_of(messages)]
     if not prepared:
         raise PromptError("the prompt has no image, so there are no patches to look at: give one")
@@ -146,8 +149,8 @@ def find_boxes(model: VLM, processor: Processor, image: InputImage) -> np.ndarra
     Raises:
         CheckpointError: the image's rows are not those that the processor's settings make.
     """
-    assert processor.image_settings is not None  # the image was prepared by them
-    settings, vision = processor.image_settings, model.config.vision
+    settings, vision = processor.settings_of(image.budget), model.config.vision
+    assert settings is not None  # the image was prepared by them
     if settings.among is not None and image.rows == 1:  # cut images have rows for the whole and for tiles
         settings = settings.among
     rows = frames(image.size, settings)
@@ -214,13 +217,8 @@ def encode_answer(
     return processor.tokenizer.encode_piece(text)[0]  # its beginning would have joined the prompt's end
 
 
-def _prepare(content: Any, processor: Processor, features: Features) -> Any:
-    if isinstance(content, str):
-        return content
-    return [
-        {**part, "image": features.prepare(processor, part["image"])} if part["type"] == "image" else part
-        for part in content
-    ]
+def _prepare(content: Any, processor: Processor, features: Features, tokens: int | None) -> Any:
+    return content if isinstance(content, str) else [features.prepare_part(processor, part, tokens) for part in content]
 
 
 def _check_tokens(tokens: Sequence[int], vocab_size: int) -> None:

@@ -9,17 +9,26 @@ class Turn:
     `neighbours`, each even one against the next."""
 
     def __init__(
-        self, angles: np.ndarray | mx.array, scale: float = 1.0, dims: int | None = None, *, neighbours: bool = False
+        self,
+        angles: np.ndarray | mx.array,
+        scale: float = 1.0,
+        dims: int | None = None,
+        *,
+        neighbours: bool = False,
+        parts: int = 1,
     ) -> None:
         """
         Args:
             angles: float32[..., L, dims / 2].
             scale: the rotated numbers are multiplied by it.
             dims: the others stay as they are; None: all are rotated.
+            parts: so many equal parts are each rotated by their own angles, one half of a part against its other half.
         """
-        parts = (mx.cos(angles), mx.sin(angles)) if isinstance(angles, mx.array) else (np.cos(angles), np.sin(angles))
-        self._cos, self._sin = (mx.array(part if scale == 1 else part * scale) for part in parts)
-        self._dims, self._neighbours = dims, neighbours
+        both = (mx.cos(angles), mx.sin(angles)) if isinstance(angles, mx.array) else (np.cos(angles), np.sin(angles))
+        self._cos, self._sin = (mx.array(each if scale == 1 else each * scale) for each in both)
+        if parts > 1:
+            self._cos, self._sin = (mx.unflatten(each, -1, (parts, -1)) for each in (self._cos, self._sin))
+        self._dims, self._neighbours, self._parts = dims, neighbours, parts
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._dims is not None and self._dims < x.shape[-1]:
@@ -29,11 +38,12 @@ class Turn:
 
     def _rotate(self, x: mx.array) -> mx.array:
         y = x.astype(mx.float32)
+        if self._parts > 1:
+            y = mx.unflatten(y, -1, (self._parts, -1))
         one, other = (y[..., ::2], y[..., 1::2]) if self._neighbours else mx.split(y, 2, axis=-1)
         turned = [one * self._cos - other * self._sin, other * self._cos + one * self._sin]
-        if self._neighbours:
-            return mx.stack(turned, axis=-1).flatten(-2).astype(x.dtype)
-        return mx.concatenate(turned, axis=-1).astype(x.dtype)
+        together = mx.stack(turned, axis=-1) if self._neighbours else mx.concatenate(turned, axis=-1)
+        return together.reshape(x.shape).astype(x.dtype)
 
 
 def grid_angles(

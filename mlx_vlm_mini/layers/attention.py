@@ -1,5 +1,6 @@
 """The one attention of towers, projectors and decoders: fused, or explicit with its weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -90,6 +91,8 @@ class Attention(nn.Module):
         scale: float | None = None,
         softcap: float | None = None,
         gated: bool = False,
+        keys_as_values: bool = False,
+        shared: bool = False,
     ) -> None:
         """
         Args:
@@ -100,8 +103,11 @@ class Attention(nn.Module):
             softcap: see `attend`.
             gated: q_proj gives each head a gate besides, by whose sigmoid its output is multiplied (Qwen3-Next).
 
+            shared: keys and values are those of another layer, and nothing here makes any (Gemma 4 E2B).
+            keys_as_values: there is no v_proj: values are what k_proj gives, not yet normed (Gemma 4).
+
         Norms of queries and keys are given by whoever builds it, as `q_norm` and `k_norm`: of each head, or of all
-        heads at once where that is their width.
+        heads at once where that is their width; and of each head's values as `v_norm`.
         """
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
@@ -109,8 +115,10 @@ class Attention(nn.Module):
         self.softcap, self.gated = softcap, gated
         width = memory_size or hidden_size
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim * (2 if gated else 1), bias=qkv_bias)
-        self.k_proj = nn.Linear(width, self.num_kv_heads * head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(width, self.num_kv_heads * head_dim, bias=qkv_bias)
+        if not shared:
+            self.k_proj = nn.Linear(width, self.num_kv_heads * head_dim, bias=qkv_bias)
+        if not (shared or keys_as_values):
+            self.v_proj = nn.Linear(width, self.num_kv_heads * head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(num_heads * head_dim, output_size or hidden_size, bias=o_bias)
 
     def queries(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
@@ -123,8 +131,9 @@ class Attention(nn.Module):
 
     def keys_values(self, memory: mx.array) -> tuple[mx.array, mx.array]:
         """float[B, S, C'] -> float[B, H', S, D], twice."""
-        k = split_heads(self._normed("k_norm", self.k_proj(memory)), self.num_kv_heads)
-        return k, split_heads(self.v_proj(memory), self.num_kv_heads)
+        k = self.k_proj(memory)
+        v = split_heads(self.v_proj(memory) if "v_proj" in self else k, self.num_kv_heads)
+        return split_heads(self._normed("k_norm", k), self.num_kv_heads), self.v_norm(v) if "v_norm" in self else v
 
     def _normed(self, name: str, x: mx.array) -> mx.array:
         if name not in self:
@@ -141,22 +150,25 @@ class Attention(nn.Module):
         rope: Rope | None = None,
         sharpness: mx.array | None = None,
         cache: Any = None,
+        lend: Callable[[tuple[mx.array, mx.array]], None] | None = None,
         attentions: Recorder | None = None,
     ) -> mx.array:
         """float[B, L, C] -> float[B, L, output_size].
 
         Args:
-            memory: what is attended to in place of `x`, float[B, S, C'], or its keys and values as `keys_values` gives
-                them.
-            rope: rotates queries and keys.
+            memory: what is attended to in place of `x`, float[B, S, C'], or the keys and values themselves, as
+                `keys_values` or `lend` gives them.
+            rope: rotates queries and keys, of which those that come as they are are rotated already.
             sharpness: float[L, 1] or float[B, 1, L, 1] that queries are multiplied by.
             cache: keeps keys and values, in mlx-lm's form.
+            lend: is given the keys and values that are attended to.
             attentions: see `attend`.
         """
         q, gate = self.queries(x)
+        ready = isinstance(memory, tuple)
         k, v = memory if isinstance(memory, tuple) else self.keys_values(x if memory is None else memory)
         if rope is not None:
-            q, k = rope(q), rope(k)
+            q, k = rope(q), k if ready else rope(k)
         if sharpness is not None:
             q = q * sharpness.astype(q.dtype)
         if cache is not None:
@@ -164,5 +176,7 @@ class Attention(nn.Module):
         if isinstance(k, tuple | list):  # quantized; one layer's at a time come back to floating point
             settings = {"group_size": cache.group_size, "bits": cache.bits}
             k, v = mx.dequantize(*k, **settings), mx.dequantize(*v, **settings)
+        if lend is not None:
+            lend((k, v))
         out = join_heads(attend(q, k, v, scale=self.scale, softcap=self.softcap, mask=mask, attentions=attentions))
         return self.o_proj(out if gate is None else out * mx.sigmoid(gate))

@@ -1,6 +1,6 @@
 """Mixture of experts: of many feed-forwards a router chooses a few for each token.
 
-Source: Switch Transformers (arXiv:2101.03961) and their kin; models/qwen3_5_moe and qwen3_vl_moe of
+Source: Switch Transformers (arXiv:2101.03961) and their kin; models/qwen3_5_moe, qwen3_vl_moe and gemma4 of
 huggingface/transformers. Experts lie stacked, as mlx-lm's layers take them.
 """
 
@@ -13,6 +13,7 @@ from mlx_vlm_mini.config import Activation, ExpertConfig
 
 from .kernels import activation
 from .mlp import GatedMLP, Narrow
+from .norms import BareRMSNorm
 
 
 class _Gated(nn.Module):
@@ -73,10 +74,24 @@ class MoE(nn.Module):
         inner = mlp.activation(product(mlp.up_proj, inner), product(mlp.gate_proj, inner))
         return product(mlp.down_proj, inner).squeeze(-2).astype(x.dtype)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """float[..., C] -> float[..., C]."""
-        chosen, shares = self.route(x)
+    def __call__(self, x: mx.array, routed: mx.array | None = None) -> mx.array:
+        """float[..., C] -> float[..., C]; `routed`: what chooses the experts, where it is not what they read."""
+        chosen, shares = self.route(x if routed is None else routed)
         y: mx.array = (self._run(x, chosen) * shares[..., None].astype(x.dtype)).sum(axis=-2)
         if "shared_expert" not in self:
             return y
         return y + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+
+
+class ScaledMoE(MoE):
+    """Gemma 4's: what routes is normed first, and each expert's share is multiplied by a number of its own."""
+
+    def __init__(self, size: int, config: ExpertConfig, act: Activation, *, eps: float) -> None:
+        super().__init__(size, config, act)
+        self.norm = BareRMSNorm(eps=eps)
+        self.scale, self.per_expert_scale = mx.ones(size), mx.ones(config.num_experts)
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """As `MoE.route`; the shares need not add up to 1."""
+        chosen, shares = super().route(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
+        return chosen, shares * self.per_expert_scale[chosen].astype(mx.float32)

@@ -1,4 +1,6 @@
-"""Feed-forwards: with two layers, or with a gate."""
+"""Feed-forwards: with two layers, or with a gate; and linear layers and embeddings of a special kind."""
+
+import math
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,6 +12,29 @@ from .kernels import activation
 
 class Narrow(nn.Linear):
     """A linear layer of a few outputs by which much is decided, or of a few inputs: conversion does not quantize it."""
+
+
+class PerLayerEmbedding(nn.Embedding):
+    """A table of embeddings for all layers, which few bits harm: conversion gives it 8 or more."""
+
+
+class Clippable(nn.Module):
+    """A linear layer, of which inputs and outputs are kept within bounds where it `clips` (Gemma 4 E2B's tower)."""
+
+    def __init__(self, linear: nn.Module, *, clips: bool) -> None:
+        super().__init__()
+        self.linear = linear
+        if clips:
+            self.input_min, self.output_min = mx.array(-math.inf), mx.array(-math.inf)
+            self.input_max, self.output_max = mx.array(math.inf), mx.array(math.inf)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """As the linear layer."""
+        if "input_min" not in self:
+            return self.linear(x)
+        x = mx.clip(x, self.input_min.astype(x.dtype), self.input_max.astype(x.dtype))
+        x = self.linear(x)
+        return mx.clip(x, self.output_min.astype(x.dtype), self.output_max.astype(x.dtype))
 
 
 class MLP(nn.Module):

@@ -1,16 +1,16 @@
 """Images of any size as grids of patches: sides of whole squares of patches, within limits.
 
-Source: smart_resize in models/qwen2_vl, paddleocr_vl and glm4v, get_resize_output_image_size in models/pixtral of
-huggingface/transformers.
+Source: smart_resize in models/qwen2_vl, paddleocr_vl and glm4v, get_resize_output_image_size in models/pixtral,
+get_aspect_ratio_preserving_size in models/gemma4 of huggingface/transformers.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import ceil, floor, sqrt
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from mlx_vlm_mini.errors import CheckpointError, ImageError
+from mlx_vlm_mini.errors import CheckpointError, ImageError, PromptError
 
 _LONGEST = 200  # times the shorter side
 
@@ -49,6 +49,14 @@ class PatchGrid(ABC):
             ImageError: it is too long and narrow.
         """
 
+    def limit_tokens(self, most: int) -> Self:
+        """The same, of whose tokens an image has so many at most.
+
+        Raises:
+            PromptError: this grid has no such limit, or not this one.
+        """
+        raise PromptError("images of this model have no limit of tokens: leave image_tokens out")
+
     def count_tokens(self, size: tuple[int, int]) -> int:
         """Tokens of an image of `size`, height and width in pixels.
 
@@ -65,6 +73,7 @@ class Grid(PatchGrid):
 
     min_pixels: int
     max_pixels: int
+    _MOST_TOKENS: ClassVar[int] = 1 << 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +98,11 @@ class Grid(PatchGrid):
             max_pixels=self.max_pixels if most is None else most,
         )
 
+    def limit_tokens(self, most: int) -> Self:
+        """See `PatchGrid.limit_tokens`: of a very long and narrow image a few more may come."""
+        pixels = min(most, self._MOST_TOKENS) * self.factor**2
+        return self.limit(min(self.of_one(self.min_pixels), pixels), pixels)
+
     def fit(self, size: tuple[int, int]) -> tuple[int, int]:
         """Halves round to the even number. An image below the limit gets sides rounded up, one above it down."""
         return self._fit(size, 1, 1)
@@ -108,6 +122,45 @@ class Grid(PatchGrid):
             grow = sqrt(self.min_pixels / (frames * size[0] * size[1]))
             height, width = (ceil(side * grow / self.factor) * self.factor for side in size)
         return height, width
+
+
+BUDGETS = (70, 140, 280, 560, 1120)
+"""Tokens of an image at most, those that Gemma 4 was trained with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetGrid(PatchGrid):
+    """Sides rounded down to whole tokens, of an image as large as its budget of tokens allows (Gemma 4)."""
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens not in BUDGETS:
+            raise CheckpointError(
+                f"an image has {', '.join(map(str, BUDGETS[:-1]))} or {BUDGETS[-1]} tokens at most, not {self.tokens}"
+            )
+
+    @property
+    def max_tokens(self) -> int:
+        return self.tokens
+
+    def limit_tokens(self, most: int) -> Self:
+        """See `PatchGrid.limit_tokens`: one of the budgets."""
+        try:
+            return replace(self, tokens=most)
+        except CheckpointError as error:
+            raise PromptError(f"{error} (image_tokens)") from None
+
+    def fit(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Small images are enlarged. A side of which nothing is left becomes one token long."""
+        grow = sqrt(self.tokens * self.factor**2 / (size[0] * size[1]))
+        height, width = (floor(grow * side / self.factor) for side in size)
+        if not height:
+            height, width = 1, min(floor(size[1] / size[0]), self.tokens)
+        elif not width:
+            height, width = min(floor(size[0] / size[1]), self.tokens), 1
+        return height * self.factor, width * self.factor
 
 
 @dataclass(frozen=True, kw_only=True)

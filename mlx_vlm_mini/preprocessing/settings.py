@@ -16,7 +16,7 @@ from .anyres import Tiling, read_pinpoints
 from .bars import Letterbox
 from .canvas import Canvas
 from .crops import Crops
-from .grid import EdgeGrid, FramesGrid, Grid, PatchGrid, RaisedGrid, edge_grid
+from .grid import BudgetGrid, EdgeGrid, FramesGrid, Grid, PatchGrid, RaisedGrid, edge_grid
 from .slices import Slices
 from .splits import Splits
 from .tiles import Tiles
@@ -115,6 +115,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _DEFAULTS["SmolVLM"] = _DEFAULTS["Idefics3"]
+_DEFAULTS["Gemma4"] = _DEFAULTS["Gemma4Unified"] = {
+    **_CLIP_DEFAULTS, "size": None, "do_center_crop": False, "crop_size": None, "do_normalize": False,
+    "image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0),
+    "patch_size": 16, "pooling_kernel_size": 3, "max_soft_tokens": 280,
+}  # fmt: skip
 _DEFAULTS["Qwen2_5_VL"] = _DEFAULTS["Qwen2VL"]  # a name that its first files have
 _DEFAULTS["PaddleOCRVL"] = {**_DEFAULTS["Qwen2VL"], "size": {"shortest_edge": 384**2, "longest_edge": 1536**2}}
 _DEFAULTS["Glm4v"] = _DEFAULTS["Glm46V"] = {
@@ -123,8 +128,8 @@ _DEFAULTS["Glm4v"] = _DEFAULTS["Glm46V"] = {
 TILINGS: dict[str, type[Cuts]] = {
     "LlavaNext": Tiling, "LlavaOnevision": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas,
     "Idefics3": Splits, "SmolVLM": Splits, "Gemma3": Crops, "Qwen2VL": Grid, "Qwen2_5_VL": Grid, "Pixtral": EdgeGrid,
-    "PaddleOCRVL": RaisedGrid, "Glm4v": FramesGrid, "Glm46V": FramesGrid,
-    "MiniCPMV4_6": Slices, "Janus": Letterbox,
+    "PaddleOCRVL": RaisedGrid, "Glm4v": FramesGrid, "Glm46V": FramesGrid, "Gemma4": BudgetGrid,
+    "Gemma4Unified": BudgetGrid, "MiniCPMV4_6": Slices, "Janus": Letterbox,
 }  # fmt: skip
 """Image processors that cut an image, or put it into a square, and how."""
 _FIT = (Canvas, PatchGrid, Splits, Slices, Letterbox)  # which resize an image themselves
@@ -180,6 +185,8 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         "Glm4v": _frames_grid,
         "Glm46V": _frames_grid,
         "Janus": lambda values: _letterbox(values, mean),
+        "Gemma4": _budget_grid,
+        "Gemma4Unified": _budget_grid,
         "Pixtral": lambda values: edge_grid(_as_size(values["size"], square=True), values),
         "MiniCPMV4_6": _slices,
     }
@@ -260,6 +267,12 @@ def _grid_fields(values: Mapping[str, Any]) -> dict[str, int]:
         limits.append(next((value for value in named if value is not None), default))
     patches = {"patch_size": values["patch_size"], "merge": values["merge_size"]}
     return {**patches, "min_pixels": limits[0], "max_pixels": limits[1]}
+
+
+def _budget_grid(values: Mapping[str, Any]) -> BudgetGrid:
+    return BudgetGrid(
+        patch_size=values["patch_size"], merge=values["pooling_kernel_size"], tokens=values["max_soft_tokens"]
+    )
 
 
 def _tiles(values: Mapping[str, Any]) -> Tiles:

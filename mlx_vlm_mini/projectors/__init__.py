@@ -8,7 +8,7 @@ from mlx_vlm_mini.config import MergerKind, ProjectorConfig
 
 from .merger import ChannelMerger, GatedMerger, PatchMerger
 from .mlp import Projector
-from .pooling import PooledProjector
+from .pooling import GridPooledProjector, PooledProjector
 from .qformer import QFormer
 from .resampler import Resampler
 
@@ -23,6 +23,7 @@ def make_projector(config: ProjectorConfig) -> Any:
     kinds: list[tuple[object, Any]] = [
         (config.resampler, Resampler),
         (config.pool, PooledProjector),
+        (config.grid_pool, GridPooledProjector),
         (config.merger, merger),
         (config.qformer, QFormer),
     ]

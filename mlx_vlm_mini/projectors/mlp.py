@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlx_vlm_mini.config import ProjectorConfig, ShuffleConfig
 from mlx_vlm_mini.layers.kernels import activation
+from mlx_vlm_mini.layers.norms import NORMS
 
 
 def pixel_shuffle(features: mx.array, shuffle: ShuffleConfig) -> mx.array:
@@ -36,7 +37,7 @@ class Projector(nn.Module):
         self.config = config
         self.act = activation(config.hidden_act)
         if config.norm_eps is not None:
-            self.norm = nn.LayerNorm(config.input_size, eps=config.norm_eps)
+            self.norm = NORMS[config.norm_type](config.input_size, eps=config.norm_eps)
         sizes = [config.input_size, *[config.hidden_size] * config.num_layers]
         self.layers = [nn.Linear(rows, columns, bias=config.bias) for rows, columns in pairwise(sizes)]
 

@@ -13,16 +13,18 @@ from .tools import check_calls, check_tools
 
 Message = dict[str, Any]
 """{"role": str, "content": str or list of {"type": "text", "text": str} and {"type": "image", "image": ImageSource},
-or {"type": "video", "image": Video}}; of an answer that was thought about also "reasoning_content": str; "tools" that
-may be called from there on, "tool_calls" of an answer, all in OpenAI's form"""
+with "tokens" where the image may have another number than usual, or {"type": "video", "image": Video}}; of an answer
+that was thought about also "reasoning_content": str; "tools" that may be called from there on, "tool_calls" of an
+answer, all in OpenAI's form"""
 
 Prompt = str | Sequence[Any]
 """Text; texts and images in order; or OpenAI-style messages."""
 
 
 _MESSAGE_KEYS = {"role", "content", "images"}
+_NAMES = ("image", "path", "url")
 _PART_KEYS: dict[str, set[str]] = {
-    "text": {"text"}, "image": {"image", "path", "url", "base64"}, "image_url": {"image_url"},
+    "text": {"text"}, "image": {*_NAMES, "base64", "tokens"}, "image_url": {"image_url", "tokens"},
     "video": {"image", "video", "fps", "max_frames"},
 }  # fmt: skip
 
@@ -116,7 +118,8 @@ def take_beside(entry: Mapping[str, Any]) -> Any:
     images = [images] if isinstance(images, str) else [*images]
     contents = [message.get("content") for message in messages]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    empty = [part for part in parts if part.get("type") == "image" and len(part) == 1]
+    named = {*_NAMES, "base64"}
+    empty = [part for part in parts if part.get("type") == "image" and not named & part.keys()]
     if empty and len(empty) != len(images):
         raise PromptError(
             f"its messages have {len(empty)} places for an image, and {len(images)} images stand beside them"
@@ -173,21 +176,8 @@ def _part(part: Any, waiting: list[ImageSource]) -> dict[str, Any]:
         _check_keys(f"the {kind} part", part, {"type", *_PART_KEYS[kind]})
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
-    if kind == "image":
-        for key in ("image", "path", "url"):
-            if part.get(key) is not None:
-                return {"type": "image", "image": part[key]}
-        if part.get("base64") is not None:
-            return {"type": "image", "image": f"data:;base64,{part['base64']}"}
-        if waiting:
-            return {"type": "image", "image": waiting.pop(0)}
-        raise PromptError('an image part names no image: give {"type": "image", "image": PATH}')
-    if kind == "image_url":
-        url = part.get("image_url")
-        url = url.get("url") if isinstance(url, Mapping) else url
-        if isinstance(url, str):
-            return {"type": "image", "image": url}
-        raise PromptError('an image_url part has no url: give {"type": "image_url", "image_url": {"url": URL}}')
+    if kind in ("image", "image_url"):
+        return {"type": "image", "image": _source(part, waiting), **_budget(part)}
     if kind == "video":
         if part.get("image") is not None:  # of messages that were given before
             return {"type": "video", "image": part["image"]}
@@ -195,6 +185,34 @@ def _part(part: Any, waiting: list[ImageSource]) -> dict[str, Any]:
             raise PromptError('a video part names no video: give {"type": "video", "video": PATH}')
         return {"type": "video", "image": Video(part["video"], part.get("fps"), part.get("max_frames"))}
     raise PromptError(f"a message part of type {kind!r} is not supported: give text, image, image_url or video parts")
+
+
+def _source(part: Mapping[str, Any], waiting: list[ImageSource]) -> ImageSource:
+    """What an image part names; the next that waits where it names none."""
+    if part["type"] == "image_url":
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, Mapping) else url
+        if isinstance(url, str):
+            return url
+        raise PromptError('an image_url part has no url: give {"type": "image_url", "image_url": {"url": URL}}')
+    for key in _NAMES:
+        if part.get(key) is not None:
+            return cast(ImageSource, part[key])
+    if part.get("base64") is not None:
+        return f"data:;base64,{part['base64']}"
+    if waiting:
+        return waiting.pop(0)
+    raise PromptError('an image part names no image: give {"type": "image", "image": PATH}')
+
+
+def _budget(part: Mapping[str, Any]) -> dict[str, int]:
+    """The tokens that an image part allows its image, where it says them."""
+    tokens = part.get("tokens")
+    if tokens is None:
+        return {}
+    if type(tokens) is not int or tokens < 1:
+        raise PromptError(f"an image part's tokens must be a whole number of 1 or more, not {tokens!r}")
+    return {"tokens": tokens}
 
 
 def images_of(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from mlx_vlm_mini.config import VisionConfig
 
 from .grid import GridVisionTransformer
 from .merging import MergingVisionTransformer
+from .patches import NormedPatches
 from .tiled import TiledVisionTransformer
 from .transformer import VisionTransformer
 
@@ -16,5 +17,5 @@ def make_tower(config: VisionConfig) -> Any:
     if config.grid is not None and config.grid.merged_after is not None:
         return MergingVisionTransformer(config)
     if config.grid is not None:
-        return GridVisionTransformer(config)
+        return GridVisionTransformer(config) if config.num_hidden_layers else NormedPatches(config)
     return VisionTransformer(config) if config.tiled is None else TiledVisionTransformer(config)

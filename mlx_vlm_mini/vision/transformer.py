@@ -11,12 +11,34 @@ import mlx.nn as nn
 from mlx_vlm_mini.config import VisionConfig
 from mlx_vlm_mini.errors import ImageError
 from mlx_vlm_mini.layers.attention import Attention
-from mlx_vlm_mini.layers.mlp import MLP, GatedMLP
-from mlx_vlm_mini.layers.norms import NORMS
+from mlx_vlm_mini.layers.mlp import MLP, Clippable, GatedMLP
+from mlx_vlm_mini.layers.norms import NORMS, BareRMSNorm
 from mlx_vlm_mini.layers.types import Mask, Recorder, Rope
 
 from .positions import resize
 from .tower import Tower
+
+
+def cut_patches(pixel_values: mx.array, p: int) -> mx.array:
+    """Images in patches of p x p pixels, row by row, the pixels of a patch too: float[B, height, width, channels] ->
+    float[B, P, p * p * channels]; what makes no whole patch is left out."""
+    B, height, width, channels = pixel_values.shape
+    rows, columns = height // p, width // p
+    x = pixel_values[:, : rows * p, : columns * p].reshape(B, rows, p, columns, p, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, -1)
+
+
+class LinearPatchEmbed(nn.Module):
+    """Cuts the image into patches and projects each by a linear layer (Gemma 4)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.proj = nn.Linear(3 * config.patch_size**2, config.hidden_size, bias=config.patch_bias)
+
+    def __call__(self, pixel_values: mx.array) -> mx.array:
+        """float[B, height, width, 3] -> float[B, P, C]."""
+        return self.proj(cut_patches(pixel_values, self.patch_size))
 
 
 class PatchEmbed(nn.Module):
@@ -31,12 +53,8 @@ class PatchEmbed(nn.Module):
             self.bias = mx.zeros(config.hidden_size)
 
     def __call__(self, pixel_values: mx.array) -> mx.array:
-        p = self.patch_size
-        B, height, width, channels = pixel_values.shape
-        rows, columns = height // p, width // p
-        x = pixel_values[:, : rows * p, : columns * p].reshape(B, rows, p, columns, p, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, -1)  # (B, P, p * p * channels)
-        x = x @ self.kernel(channels).reshape(-1, p * p * channels).T  # (B, P, C)
+        p, channels = self.patch_size, pixel_values.shape[-1]
+        x = cut_patches(pixel_values, p) @ self.kernel(channels).reshape(-1, p * p * channels).T  # (B, P, C)
         return x + self.bias if "bias" in self else x
 
     def kernel(self, channels: int) -> mx.array:
@@ -73,6 +91,32 @@ class Block(nn.Module):
         x = x + (added * self.ls1 if "ls1" in self else added)
         added = self.mlp(self.norm2(x))
         return x + (added * self.ls2 if "ls2" in self else added)
+
+
+class SandwichBlock(Block):
+    """Gemma 4's block: norms after attention and MLP, too, and of each head's queries, keys and values; scores that are
+    not scaled; linear layers whose inputs and outputs may be clipped."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(config)
+        size, eps, norm = config.hidden_size, config.layer_norm_eps, NORMS[config.blocks.norm_type]
+        head = size // config.num_attention_heads
+        self.norm1_post, self.norm2_post = norm(size, eps=eps), norm(size, eps=eps)
+        self.attn.q_norm, self.attn.k_norm, self.attn.v_norm = (
+            norm(head, eps=eps),
+            norm(head, eps=eps),
+            BareRMSNorm(eps=eps),
+        )
+        self.attn.scale = 1.0
+        for part, names in ((self.attn, "qkvo"), (self.mlp, ("gate", "up", "down"))):
+            for name in names:
+                part[f"{name}_proj"] = Clippable(part[f"{name}_proj"], clips=config.blocks.clipped)
+
+    def __call__(
+        self, x: mx.array, attentions: Recorder | None = None, *, mask: Mask = None, rope: Rope | None = None
+    ) -> mx.array:
+        x = x + self.norm1_post(self.attn(self.norm1(x), mask=mask, rope=rope, attentions=attentions))
+        return x + self.norm2_post(self.mlp(self.norm2(x)))
 
 
 class VisionTransformer(Tower):

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gemma4_reference
 import numpy as np
 from float8_reference import decoded, is_float8, to_float8
+from gemma4_reference import FAMILIES as GEMMA4
 from lighton_reference import CHAT as LIGHTON
 from minicpm_chat import MINICPM
 from mllama_reference import TEMPLATE as MLLAMA
@@ -802,6 +804,57 @@ SPECS = {
         image_processor=("Glm46V", dict(patch_size=6, size={"shortest_edge": 1152, "longest_edge": 8000})),
         tokenizer="qwen2", chat_template=GLM, template_file="chat_template.json",
         config=as_glm_ocr, finish=with_draft_layer, seed=62, family="glm_ocr", cases=tuple(CASES)),
+    "gemma4-31b": Spec(  # tokens: photo.jpg 9 x 7 of 70 or 13 x 9 of 140, shapes.png 6 x 10, strip.png 4 x 16; windows of 40 cut them
+        vision=("gemma4_vision", dict(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+            patch_size=4, pooling_kernel_size=2, position_embedding_size=140, standardize=True)),
+        text=("gemma4_text", dict(
+            hidden_size=36, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            global_head_dim=24, num_global_key_value_heads=1, attention_k_eq_v=True, hidden_size_per_layer_input=0,
+            sliding_window=40, max_position_embeddings=1024, final_logit_softcapping=30.0,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            use_bidirectional_attention="vision")),
+        llava={}, image_processor=("Gemma4", dict(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)),
+        tokenizer="gemma4", chat_template=gemma4_reference.LARGE, template_file="chat_template.jinja",
+        config=gemma4_reference.as_on_the_hub, seed=61, family="gemma4", cases=(*USUAL, "strip", "side_by_side", "budgets")),
+    "gemma4-26b": Spec(  # experts beside the MLP; config.json as transformers 5.23 writes it; squares of 3 x 3 patches
+        vision=("gemma4_vision", dict(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+            patch_size=3, pooling_kernel_size=3, position_embedding_size=210, standardize=True)),
+        text=("gemma4_text", dict(
+            hidden_size=36, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            global_head_dim=24, num_global_key_value_heads=1, attention_k_eq_v=True, hidden_size_per_layer_input=0,
+            sliding_window=50, max_position_embeddings=1024, final_logit_softcapping=30.0, enable_moe_block=True, num_experts=5,
+            top_k_experts=2, moe_intermediate_size=12,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"], use_bidirectional_attention="vision")),
+        llava={}, image_processor=("Gemma4", dict(patch_size=3, pooling_kernel_size=3, max_soft_tokens=70)),
+        tokenizer="gemma4", chat_template=gemma4_reference.APART, template_file="chat_template.jinja",
+        shards=2, seed=62, family="gemma4", cases=(*USUAL, "strip", "budgets")),
+    "gemma4-e2b": Spec(  # embeddings for single layers, the last two layers with others' keys and wider MLPs, clipped layers
+        vision=("gemma4_vision", dict(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+            patch_size=4, pooling_kernel_size=2, position_embedding_size=140, use_clipped_linears=True)),
+        text=("gemma4_text", dict(
+            hidden_size=36, intermediate_size=24, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=1, head_dim=8,
+            global_head_dim=24, hidden_size_per_layer_input=6, vocab_size_per_layer_input=440, num_kv_shared_layers=2,
+            use_double_wide_mlp=True, sliding_window=30, max_position_embeddings=1024, final_logit_softcapping=30.0,
+            layer_types=["sliding_attention", "full_attention", *["sliding_attention"] * 2, "full_attention"])),
+        llava={}, image_processor=("Gemma4", dict(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)),
+        tokenizer="gemma4", chat_template=gemma4_reference.SMALL, template_file="chat_template.jinja",
+        config=gemma4_reference.as_on_the_hub, finish=gemma4_reference.keep_spare_tensors, seed=68, family="gemma4",
+        cases=(*USUAL, "strip", "budgets")),
+    "gemma4-12b": Spec(  # no tower: patches of 8 x 8 pixels; images whole in the mask of all layers
+        vision=("gemma4_unified_vision", dict(
+            patch_size=4, pooling_kernel_size=2, mm_embed_dim=36, mm_posemb_size=80, output_proj_dims=36)),
+        text=("gemma4_unified_text", dict(
+            hidden_size=36, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            global_head_dim=24, num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=40,
+            max_position_embeddings=1024, final_logit_softcapping=30.0,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"])),
+        llava={}, image_processor=("Gemma4", dict(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)),
+        tokenizer="gemma4", chat_template=gemma4_reference.LARGE, template_file="chat_template.jinja",
+        config=gemma4_reference.as_on_the_hub, finish=gemma4_reference.name_unified, seed=64, family="gemma4_unified",
+        cases=(*USUAL, "strip", "side_by_side", "budgets")),
 }  # fmt: skip
 CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and for a reference that encodes a message by itself
     "long_text": [user(text_part(" ".join(CORPUS[:3])))],
@@ -810,6 +863,12 @@ CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and f
 }
 
 
+CASES["budgets"] = [  # an image's tokens are its own; the third has those that the file says
+    user(
+        {**image_part("photo.jpg"), "tokens": 140}, text_part("Compare "), {**image_part("shapes.png"), "tokens": 70},
+        text_part(" with "), image_part("strip.png"),
+    )
+]  # fmt: skip
 CASES["picture"] = [user(image_part("photo.jpg"))]  # a page to be read, without words
 CASES["chunks"] = [user(text_part(" ".join(CORPUS[:5] * 2)))]  # longer than two chunks of a recurrence of 64 tokens
 
@@ -874,7 +933,7 @@ def make_tokenizer(kind: str) -> Any:
         return PreTrainedTokenizerFast(
             tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
         )
-    if kind == "gemma3":
+    if kind in ("gemma3", "gemma4"):
         from transformers import GemmaTokenizer
 
         words = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -884,6 +943,8 @@ def make_tokenizer(kind: str) -> Any:
         lines = [line.replace(". ", ".\n\n").replace("? ", "?\n\n\n") for line in CORPUS]  # newlines are joined
         words.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=400, special_tokens=special))
         model = json.loads(words.to_str())["model"]
+        if kind == "gemma4":
+            return gemma4_reference.add_tokens(model["vocab"], [tuple(pair) for pair in model["merges"]])
         places = {"image": "<image_soft_token>", "boi": "<start_of_image>", "eoi": "<end_of_image>"}
         gemma = GemmaTokenizer(
             vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]],
@@ -971,6 +1032,7 @@ def make_image_processor(kind: str, options: dict[str, Any]) -> Any:
         "Mllama": MllamaImageProcessorPil,
         "Idefics3": Idefics3ImageProcessorPil,
         "Gemma3": Gemma3ImageProcessorPil,
+        "Gemma4": gemma4_reference.Gemma4ImageProcessorPil,
         "Qwen2VL": Qwen2VLImageProcessorPil,
         "Pixtral": PixtralImageProcessorPil,
         **image_processors(),
@@ -986,11 +1048,14 @@ BY_ID = (
     "lighton_ocr",
     "qianfan_ocr",
     "minicpmv4_6",
+    *QWEN,
+    *READERS,
+    *GEMMA4,
 )  # whose configs call the image token so
 
 
-def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
-    """A model with random weights in which no norm, bias or embedding is at a neutral value."""
+def make_model(spec: Spec, vocab_size: int, image_token_id: int, **more: Any) -> Any:
+    """A model with random weights in which no norm, bias or embedding is at a neutral value; `more` is for its config."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     (vision_type, vision), (text_type, text) = spec.vision, spec.text
@@ -998,11 +1063,16 @@ def make_model(spec: Spec, vocab_size: int, image_token_id: int) -> Any:
         spec.family,
         vision_config=AutoConfig.for_model(vision_type, **vision),
         text_config=AutoConfig.for_model(text_type, vocab_size=vocab_size, **text),
-        **{"image_token_id" if spec.family in (*BY_ID, *QWEN, *READERS) else "image_token_index": image_token_id},
+        **{"image_token_id" if spec.family in BY_ID else "image_token_index": image_token_id},
         **(neighbours(image_token_id) if spec.family in QWEN else {}),
+        **more,
         **spec.llava,
     )
     model = AutoModelForImageTextToText.from_config(config).eval()
+    if spec.family in GEMMA4:
+        fill(model, spec.seed)
+        gemma4_reference.fill_buffers(model, spec.seed)
+        return model
     return fill(model, spec.seed, gemma=text_type.startswith("gemma"), offset=text_type.startswith("qwen3_5"))
 
 
@@ -1082,13 +1152,16 @@ def save(spec: Spec, folder: Path) -> None:
         "mllama": "<|image|>",
         "gemma3": "<image_soft_token>",
         **{family: reader.image_token for family, reader in READERS.items()},
+        **dict.fromkeys(GEMMA4, "<|image|>"),
     }
     image_token = {**own, **dict.fromkeys([*QWEN, "lighton_ocr", "minicpmv4_6"], "<|image_pad|>")}.get(
         spec.family, "[IMG]" if pixtral else "<image>"
     )
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     # Of Llama 3.2 Vision the image token is the first that has an embedding and no score.
-    model = make_model(spec, image_token_id if spec.family == "mllama" else len(tokenizer) + 5, image_token_id)
+    more = gemma4_reference.token_ids(tokenizer) if spec.family in GEMMA4 else {}
+    more.pop("image_token_id", None)
+    model = make_model(spec, image_token_id if spec.family == "mllama" else len(tokenizer) + 5, image_token_id, **more)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -1136,6 +1209,10 @@ def save(spec: Spec, folder: Path) -> None:
             make_image_processor(kind, options), tokenizer, chat_template=spec.chat_template,
             image_seq_length=spec.llava["mm_tokens_per_image"],
         )  # fmt: skip
+    elif spec.family in GEMMA4:
+        processor = gemma4_reference.ImagesOnly(
+            make_image_processor(kind, options), tokenizer, chat_template=spec.chat_template
+        )
     elif spec.family in QWEN:
         processor = images_only(spec.family)(
             make_image_processor(kind, options), tokenizer, chat_template=spec.chat_template
@@ -1319,6 +1396,8 @@ class Reference:
             from minicpm_reference import ImagesOnly as MiniCPMImages
 
             self.processor = MiniCPMImages.from_pretrained(folder, backend="pil")
+        elif self.model.config.model_type in GEMMA4:
+            self.processor = gemma4_reference.open_processor(folder)
         elif is_pixtral(self.model.config):
             self.processor = PixtralImages.from_pretrained(folder, backend="pil")
         else:
@@ -1364,13 +1443,16 @@ class Reference:
                 text=text, images=opened or None, return_tensors="pt",
                 add_special_tokens=not (bos and text.startswith(bos)),
             )  # fmt: skip
+            budgets = gemma4_reference.budgets_of(messages)
+            if any(budgets) or (opened and self.model.config.model_type == "gemma4_unified"):
+                inputs = self.processor.with_budgets(text, opened, budgets)
         else:  # a processor that lays out one text behind its images itself
             text = "".join(part["text"] for part in plain[-1]["content"] if part["type"] == "text")
             inputs = self.processor(text="<image>" * len(opened) + text, images=opened, return_tensors="pt")
         names = (
             "input_ids", "pixel_values", "image_sizes", "attention_mask", "token_type_ids",
             "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask", "pixel_attention_mask", "image_grid_thw",
-            "mm_token_type_ids", "batch_num_images", "target_sizes",
+            "mm_token_type_ids", "batch_num_images", "target_sizes", "image_position_ids",
         )  # fmt: skip
         inputs = {key: inputs[key] for key in names if key in inputs}
         ids = inputs["input_ids"]
@@ -1409,10 +1491,15 @@ class Reference:
                 from readers_reference import pixels_of as pixels_of_reader
 
                 answer["pixel_values"] = pixels_of_reader(self.model.config.model_type, inputs, self.processor)
+                return answer
             if "target_sizes" in inputs:
                 from minicpm_reference import pixels_of as pixels_of_minicpm
 
                 answer["pixel_values"] = pixels_of_minicpm(inputs, self.model.config.vision_config.patch_size)
+                return answer
+            if "image_position_ids" in inputs:
+                unified = self.model.config.model_type == "gemma4_unified"
+                answer["pixel_values"] = gemma4_reference.pixels_of(inputs, unified=unified)
                 return answer
             pixels = inputs["pixel_values"].numpy()
             if "image_grid_thw" in inputs:

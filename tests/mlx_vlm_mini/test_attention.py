@@ -13,7 +13,7 @@ import pytest
 from checkpoints import PHOTO, PLAIN
 
 from mlx_vlm_mini.borrow import borrow
-from mlx_vlm_mini.config import AttentionShape, NormConfig, WindowConfig
+from mlx_vlm_mini.config import LayerShape, NormConfig, WindowConfig
 from mlx_vlm_mini.decoder.decoder import Decoder
 from mlx_vlm_mini.decoder.rope import make_rope
 from mlx_vlm_mini.errors import CheckpointError
@@ -291,7 +291,7 @@ def test_gated_attention_is_the_formula(normed):
 def test_kinds_of_layers_have_shapes_of_their_own():
     """Gated, with other heads and rotations: the tensors are as wide, prefill and steps agree, and gates matter."""
     mx.random.seed(4)
-    shape = AttentionShape(num_heads=4, num_kv_heads=1, head_dim=12, rotary_dims=6, gated=True)
+    shape = LayerShape(num_heads=4, num_kv_heads=1, head_dim=12, rotary_dims=6, gated=True)
     kinds = ("full_attention", "sliding_attention")
     config = replace(
         config_of(sliding_window=4), layer_types=kinds, window=WindowConfig(sliding_window=4),
@@ -326,7 +326,7 @@ def test_kinds_of_layers_have_shapes_of_their_own():
 )
 def test_shapes_that_cannot_be_are_refused(changes, message):
     with pytest.raises(CheckpointError, match=message):
-        AttentionShape(**{"num_heads": 4, "num_kv_heads": 1, "head_dim": 12, "rotary_dims": 6, **changes})
+        LayerShape(**{"num_heads": 4, "num_kv_heads": 1, "head_dim": 12, "rotary_dims": 6, **changes})
 
 
 def test_the_environment_leaves_the_cpus_kernels_out():

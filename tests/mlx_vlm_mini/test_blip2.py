@@ -64,7 +64,7 @@ def test_an_empty_config_has_the_class_defaults(model_type):
     assert (qformer.num_query_tokens, qformer.hidden_size, qformer.num_hidden_layers) == (32, 768, 12)
     assert (qformer.layer_norm_eps, qformer.cross_attention_frequency, qformer.intermediate_size) == (1e-12, 2, 3072)
     assert (qformer.instruction is not None) == (model_type == "instructblip")
-    assert (text.norms.norm_type, text.mlp_type, text.learned_positions) == ("layer_norm", "plain", 2)
+    assert (text.norms.norm_type, text.mlp_type, text.embeddings.learned_positions) == ("layer_norm", "plain", 2)
     assert text.hidden_act == "relu" and text.norms.rms_norm_eps == 1e-5
     assert text.tie_word_embeddings and config.image_token_id is None and config.takes_one_image
     settings = find_image_settings(GOLDEN / "nowhere", blip2, config)

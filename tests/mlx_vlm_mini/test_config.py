@@ -14,7 +14,6 @@ import mlx_vlm_mini
 from mlx_vlm_mini import load
 from mlx_vlm_mini.config import (
     Activation,
-    AttentionShape,
     BiasConfig,
     BlindRows,
     BlockConfig,
@@ -22,13 +21,17 @@ from mlx_vlm_mini.config import (
     CrossAttentionConfig,
     DecoderConfig,
     DeltaConfig,
+    EmbeddingConfig,
     ExpertConfig,
     GridConfig,
+    GridPoolConfig,
+    LayerShape,
     LayerType,
     MergerConfig,
     MLPType,
     NormConfig,
     NormType,
+    PerLayerConfig,
     PoolConfig,
     Prescribed,
     ProjectorConfig,
@@ -204,7 +207,7 @@ def test_a_scaling_that_depends_on_the_length_is_known_as_such():
     [
         BlockConfig, TiledConfig, VisionConfig, ShuffleConfig, PoolConfig, ProjectorConfig, NormConfig, ScaleConfig, BiasConfig,
         ContrastConfig, CrossAttentionConfig, WindowConfig, DecoderConfig, GridConfig, MergerConfig, Prescribed, QueryConfig,
-        AttentionShape, DeltaConfig, ExpertConfig, VLMConfig,
+        LayerShape, DeltaConfig, ExpertConfig, EmbeddingConfig, PerLayerConfig, GridPoolConfig, VLMConfig,
     ],
 )  # fmt: skip
 def test_every_field_has_a_reader_and_towers_stay_small(config):

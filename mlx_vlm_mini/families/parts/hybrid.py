@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-from mlx_vlm_mini.config import AttentionShape, DecoderConfig, DeltaConfig, LayerType
+from mlx_vlm_mini.config import DecoderConfig, DeltaConfig, LayerShape, LayerType
 from mlx_vlm_mini.errors import CheckpointError
 
 from .maps import Raised, Weights
@@ -69,7 +69,7 @@ def hybrid_decoder(hf: Mapping[str, Any], defaults: Mapping[str, Any], *, sectio
         decoder,
         norms=replace(decoder.norms, rms_norm_offset=1.0),
         layer_types=_layer_types(text, decoder.num_hidden_layers),
-        shapes={"full_attention": AttentionShape(**{**vars(full), "gated": True})},
+        shapes={"full_attention": LayerShape(**{**vars(full), "gated": True})},
         delta=DeltaConfig(
             num_key_heads=text["linear_num_key_heads"],
             num_value_heads=text["linear_num_value_heads"],

@@ -36,21 +36,28 @@ by rows, for each module as many as it has.
 
 _ATTENTION = "decoder.layers.{}.self_attn."
 _MLP = "decoder.layers.{}.mlp."
+_GATED = ("gate_proj", "up_proj", "down_proj")
 _QKV = (_ATTENTION + "q_proj", _ATTENTION + "k_proj", _ATTENTION + "v_proj")
 
 
 def expert_weights(prefix: str) -> Weights:
     """Feed-forwards of experts: fused, one by one, and stacked as mlx-lm has them; `{}.{}` numbers one of a stack."""
-    theirs, ours = prefix + "layers.{}.mlp.", _MLP + "switch_mlp."
-    parts = ("gate_proj", "up_proj", "down_proj")
+    theirs = prefix + "layers.{}.mlp."
     return {
         theirs + "gate": _MLP + "gate",
-        theirs + "experts.gate_up_proj": Experts((ours + "gate_proj", ours + "up_proj")),
-        theirs + "experts.down_proj": Experts((ours + "down_proj",)),
-        **{f"{theirs}experts.{{}}.{part}": f"{ours}{{}}.{part}" for part in parts},
-        **{f"{theirs}switch_mlp.{part}": ours + part for part in parts},
-        **{f"{theirs}shared_expert.{part}": f"{_MLP}shared_expert.{part}" for part in parts},
+        **stacked_experts(theirs + "experts.", theirs + "switch_mlp.", _MLP + "switch_mlp."),
+        **{f"{theirs}shared_expert.{part}": f"{_MLP}shared_expert.{part}" for part in _GATED},
         theirs + "shared_expert_gate": _MLP + "shared_expert_gate",
+    }
+
+
+def stacked_experts(whole: str, stacked: str, ours: str) -> Weights:
+    """Experts fused and one by one, which stand below `whole`, and `stacked`, each named so."""
+    return {
+        whole + "gate_up_proj": Experts((ours + "gate_proj", ours + "up_proj")),
+        whole + "down_proj": Experts((ours + "down_proj",)),
+        **{f"{whole}{{}}.{part}": f"{ours}{{}}.{part}" for part in _GATED},
+        **{stacked + part: ours + part for part in _GATED},
     }
 
 

@@ -6,7 +6,7 @@ Source: configuration_opt.py and modeling_opt.py of huggingface/transformers.
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_vlm_mini.config import BiasConfig, DecoderConfig, NormConfig, ScaleConfig
+from mlx_vlm_mini.config import BiasConfig, DecoderConfig, EmbeddingConfig, NormConfig, ScaleConfig
 from mlx_vlm_mini.errors import CheckpointError
 
 from .configs import MOST_LAYERS, activation
@@ -45,7 +45,7 @@ def opt_decoder(hf: Mapping[str, Any]) -> DecoderConfig:
         window=None,
         two_way="nothing",
         mlp_type="plain",
-        learned_positions=2,  # which padding had
+        embeddings=EmbeddingConfig(learned_positions=2),  # which padding had
     )
 
 

@@ -46,8 +46,12 @@ def unpack(module: nn.Module, dtype: mx.Dtype, *, embeddings: bool = False) -> N
 
 
 def _packed(module: nn.Module, embeddings: bool) -> list[tuple[str, Any]]:
-    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding) if embeddings else (nn.QuantizedLinear,)
-    return [(path, layer) for path, layer in module.named_modules() if isinstance(layer, kinds)]
+    return [
+        (path, layer)
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.QuantizedLinear)
+        or (embeddings and isinstance(layer, nn.QuantizedEmbedding) and path.endswith("embed_tokens"))
+    ]
 
 
 def unpack_for_cpu(model: nn.Module, dtype: mx.Dtype, *, tied: bool) -> None:
