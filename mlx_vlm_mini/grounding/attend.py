@@ -106,8 +106,6 @@ def attend(
             if isinstance(answer, str):
                 answer = encode_answer(processor, messages, inputs, answer, chosen.think)
             tokens = list(answer)
-            if not tokens:
-                raise PromptError("the answer is empty: there is no token to explain")
         _check_tokens(tokens, config.vocab_size)
         if reduce == "rollout":
             logits, weights = _roll_out(model, inputs, tokens, encode)
@@ -222,6 +220,8 @@ def _prepare(content: Any, processor: Processor, features: Features, tokens: int
 
 
 def _check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    if not tokens:
+        raise PromptError("the answer is empty: there is no token to explain")
     for token in tokens:
         if not 0 <= token < vocab_size:
             raise PromptError(f"the answer has the token id {token}, the vocabulary has {vocab_size}")

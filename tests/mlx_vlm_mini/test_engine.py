@@ -543,9 +543,8 @@ def test_a_context_ends_answers_and_refuses_prompts(llava):
 def test_pictures_that_come_again_are_decoded_once(llava, monkeypatch):
     model, processor = llava
     prepared: list[Any] = []
-    monkeypatch.setattr(
-        processor, "prepare", lambda source, own=processor.prepare: prepared.append(source) or own(source)
-    )
+    own = processor.prepare
+    monkeypatch.setattr(processor, "prepare", lambda source, *more: prepared.append(source) or own(source, *more))
     with Engine(model, processor, max_tokens=2) as engine:
         for question in ("What?", "Why?"):
             assert engine.submit([PHOTO, question]).result().error is None
