@@ -30,7 +30,7 @@ SUFFIXES = (".png", ".html", ".npz")
 
 @click.command("attend")
 @model_argument
-@click.option("-p", "--prompt", required=True, help="What to ask.")
+@click.option("-p", "--prompt", help="What to ask.")
 @click.option(
     "-i",
     "--image",
@@ -41,6 +41,12 @@ SUFFIXES = (".png", ".html", ".npz")
     shell_complete=complete_files,
 )
 @page_options
+@click.option(
+    "--drawn",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="In place of a question: a picture that imagine drew, to see where its attention to each word came from.",
+)
 @click.option("--answer", help="The answer to look at.  [default: the model's own]")
 @click.option("--system", help="System message.")
 @click.option(
@@ -75,9 +81,10 @@ SUFFIXES = (".png", ".html", ".npz")
 @loading_options
 def command(
     model: str,
-    prompt: str,
+    prompt: str | None,
     images: tuple[str, ...],
     pages: dict[str, int],
+    drawn: Path | None,
     answer: str | None,
     system: str | None,
     outputs: tuple[Path, ...],
@@ -88,7 +95,8 @@ def command(
     loading: dict[str, Any],
     **options: Any,
 ) -> None:
-    """Ask MODEL about images and show where it looked for each token of its answer.
+    """Ask MODEL about images and show where it looked for each token of its answer; or, with --drawn, show for each
+    word of a drawn picture's prompt from where in the picture attention went to it.
 
     The answer goes to stdout. In a terminal a preview follows: the mean over all tokens, and of each token how much of
     its attention the images have.
@@ -100,11 +108,17 @@ def command(
     from mlx_vlm_mini.errors import PromptError
     from mlx_vlm_mini.images.source import open_image, read_stdin
 
-    if not images:
+    if drawn is not None and (prompt is not None or images or answer is not None or system is not None):
+        raise click.UsageError(
+            "--drawn has its prompt and picture in the file: leave out --prompt, --image and the like"
+        )
+    if drawn is None and prompt is None:
+        raise click.UsageError("attend needs a question: give --prompt")
+    if drawn is None and not images:
         raise click.UsageError("attend needs an image to look at: give --image")
     if images.count("-") > 1:
         raise click.UsageError("stdin can give one image")
-    if not prompt.strip():
+    if prompt is not None and not prompt.strip():
         raise PromptError("the prompt is empty: say what the model should answer")
     look = Look.of_terminal(thumbnails=thumbnails)
     if not outputs and folder is None and not sys.stderr.isatty():
@@ -114,6 +128,11 @@ def command(
     if folder is not None:
         check_folder(folder)
     options |= {"layers": parse_numbers("--layers", layers), "heads": parse_numbers("--heads", heads)}
+    if drawn is not None:
+        found = attend_file(drawn, model, loading, outputs, folder, options)
+        if sys.stderr.isatty():
+            preview(found, look)
+        return
     # Opened first: a wrong path should not cost the time that loading takes.
     pictures = read_pictures([read_stdin() if image == "-" else image for image in images], pages)
     for picture in pictures:
@@ -132,7 +151,7 @@ def command(
             status.clear()
             writer.add(chunk)
 
-        messages = ask(prompt, pictures, system).messages
+        messages = ask(prompt or "", pictures, system).messages
         found = attend(vlm, processor, messages, answer=answer, listen=listen, progress=status.prefill, **options)
         if answer is not None:
             status.clear()
@@ -145,13 +164,46 @@ def command(
                 else (f"layers {name_numbers(found.layers)} attend")
             )
             look.note(f"{those} to the images; layers that keep a state have no attention to show")
-        for file in outputs:
-            status.show(f"writing {file}")
-            write_output(found, file)
-        if folder is not None:
-            write_tokens(found, folder, status)
+        write_all(found, outputs, folder, status)
     if sys.stderr.isatty():
         preview(found, look)
+
+
+def attend_file(
+    drawn: Path,
+    model: str,
+    loading: dict[str, Any],
+    outputs: Sequence[Path],
+    folder: Path | None,
+    options: dict[str, Any],
+) -> "AnswerAttention":
+    """What `--drawn` asks for."""
+    from mlx_vlm_mini.drawing.drawn import read_drawn
+    from mlx_vlm_mini.errors import ImageError
+
+    try:
+        picture = read_drawn(drawn.read_bytes(), drawn.name)
+    except OSError as error:
+        raise ImageError(f"cannot read {drawn}: {error.strerror or error}") from None
+
+    from mlx_vlm_mini import attend_drawn, load
+
+    with Status() as status:
+        status.show(f"loading {model}")
+        vlm, processor = load(model, **loading)
+        status.show("looking at where the attention went")
+        found = attend_drawn(vlm, processor, picture, **{name: options[name] for name in ("reduce", "layers", "heads")})
+        write_all(found, outputs, folder, status)
+    return found
+
+
+def write_all(found: "AnswerAttention", outputs: Sequence[Path], folder: Path | None, status: Status) -> None:
+    """Write what `--output` and `--tokens` ask for."""
+    for file in outputs:
+        status.show(f"writing {file}")
+        write_output(found, file)
+    if folder is not None:
+        write_tokens(found, folder, status)
 
 
 def parse_numbers(name: str, text: str | None) -> list[int] | None:
@@ -256,7 +308,7 @@ def preview(found: "AnswerAttention", look: Look) -> None:
     from mlx_vlm_mini.grounding.heat import draw_attention, mean_token
 
     if look.thumbnails != "none":
-        look.show(draw_attention(mean_token(found), 0), "mean of all tokens")
+        look.show(draw_attention(mean_token(found), 0), f"mean of all {'words' if found.drawn else 'tokens'}")
     labels = [neutralize(" ".join(found.label(token).split())) for token in range(len(found.tokens))]
     width = min(24, max(map(len, labels)))
     for label, share in zip(labels, found.shares.tolist(), strict=True):

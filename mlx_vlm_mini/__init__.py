@@ -2,10 +2,10 @@
 
 The public names are `load`, `generate`, `stream_generate` and `Chat`; for many prompts at once `batch_generate` and
 `Engine`; for how probable answers are `score`; for answers that name places `find_detections`
-and `draw_detections`; for pictures from words `imagine`; for what the model looked at `attend`, `draw_attention` and
-`attention_page`; for CLIP and QLLaMA `load_scorer`, for ViLT `load_answerer`. They are imported when first used, so
-that `import mlx_vlm_mini` costs nothing. No module may have one of these names: importing it would put it in the place
-of the function.
+and `draw_detections`; for pictures from words `imagine`; for what the model looked at `attend`, `attend_drawn`,
+`draw_attention` and `attention_page`; for CLIP and QLLaMA `load_scorer`, for ViLT `load_answerer`. They are imported
+when first used, so that `import mlx_vlm_mini` costs nothing. No module may have one of these names: importing it would
+put it in the place of the function.
 """
 
 import sys
@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     from mlx_vlm_mini.grounding.draw import draw_detections
     from mlx_vlm_mini.grounding.heat import draw_attention
     from mlx_vlm_mini.grounding.page import attention_page
+    from mlx_vlm_mini.grounding.words import attend_drawn
     from mlx_vlm_mini.scoring.choices import score
     from mlx_vlm_mini.scoring.matching import load_scorer
     from mlx_vlm_mini.scoring.vilt import load_answerer
 
 __version__ = "0.1.0"
 __all__ = [
-    "Chat", "Engine", "__version__", "attend", "attention_page", "batch_generate", "draw_attention", "draw_detections",
-    "find_detections", "generate", "imagine", "load", "load_answerer", "load_scorer", "score", "stream_generate",
+    "Chat", "Engine", "__version__", "attend", "attend_drawn", "attention_page", "batch_generate", "draw_attention",
+    "draw_detections", "find_detections", "generate", "imagine", "load", "load_answerer", "load_scorer", "score",
+    "stream_generate",
 ]  # fmt: skip
 
 _HOME = {
@@ -38,6 +40,7 @@ _HOME = {
     "Engine": ".generation.engine",
     "batch_generate": ".generation.engine",
     "attend": ".grounding.attend",
+    "attend_drawn": ".grounding.words",
     "attention_page": ".grounding.page",
     "draw_attention": ".grounding.heat",
     "draw_detections": ".grounding.draw",

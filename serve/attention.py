@@ -12,6 +12,7 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from mlx_vlm_mini.errors import ContextError
 from mlx_vlm_mini.generation.decode import one_at_a_time
 from mlx_vlm_mini.generation.engine import Engine
 from mlx_vlm_mini.grounding.attend import attend
@@ -24,6 +25,7 @@ from .server import Server
 
 _CELLS = 48  # along a picture's heat at most
 _MOST = 4_000_000  # cells of all tokens
+_MOST_TOKENS = 2048  # of an answer
 _SIDE = 768  # pixels along a picture
 
 
@@ -46,6 +48,13 @@ async def attention(server: Server, request: Request) -> Response:
 
 
 def _look(engine: Engine, messages: Sequence[Mapping[str, Any]], answer: str) -> dict[str, Any]:
+    said = [*messages, {"role": "assistant", "content": answer}]
+    length = len(engine.processor(said, add_generation_prompt=False).slots)
+    if engine.context is not None and length > engine.context:
+        raise ContextError(f"the conversation has {length} tokens, and the model's context is {engine.context}")
+    tokens = len(engine.processor.tokenizer.encode(answer))
+    if tokens > _MOST_TOKENS:  # nobody else is answered while it is looked at
+        raise Refusal(400, f"the answer has {tokens} tokens, and {_MOST_TOKENS} at most are explained", "messages")
     found = one_at_a_time(lambda: attend(engine.model, engine.processor, messages, answer=answer)).mean()
     pictures = open_pictures(found, _SIDE)
     cells = int(min(_CELLS, (_MOST / len(found.tokens) / len(pictures)) ** 0.5))

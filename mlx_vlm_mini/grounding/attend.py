@@ -114,7 +114,7 @@ def attend(
                 reading = model.read(inputs, encode=encode)
                 step, progress = chosen.prefill_step, chosen.progress
                 mx.eval(prefill(model.decoder, reading, state, step=step, progress=progress))
-            rows = _Rows(_columns(inputs, state), layers, heads, reduce)
+            rows = Rows(_columns(inputs, state), layers, heads, reduce)
             logits, weights = _record(model, inputs, tokens, state, encode, rows)
     logprobs = kernels().log_softmax(logits)
     found = mx.take_along_axis(logprobs, mx.array(tokens)[:, None], axis=-1)[:, 0]
@@ -234,7 +234,7 @@ def _texts(processor: Processor, tokens: Sequence[int]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-class _Rows:
+class Rows:
     """Records the weights of some queries on the images' keys, in chosen layers and heads."""
 
     def __init__(self, columns: np.ndarray, layers: Sequence[int], heads: Sequence[int], reduce: Reduce) -> None:
@@ -285,7 +285,7 @@ class _Rollout:
 
 
 def _record(
-    model: VLM, inputs: Inputs, tokens: Sequence[int], state: State, encode: Encode, rows: _Rows
+    model: VLM, inputs: Inputs, tokens: Sequence[int], state: State, encode: Encode, rows: Rows
 ) -> tuple[mx.array, np.ndarray]:
     """Logits before each token, float[T, vocab_size], and what `rows` keeps; `state` holds the prompt or more."""
     first = len(inputs.slots) - 1

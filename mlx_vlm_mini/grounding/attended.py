@@ -58,6 +58,8 @@ class AnswerAttention:
         reduce: what became of layers and heads.
         layers, heads: those that were looked at, counted from 0.
         images: in the prompt's order.
+        drawn: the image was drawn of the prompt (`attend_drawn`): `tokens` and `texts` are the prompt's words,
+            `token_ids` and `logprobs` those of the image's tokens.
     """
 
     prompt: str
@@ -69,6 +71,7 @@ class AnswerAttention:
     layers: tuple[int, ...]
     heads: tuple[int, ...]
     images: tuple[ImageAttention, ...]
+    drawn: bool = False
 
     @property
     def shares(self) -> np.ndarray:
@@ -98,6 +101,21 @@ class AnswerAttention:
             replace(image, weights=image.weights[places[0]][:, places[1]].mean(axis=(0, 1))) for image in self.images
         )
         return replace(self, reduce="mean", layers=wanted[0], heads=wanted[1], images=images)
+
+    @property
+    def caption(self) -> str:
+        """What `draw_attention` and `attention_page` call the sum of all tokens."""
+        share = float(self.shares.sum() if self.drawn else self.shares.mean())
+        if self.drawn:
+            return f"{share:.0%} of the picture's attention went to these words"
+        return f"{share:.0%} of the attention of all tokens is on the images"
+
+    def describe(self, token: int) -> str:
+        """A token and its share, as a sentence."""
+        share = float(self.shares[token])
+        if self.drawn:
+            return f"{self.label(token)!r}: {share:.1%} of the picture's attention went to it"
+        return f"{self.label(token)!r}: {share:.0%} of its attention is on the images"
 
     def label(self, token: int) -> str:
         """What to call a token: its text without white space around it, else as the vocabulary writes it."""

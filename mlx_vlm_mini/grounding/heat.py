@@ -36,7 +36,8 @@ def draw_attention(found: AnswerAttention, token: int | None = None) -> Image.Im
     if token is not None:
         return _side_by_side(_over(found, open_pictures(found, _SIDE), np.arange(len(found.tokens))[token]))
     pictures = open_pictures(found, _THUMBNAIL, _THUMBNAIL)
-    cells = [(f"all {len(found.tokens)} tokens", float(found.shares.mean()), mean_token(found), 0)]
+    what, whole = ("words", found.shares.sum()) if found.drawn else ("tokens", found.shares.mean())
+    cells = [(f"all {len(found.tokens)} {what}", float(whole), mean_token(found), 0)]
     cells += [(found.label(t), float(share), found, t) for t, share in enumerate(found.shares)]
     drawn = [(f"{share:.0%}  {text}", _side_by_side(_over(of, pictures, t))) for text, share, of, t in cells]
     return _sheet(drawn)

@@ -86,7 +86,9 @@ def attention_page(found: AnswerAttention) -> str:
     )
     words = "".join(_word(found, token) for token in range(len(found.tokens)))
     how = f"{found.reduce} of layers {name_numbers(found.layers)} and heads {name_numbers(found.heads)}"
-    everything = f"{float(found.shares.mean()):.0%} of the attention of all tokens is on the images"
+    everything = found.caption
+    prompt = "" if found.drawn else f'<p class="prompt">{escape(found.prompt)}</p>\n'
+    title = "Where the picture's attention to each word came from" if found.drawn else "Where the model looked"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -94,12 +96,11 @@ def attention_page(found: AnswerAttention) -> str:
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="generator" content="{MADE_BY}">
 <meta name="viewport" content="width=device-width">
-<title>Where the model looked</title>
+<title>{title}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
-<p class="prompt">{escape(found.prompt)}</p>
-<p class="answer">{words}</p>
+{prompt}<p class="answer">{words}</p>
 <p class="note" data-all="{escape(everything)}">{escape(everything)}</p>
 {body}
 <p class="note">Point at a word, click to keep it; point at a picture to see it bare. Attention: {escape(how)}.</p>
@@ -110,9 +111,9 @@ def attention_page(found: AnswerAttention) -> str:
 
 
 def _word(found: AnswerAttention, token: int) -> str:
-    text, share = found.texts[token], float(found.shares[token])
+    text = found.texts[token]
     special = "" if text.strip() else ' class="special"'
-    title = f"{found.label(token)!r}: {share:.0%} of its attention is on the images"
+    title = found.describe(token)
     shown = escape(text) if text.strip() else escape(text) + escape(found.label(token))
     return f'<span tabindex="0" data-token="{token}"{special} title="{escape(title)}">{shown}</span>'
 

@@ -59,6 +59,7 @@ MLX = Kernels(
     },
     rope=_rope,
     log_softmax=log_softmax,
+    convolve=lambda x, weight: mx.conv2d(x, weight, padding=1),
     delta=_delta,
     unpack=lambda part, dtype: None,
     prepare=lambda model, decoder, dtype, tied: None,

@@ -36,6 +36,7 @@ class Kernels:
         rope: (periods float32[dims / 2], scale, first, length, dims, neighbours) -> a `Rope` of `length` tokens, the
             first of which stands at `first`, a number or int[B]; see `rotary.Rotary`.
         log_softmax: float[..., n] -> float32[..., n].
+        convolve: (float[B, height, width, C], float[out, 3, 3, C]) -> float[B, height, width, out], zeros being around.
         delta: the gated delta rule, as `delta.gated_delta`.
         unpack: makes a part's quantized layers ones of floats, in place, where products with these are faster: (part,
             type).
@@ -47,6 +48,7 @@ class Kernels:
     activations: Mapping[Activation, Callable[[mx.array], mx.array]]
     rope: Callable[[mx.array, float, Any, int, int, bool], Rope]
     log_softmax: Callable[[mx.array], mx.array]
+    convolve: Callable[[mx.array, mx.array], mx.array]
     delta: Callable[[mx.array, mx.array, mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
     unpack: Callable[[nn.Module, mx.Dtype], None]
     prepare: Callable[[nn.Module, nn.Module, mx.Dtype, bool], None]

@@ -23,9 +23,9 @@ Space = Literal["never", "maybe", "always"]
 
 _MOST = {"schema": 500_000, "choices": 500_000, "regex": 20_000, "grammar": 500_000}  # characters
 _MOST_CHOICES = 10_000
-_QUICK = {"schema": 50_000, "choices": 20_000, "regex": 2_000, "grammar": 20_000}  # characters that are soon compiled
+_QUICK = {"schema": 50_000, "choices": 20_000, "regex": 2_000, "grammar": 0}  # characters that are soon compiled
 _MOST_PATTERNS = 8  # that are soon compiled together: the time can double with each
-_PATTERNS = re.compile(r'"(?:pattern|patternProperties|format)":|[&~]')
+_PATTERNS = re.compile(r'"(?:pattern|patternProperties|format)":')
 _SECONDS, _BYTES = 2, 4 * 2**30  # of a process that tries to compile a form
 _MOST_TRIED = 300  # parts of a schema that are compiled alone, to find the one that is at fault
 _LISTS = ("prefixItems", "items", "anyOf", "oneOf", "allOf")
@@ -304,11 +304,13 @@ def _locate(schema: dict[str, Any]) -> tuple[str, str] | None:
     seen = {place}
     while True:
         node = parts[place]
+        target = node.get("$ref")
+        target = target[1:] if isinstance(target, str) and target.startswith("#/") else ""
         inside = [place + step for step, child in _children(node) if isinstance(child, dict) and place + step in parts]
-        if isinstance(node.get("$ref"), str) and node["$ref"].startswith("#/") and node["$ref"][1:] in parts:
-            inside.insert(0, node["$ref"][1:])
+        if target in parts and target:
+            inside.insert(0, target)
         for step in inside:
-            if step in seen or (step.split("/")[-2] in _SHARED and step != node.get("$ref", "")[1:]):
+            if step in seen or (step.split("/")[-2] in _SHARED and step != target):
                 continue  # what all share is read where it is referred to
             seen.add(step)
             why = fault(parts[step])

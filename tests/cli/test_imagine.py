@@ -154,3 +154,34 @@ def test_a_picture_shows_where_a_person_looks(loaded, monkeypatch, capsys):
 
     shown = sys.stderr.getvalue()
     assert "▀" in shown and "out.png, 8x8" in shown and "seed 3: 16 tokens" in shown
+
+
+def attend(*arguments):
+    return CliRunner().invoke(main, ["attend", str(JANUS), *map(str, arguments)])
+
+
+def test_attention_of_a_drawn_file(tmp_path):
+    run("-p", "a red circle", "-o", tmp_path / "out.png", "--seed", 1)
+    files = [tmp_path / name for name in ("heat.png", "heat.html", "heat.npz")]
+    outputs = [part for file in files for part in ("-o", file)]
+    result = attend("--drawn", tmp_path / "out.png", *outputs, "--tokens", tmp_path / "words")
+    assert result.exit_code == 0, result.output
+    with np.load(files[2]) as arrays:
+        assert arrays["weights_0"].shape == (3, 16) and arrays["tokens"].tolist() == ["a", "red", "circle"]
+    assert len([*(tmp_path / "words").iterdir()]) == 3 and "went to these words" in files[1].read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--drawn", "shapes.png", "-o", "x.npz"], 1, "shapes.png is no picture that mlx-vlm-mini imagine drew"),
+        (["--drawn", "none.png", "-o", "x.npz"], 1, "cannot read none.png: No such file"),
+        (["--drawn", "shapes.png", "-p", "x", "-o", "x.npz"], 2, "leave out --prompt"),
+        (["-i", "shapes.png", "-o", "x.npz"], 2, "attend needs a question"),
+    ],
+)
+def test_files_that_were_not_drawn(tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(GOLDEN / "shapes.png", tmp_path)
+    result = attend(*arguments)
+    assert result.exit_code == code and message in result.stderr, result.output

@@ -80,6 +80,7 @@ def test_no_form_and_forms_that_begin_with_a_space():
         ({"schema": {"$ref": "http://x/y"}}, "Resource 'http://x/y' is not present"),
         ({"schema": {"$ref": "#/$defs/x"}}, "Pointer '/$defs/x' does not exist"),
         ({"schema": {"properties": 5}}, "properties must be an object"),
+        ({"schema": {"$ref": {"not": {}}}}, "the schema at its top cannot be followed"),
         ({"schema": {"type": "object", "properties": {"a": False}, "required": ["a"]}}, "property 'a' is unsatisfiable"),
         ({"choices": []}, "there must be 1 to 10,000 choices, not 0"),
         ({"choices": "a,b"}, "choices must be a list of texts, not 'a,b'"),
@@ -138,6 +139,7 @@ def test_hostile_forms_end_soon(asked, said):
     "asked",
     [
         {"schema": {"allOf": [{"pattern": f"a.{{{n}}}b"} for n in range(40)]}},
+        {"grammar": "start: /b+//b+//b+/"},
         {"grammar": "start: A\nA: " + " & ".join(f"/(?s:.*)a.{{{n}}}b(?s:.*)/" for n in range(40))},
     ],
 )

@@ -14,7 +14,7 @@ from mlx_vlm_mini import Chat, attend, load, stream_generate
 from mlx_vlm_mini.errors import ImageError, PromptError, VLMError
 from mlx_vlm_mini.generation.decode import prefill
 from mlx_vlm_mini.generation.features import Features
-from mlx_vlm_mini.grounding.attend import _record, _Rows, encode_answer
+from mlx_vlm_mini.grounding.attend import Rows, _record, encode_answer
 from mlx_vlm_mini.grounding.heat import open_pictures
 from mlx_vlm_mini.layers import attention
 from mlx_vlm_mini.text.messages import to_messages
@@ -69,7 +69,7 @@ def test_each_token_is_explained_by_the_query_that_predicts_it(loaded, mac_kerne
     found = attend(model, processor, PROMPT, answer=tokens, reduce="none")
     weights, logits, inputs = explicit(model, processor, tokens)
     first, slots = len(inputs.slots) - 1, np.flatnonzero(inputs.slots)
-    rows = _Rows(slots, [0], [0], "mean")
+    rows = Rows(slots, [0], [0], "mean")
     cache = model.make_state()
     prefill(model.decoder, model.read(inputs), cache)
     recorded, _ = _record(model, inputs, tokens, cache, Features(), rows)
@@ -165,8 +165,8 @@ def test_only_the_answers_queries_are_recorded(name, monkeypatch):
     """None of the prompt's L x L weights is kept or made; answering without attend makes none at all."""
     model, processor = load(GOLDEN / name)
     seen = []
-    append = _Rows.append
-    monkeypatch.setattr(_Rows, "append", lambda self, weights: (seen.append(weights.shape), append(self, weights)))
+    append = Rows.append
+    monkeypatch.setattr(Rows, "append", lambda self, weights: (seen.append(weights.shape), append(self, weights)))
     found = attend(model, processor, PROMPT, answer=[7, 9, 8])
     length, config = len(processor(PROMPT).slots), model.config.decoder
     assert seen == [(1, config.num_attention_heads, 3, length + 2)] * config.num_hidden_layers

@@ -35,7 +35,7 @@ def model() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def server(model: tuple[Any, Any]) -> Iterator[Served]:
-    with served({"tiny": str(PLAIN)}, lambda _: engine_of(*model)) as running:
+    with served({"tiny": str(PLAIN)}, lambda _: engine_of(*model, context=400)) as running:
         yield running
 
 
@@ -133,8 +133,9 @@ def test_attention_is_the_librarys(server, model):
         ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}], 400, "hold no picture"),
         (asked(PHOTO), 400, "the last message must be the answer"),
         ([*asked(PHOTO), {"role": "assistant", "content": " "}], 400, "the last message must be the answer"),
+        ([*asked(PHOTO), {"role": "assistant", "content": "a " * 500}], 400, "the model's context is 400"),
     ],
-    ids=["none", "text", "no answer", "empty"],
+    ids=["none", "text", "no answer", "empty", "long"],
 )
 def test_attention_without_what_it_needs(server, messages, status, message):
     response = look(server, messages)

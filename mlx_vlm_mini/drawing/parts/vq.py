@@ -12,8 +12,9 @@ import mlx.nn as nn
 
 from mlx_vlm_mini.config import NORM_GROUPS, VQConfig
 from mlx_vlm_mini.layers.attention import attend
+from mlx_vlm_mini.layers.kernels import activation, kernels
 
-BAND = 1 << 25  # numbers of unfolded patches at a time: a convolution takes 128 MB for them in float32
+swish = activation("silu")
 
 
 class GroupNorm(nn.GroupNorm):
@@ -24,26 +25,14 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Conv3x3(nn.Conv2d):
-    """A convolution of 3 x 3 cells with zeros around the picture, computed a band of rows at a time.
-
-    Where a device computes it as a product of unfolded patches, those of a whole picture are nine times its size.
-    """
+    """A convolution of 3 x 3 cells with zeros around the picture."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__(channels, out, kernel_size=3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
         """float[1, height, width, channels] -> float[1, height, width, out]."""
-        height, width, channels = x.shape[1:]
-        rows = max(1, BAND // (9 * width * channels))
-        if rows >= height:
-            return super().__call__(x)
-        padded = mx.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
-        bands = []
-        for top in range(0, height, rows):
-            bands.append(mx.conv2d(padded[:, top : min(top + rows, height) + 2], self.weight) + self.bias)
-            mx.eval(bands[-1])
-        return mx.concatenate(bands, axis=1)
+        return kernels().convolve(x, self.weight) + self.bias
 
 
 class Block(nn.Module):
@@ -58,8 +47,8 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """float[1, height, width, channels] -> float[1, height, width, out]."""
-        y = self.conv1(nn.silu(self.norm1(x)))
-        y = self.conv2(nn.silu(self.norm2(y)))
+        y = self.conv1(swish(self.norm1(x)))
+        y = self.conv2(swish(self.norm2(y)))
         return (self.nin_shortcut(x) if "nin_shortcut" in self else x) + y
 
 
@@ -162,7 +151,7 @@ class VQDecoder(nn.Module):
         for step in (*steps, *(step for level in self.up for step in level.steps())):
             x = step(x)
             mx.eval(x)
-        x = self.conv_out(nn.silu(self.norm_out(x)))[0].astype(mx.float32)
+        x = self.conv_out(swish(self.norm_out(x)))[0].astype(mx.float32)
         mx.eval(x)
         mx.clear_cache()
         return x

@@ -8,6 +8,7 @@ from mlx_vlm_mini.layers.delta import gated_delta
 from mlx_vlm_mini.layers.types import Kernels
 
 from .activations import ACTIVATIONS
+from .convolve import convolve
 from .exponential import log_softmax
 from .prepare import prepare
 from .rope import rope
@@ -19,6 +20,7 @@ CPU = Kernels(
     activations=ACTIVATIONS,
     rope=rope,
     log_softmax=log_softmax,
+    convolve=convolve,
     delta=gated_delta,
     unpack=unpack,
     prepare=prepare,
