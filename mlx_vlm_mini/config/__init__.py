@@ -30,18 +30,26 @@ from .decoder import (
     WindowConfig,
 )
 from .drawing import NORM_GROUPS, DrawingConfig, VQConfig
-from .projector import MergerConfig, MergerKind, PoolConfig, ProjectorConfig, ResamplerConfig, ShuffleConfig
+from .projector import (
+    ConnectorConfig,
+    MergerConfig,
+    MergerKind,
+    PoolConfig,
+    ProjectorConfig,
+    ResamplerConfig,
+    ShuffleConfig,
+)
 from .qformer import InstructionConfig, QFormerConfig
 from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, GridConfig, Resize, TiledConfig, VisionConfig
 
 __all__ = [
     "MOST_TILES", "NORM_GROUPS", "Activation", "AttentionShape", "BiasConfig", "BlindRows", "BlockConfig",
-    "ContrastConfig", "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "DrawingConfig", "ExpertConfig",
-    "GridConfig", "InstructionConfig", "LayerType", "MLPType", "MergerConfig", "MergerKind", "NormConfig", "NormType",
-    "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig", "QueryConfig", "QueryScale", "QueryScaleType",
-    "ResamplerConfig", "Resize", "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig",
-    "VQConfig", "VisionConfig", "WindowConfig", "check_layers",
+    "ConnectorConfig", "ContrastConfig", "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "DrawingConfig",
+    "ExpertConfig", "GridConfig", "InstructionConfig", "LayerType", "MLPType", "MergerConfig", "MergerKind",
+    "NormConfig", "NormType", "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig", "QueryConfig",
+    "QueryScale", "QueryScaleType", "ResamplerConfig", "Resize", "ScaleConfig", "ShuffleConfig", "TileMerge",
+    "TiledConfig", "TwoWay", "VLMConfig", "VQConfig", "VisionConfig", "WindowConfig", "check_layers",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]

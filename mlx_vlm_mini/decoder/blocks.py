@@ -61,6 +61,7 @@ class DecoderLayer(nn.Module):
             self.self_attn.k_norm = make_norm(config, shape.head_dim)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLPS[config.mlp_type](config)
+        self.residual_scale = config.scales.residual_scale
 
     @classmethod
     def mask(cls, config: DecoderConfig, kind: LayerType, run: Pass) -> Any:
@@ -84,8 +85,11 @@ class DecoderLayer(nn.Module):
         return y
 
     def __call__(self, x: mx.array, run: Pass, cache: Any) -> mx.array:
-        x = x + self.attend(self.input_layernorm(x), run, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self._scaled(self.attend(self.input_layernorm(x), run, cache))
+        return x + self._scaled(self.mlp(self.post_attention_layernorm(x)))
+
+    def _scaled(self, added: mx.array) -> mx.array:
+        return added if self.residual_scale == 1 else added * self.residual_scale
 
 
 class SandwichLayer(DecoderLayer):
