@@ -167,6 +167,8 @@ def test_tensors_of_published_sizes(name):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**json.loads(json.dumps(config))))
     shapes = {PUBLISHED[name](key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if config["tie_word_embeddings"]:  # one tensor, under one name in the file
+        del shapes["lm_head.weight"]
     planned = plan(published.without_data(config, shapes))
     assert planned.unused == () and set(planned.ours.values()) == set(shapes)
     assert {key: info.shape for key, info in published.published(name).tensors.items()} == shapes
