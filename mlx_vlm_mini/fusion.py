@@ -1,7 +1,8 @@
 """How image features meet the sequence: chosen once for a model, by its config.
 
-- `Slots`: features take the places of the image tokens' embeddings (LLaVA and most others).
-- `Grids`: so do they, and tokens stand on three axes; features of earlier blocks go to the first layers (Qwen2-VL on).
+- `Slots`: features take the places of the image tokens' embeddings (LLaVA and most others); those of earlier blocks,
+  where a projector gives them, go to the first layers (Qwen3-VL, Granite-Docling).
+- `Grids`: so do they, and tokens stand on three axes (Qwen2-VL on).
 - `CrossAttention`: features stay outside, and layers of their own attend to them (Llama 3.2 Vision).
 - `Queries`: query tokens take the image's place, and attend to its features in some layers (QLLaMA).
 """
@@ -71,7 +72,8 @@ class Slots:
         width = embeddings.shape[-1]
         found = [encode(image) for image, places in _places(inputs) if len(places) and places[-1] >= start]
         if found:
-            features = mx.concatenate(found)[-len(slots) :, :width]
+            features, scale = mx.concatenate(found)[-len(slots) :, :width], model.config.decoder.scales.image_scale
+            features = features if scale == 1 else features * scale
             embeddings[:, mx.array(slots)] = features.astype(embeddings.dtype)
         if per_layer is not None:
             ids = mx.where(mx.array(inputs.slots[start:]), per_layer.pad_token_id, ids)
@@ -84,31 +86,34 @@ class Slots:
         )
 
     def _more(self, model: Any, inputs: Inputs, start: int, found: list[mx.array]) -> dict[str, Any]:
-        """What else belongs to the reading; `found`: features of the images that reach beyond `start`."""
-        return {}
+        """What else belongs to the reading: features of earlier vision blocks, which are added to what the first layers
+        give.
+
+        Args:
+            found: features of the images that reach beyond `start`.
+        """
+        taps = model.config.projector.taps
+        if not found or not taps:
+            return {}
+        slots = np.flatnonzero(inputs.slots[start:])
+        features = mx.concatenate(found)[-len(slots) :]  # (slots, C (1 + taps))
+        width = model.config.decoder.hidden_size
+        zeros = mx.zeros((1, inputs.input_ids.shape[1] - start, width), dtype=features.dtype)
+        parts = mx.split(features, 1 + taps, axis=-1)[1:]
+        return {"beside": tuple(_placed(zeros, mx.array(slots), part) for part in parts)}
 
 
 class Grids(Slots):
-    """Tokens stand on three axes, and features of earlier vision blocks are added to what the first layers give."""
+    """Tokens stand on three axes besides."""
 
     def _more(self, model: Any, inputs: Inputs, start: int, found: list[mx.array]) -> dict[str, Any]:
-        width = model.config.decoder.hidden_size
-        side = model.config.vision.image_size
-        placed = []
+        side, placed = model.config.vision.image_size, []
         for image, own in _places(inputs):
             rows, columns = (pixels // side for pixels in image.pixel_values.shape[1:3])
             apart = np.flatnonzero(np.diff(own) > 1) + 1  # text stands between a video's steps (Qwen3-VL)
             times = (0,) if len(apart) else image.times
             placed += [PlacedImage(int(part[0]), rows, columns, times) for part in np.split(own, apart)]
-        more: dict[str, Any] = {"positions": Axes(tuple(placed))}
-        levels = len(model.config.vision.feature_layers) - 1
-        if found and levels:
-            slots = np.flatnonzero(inputs.slots[start:])
-            taps = mx.concatenate(found)[-len(slots) :]  # (slots, C (1 + levels))
-            zeros = mx.zeros((1, inputs.input_ids.shape[1] - start, width), dtype=taps.dtype)
-            parts = mx.split(taps, 1 + levels, axis=-1)[1:]
-            more["beside"] = tuple(_placed(zeros, mx.array(slots), part) for part in parts)
-        return more
+        return {"positions": Axes(tuple(placed)), **super()._more(model, inputs, start, found)}
 
 
 def _placed(zeros: mx.array, places: mx.array, rows: mx.array) -> mx.array:

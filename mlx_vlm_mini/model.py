@@ -1,7 +1,9 @@
 """The model: a vision tower, a projector and a decoder; what an image becomes on its way into the sequence."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
+from math import isqrt
 from typing import Any
 
 import mlx.core as mx
@@ -63,23 +65,36 @@ class VLM(nn.Module):
         return self.decoder.make_state(make)
 
     def project(
-        self, features: mx.array, instruction: np.ndarray | None = None, looks: Recorder | None = None
+        self,
+        features: mx.array,
+        instruction: np.ndarray | None = None,
+        looks: Recorder | None = None,
+        tokens: int | None = None,
     ) -> mx.array:
         """Features as the tower gives them, of all rows of an image -> embeddings float[B, P, C].
 
         Args:
             instruction: int[L], what a Q-Former reads beside them.
             looks: takes the weights of a Q-Former's queries.
+            tokens: of a row, where a projector can give more or fewer.
         """
         if self.config.vision.grid is not None and not self.config.projector.reads_grid:
             features = features.flatten(1, 2)
+        if self.config.projector.connector is not None:
+            return self.projector(features, tokens)
         if self.config.projector.qformer is None:
             return self.projector(features)
         return self.projector(features, None if instruction is None else mx.array(instruction), looks)
 
-    def embed_images(self, pixel_values: mx.array, instruction: np.ndarray | None = None) -> mx.array:
-        """Encode and project an image's rows of pixels: float[B, height, width, 3] -> float[B, P, C]; evaluated."""
-        embeddings = self.project(self.vision(pixel_values.astype(self.dtype)), instruction)
+    def embed_images(
+        self, pixel_values: mx.array, instruction: np.ndarray | None = None, tokens: int | None = None
+    ) -> mx.array:
+        """Encode and project an image's rows of pixels: float[B, height, width, 3] -> float[B, P, C]; evaluated.
+
+        Args:
+            instruction, tokens: see `project`.
+        """
+        embeddings = self.project(self.vision(pixel_values.astype(self.dtype)), instruction, tokens=tokens)
         mx.eval(embeddings)
         return embeddings
 
@@ -132,8 +147,11 @@ class VLM(nn.Module):
             return np.concatenate(sources)
         count = self.config.vision.features_at(image.pixel_values.shape[1])
         numbers = mx.arange(image.rows * count).reshape(image.rows, count, 1)
-        if self.config.projector.joined is not None:
-            numbers = pixel_shuffle(numbers, self.config.projector.joined)
+        joined = self.config.projector.joined
+        if joined is not None and self.config.projector.connector is not None:  # by one of two ways
+            joined = replace(joined, factor=isqrt(count * image.rows // image.tokens))
+        if joined is not None:
+            numbers = pixel_shuffle(numbers, joined)
         newline = mx.full(numbers.shape[-1:], -1) if self.config.has_newline else None
         corners = [(0, 0)] if self.config.most_tiles is None else list(product((0, 1), (0, 1)))
         found = [np.array(self._arrange(numbers, newline, image, corner)) for corner in corners]
@@ -169,7 +187,8 @@ class VLM(nn.Module):
         if self.config.decoder.queries is not None:
             features = self.embed_images(mx.array(image.pixel_values))[0]
         elif self.config.vision.tiled is None:
-            parts = [self.embed_images(mx.array(pixels), image.instruction) for pixels in image.pieces]
+            tokens = image.tokens // image.rows
+            parts = [self.embed_images(mx.array(pixels), image.instruction, tokens) for pixels in image.pieces]
             embeddings = mx.concatenate([part.flatten(0, 1) for part in parts])[None] if len(parts) > 1 else parts[0]
             features = self.arrange(embeddings, image)
         else:  # keys of unused tiles matter only where tokens that see no image attend to all

@@ -18,12 +18,13 @@ from reference import CASES, GOLDEN, SPECS, Reference
 from mlx_vlm_mini import load
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.preprocessing.grid import FramesGrid, RaisedGrid
+from mlx_vlm_mini.preprocessing.tiles import PageTiles, choose_grid
 from mlx_vlm_mini.vision.positions import resize
 
 pytestmark = pytest.mark.reference
 
 sides = st.integers(1, 60) | st.integers(1, 5000)
-READERS = ("paddleocr-vl", "glm-ocr", "glm4v")
+READERS = ("paddleocr-vl", "glm-ocr", "glm4v", "granite-docling-500m", "granite-docling-fine")
 
 
 @settings(max_examples=500, deadline=None)
@@ -45,6 +46,25 @@ def test_sizes_of_glm(height, width, limits):
     grid = FramesGrid(patch_size=patch, merge=2, min_pixels=low, max_pixels=high, frames=2, step=2)
     options = {"factor": 2 * patch, "min_pixels": low, "max_pixels": high}
     compare_sizes(grid, (height, width), lambda: smart_resize(2, height, width, **options))
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    sides, sides, st.sampled_from([(1, 32, 0, 0.0, 0.0, 0.0), (2, 6, 12, 0.5, 1.5, 0.0), (1, 12, 40, 0.9, 0.0, 3.0),
+                                   (1, 9, 20, 0.0, 1.2, 8.0), (1, 9, 20, 0.0, 0.0, 8.0), (1, 1, 20, 0.0, 1.2, 8.0)]),
+)  # fmt: skip
+def test_grids_of_granites_pages(height, width, limits):
+    from transformers.models.granite_docling.image_processing_pil_granite_docling import get_page_tile_grid
+
+    low, high, dense, scale, over, most = limits
+    tiles = PageTiles(
+        tile_size=512, min_tiles=low, max_tiles=high, thumbnail=True, fine=False, dense_tiles=dense, dense_scale=scale,
+        dense_aspects=(over, most),
+    )  # fmt: skip
+    expected = get_page_tile_grid(
+        height, width, {"height": 512, "width": 512}, True, low, high, dense, scale, over, most
+    )
+    assert (choose_grid((height, width), tiles) if high > 1 else (1, 1)) == expected
 
 
 def compare_sizes(grid: Any, size: tuple[int, int], expected: Any) -> None:
@@ -88,6 +108,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
     "glm-ocr: eps": ("glm-ocr", {"rms_norm_eps": 0.05}, {"rms_norm_eps": 0.01}, {}),
     "glm-ocr: half of a head": ("glm-ocr", {"rope_parameters": {
         "rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 1], "partial_rotary_factor": 0.5}}, {}, {}),
+    "granite: pages of one tile": ("granite-docling-500m", {}, {}, {"crop_to_patches": False}),
+    "granite: many tiles": ("granite-docling-500m", {}, {}, {"max_patches": 20, "min_patches": 3}),
+    "granite: eps and scales": (
+        "granite-docling-500m",
+        {"rms_norm_eps": 0.05, "embedding_multiplier": 1.5, "logits_scaling": 0.7, "attention_multiplier": 0.4},
+        {"layer_norm_eps": 0.01}, {},
+    ),
+    "granite: blocks in another order": ("granite-docling-500m", {}, {"deepstack_visual_indexes": [2, 0]}, {}),
+    "granite: the fine way": ("granite-docling-500m", {}, {}, {"fine_route": True}),
+    "granite: the coarse way": ("granite-docling-fine", {}, {}, {"fine_route": False}),
     "paddle: a base and sections": (
         "paddleocr-vl",
         {"rope_theta": 100.0, "rope_scaling": {"mrope_section": [4, 1, 3], "rope_type": "default"}}, {}, {},
@@ -122,6 +152,7 @@ def hub_names_of_paddle(name: str) -> str:
 
 PUBLISHED = {
     "PaddlePaddle/PaddleOCR-VL": hub_names_of_paddle,
+    **dict.fromkeys(("ibm-granite/granite-for-docling-500m",), str),
     **dict.fromkeys(("zai-org/GLM-OCR", "zai-org/GLM-4.1V-9B-Thinking", "zai-org/GLM-4.6V-Flash"), str),
 }
 
@@ -136,6 +167,8 @@ def test_tensors_of_published_sizes(name):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**json.loads(json.dumps(config))))
     shapes = {PUBLISHED[name](key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if config["tie_word_embeddings"]:  # one tensor, under one name in the file
+        del shapes["lm_head.weight"]
     planned = plan(published.without_data(config, shapes))
     assert planned.unused == () and set(planned.ours.values()) == set(shapes)
     assert {key: info.shape for key, info in published.published(name).tensors.items()} == shapes

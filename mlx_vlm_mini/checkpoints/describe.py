@@ -176,9 +176,9 @@ def _tokens_of_tiles(checkpoint: Checkpoint, family: Family, config: VLMConfig) 
         return {"tile_tokens": tokens // (rows * columns + (rows * columns > 1)), "max_image_tokens": tokens}
     if settings is None or not isinstance(settings.tiling, Tiles):
         return {}
-    tower = (1, settings.tiling.max_tiles)  # an image of this shape gets as many tiles as there may be
-    tokens = family.image_text(config, settings, "\0", tower).count("\0")
-    return {"tile_tokens": tokens // count_tiles(tower, settings.tiling), "max_image_tokens": tokens}
+    longest = settings.tiling.longest
+    tokens = family.image_text(config, settings, "\0", longest).count("\0")
+    return {"tile_tokens": tokens // count_tiles(longest, settings.tiling), "max_image_tokens": tokens}
 
 
 def _amounts(weights: int, size: int) -> dict[str, Any]:

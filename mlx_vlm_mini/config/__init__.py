@@ -34,7 +34,11 @@ from .decoder import (
 )
 from .drawing import NORM_GROUPS, DrawingConfig, VQConfig
 from .projector import (
+<<<<<<< HEAD
     GridPoolConfig,
+=======
+    ConnectorConfig,
+>>>>>>> main
     MergerConfig,
     MergerKind,
     PoolConfig,
@@ -47,6 +51,7 @@ from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, GridConfig, Resize, TiledConfig, VisionConfig
 
 __all__ = [
+<<<<<<< HEAD
     "MOST_TILES", "NORM_GROUPS", "SLIDING", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig",
     "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "DrawingConfig", "EmbeddingConfig", "ExpertConfig",
     "GridConfig", "GridPoolConfig", "InstructionConfig", "LayerShape", "LayerType", "MLPType", "MergerConfig",
@@ -54,6 +59,14 @@ __all__ = [
     "QFormerConfig", "QueryConfig", "QueryScale", "QueryScaleType", "ResamplerConfig", "Resize", "ScaleConfig",
     "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VQConfig", "VisionConfig", "WindowConfig",
     "check_layers",
+=======
+    "MOST_TILES", "NORM_GROUPS", "Activation", "AttentionShape", "BiasConfig", "BlindRows", "BlockConfig",
+    "ConnectorConfig", "ContrastConfig", "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "DrawingConfig",
+    "ExpertConfig", "GridConfig", "InstructionConfig", "LayerType", "MLPType", "MergerConfig", "MergerKind",
+    "NormConfig", "NormType", "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig", "QueryConfig",
+    "QueryScale", "QueryScaleType", "ResamplerConfig", "Resize", "ScaleConfig", "ShuffleConfig", "TileMerge",
+    "TiledConfig", "TwoWay", "VLMConfig", "VQConfig", "VisionConfig", "WindowConfig", "check_layers",
+>>>>>>> main
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]

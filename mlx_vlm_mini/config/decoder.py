@@ -68,6 +68,12 @@ class ScaleConfig:
 
     embed_scale: float = 1.0
     """Of the tokens' embeddings, not of image features."""
+    image_scale: float = 1.0
+    """Of image features (Granite-Docling)."""
+    residual_scale: float = 1.0
+    """Of what attention and feed-forward add to the stream (Granite)."""
+    logits_scaling: float = 1.0
+    """Logits are divided by it (Granite)."""
     query_pre_attn_scalar: float | None = None
     """Attention scores are divided by its root; None: by that of `head_dim`."""
     attn_logit_softcapping: float | None = None
@@ -83,7 +89,8 @@ class ScaleConfig:
     def __post_init__(self) -> None:
         check_flags(self, "fits_float16", "layer_scalars")
         optional = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
-        check_positive(self, "embed_scale", *(name for name in optional if getattr(self, name) is not None))
+        check_positive(self, "embed_scale", "image_scale", "residual_scale", "logits_scaling")
+        check_positive(self, *(name for name in optional if getattr(self, name) is not None))
 
 
 @dataclass(frozen=True, kw_only=True)

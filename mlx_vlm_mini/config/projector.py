@@ -73,6 +73,20 @@ class MergerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConnectorConfig:
+    """Joined features of tiles with places of their own, by two ways (Granite-Docling); see `connector.py`."""
+
+    taps: int
+    """Features of earlier blocks that have layers of their own."""
+    fine: bool
+    """Besides the way by the pixel shuffle's factor there is one by half of it, with four times the embeddings."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, *(["taps"] if self.taps != 0 else []))
+        check_flags(self, "fine")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResamplerConfig:
     """Learned queries that read the features by cross-attention, in front of the linear layer (Qwen-VL)."""
 
@@ -113,6 +127,7 @@ class ProjectorConfig:
     grid_pool: GridPoolConfig | None = None
     merger: MergerConfig | None = None
     """In place of what stands above, for grids of patches; it has the other fields' sizes."""
+    connector: ConnectorConfig | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self, "input_size", "hidden_size", *(["num_layers"] if self.num_layers != 0 else []))
@@ -127,6 +142,12 @@ class ProjectorConfig:
                 f"config.json: embeddings of {self.hidden_size} numbers cannot be cut into {self.resampler.num_heads} "
                 "heads of the resampler"
             )
+
+    @property
+    def taps(self) -> int:
+        """Features of earlier blocks that the decoder's first layers are given besides (DeepStack)."""
+        part = self.merger or self.connector
+        return 0 if part is None else part.taps
 
     @property
     def joined(self) -> ShuffleConfig | None:

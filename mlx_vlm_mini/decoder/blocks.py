@@ -82,7 +82,12 @@ class DecoderLayer(StreamLayer):
         if config.norms.v_norm:
             self.self_attn.v_norm = BareRMSNorm(eps=config.norms.rms_norm_eps)
         self.post_attention_layernorm = make_norm(config)
+<<<<<<< HEAD
         self.mlp = MLPS[config.mlp_type](config, kind)
+=======
+        self.mlp = MLPS[config.mlp_type](config)
+        self.residual_scale = config.scales.residual_scale
+>>>>>>> main
 
     @classmethod
     def mask(cls, config: DecoderConfig, kind: LayerType, run: Pass) -> Any:
@@ -108,8 +113,11 @@ class DecoderLayer(StreamLayer):
         return y
 
     def __call__(self, x: mx.array, run: Pass, cache: Any) -> mx.array:
-        x = x + self.attend(self.input_layernorm(x), run, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self._scaled(self.attend(self.input_layernorm(x), run, cache))
+        return x + self._scaled(self.mlp(self.post_attention_layernorm(x)))
+
+    def _scaled(self, added: mx.array) -> mx.array:
+        return added if self.residual_scale == 1 else added * self.residual_scale
 
 
 class SandwichLayer(DecoderLayer):

@@ -187,5 +187,6 @@ class Decoder(nn.Module):
     def logits(self, hidden: mx.array) -> mx.array:
         """float[B, L, C] -> float[B, L, vocab_size]."""
         logits = self.lm_head(hidden) if "lm_head" in self else self.embed_tokens.as_linear(hidden)
-        cap = self.config.scales.final_logit_softcapping
+        cap, scaling = self.config.scales.final_logit_softcapping, self.config.scales.logits_scaling
+        logits = logits if scaling == 1 else logits / scaling
         return logits if cap is None else cap * mx.tanh(logits / cap)

@@ -41,12 +41,16 @@ class Cost:
         row: what does not grow with the tokens: states of linear attention.
         image_row: keys and values that layers of their own keep of an image's row of pixels.
         weights: what a step of decoding reads, whatever the rows.
+        activations: while a prompt is read, of each token of a chunk.
+        pixel: while an image is encoded, of each number of its pixels.
     """
 
     token: int
     row: int
     image_row: int
     weights: int
+    activations: int
+    pixel: float
 
     @classmethod
     def of(cls, model: VLM) -> "Cost":
@@ -55,24 +59,45 @@ class Cost:
         kinds = Counter(config.layer_types)
         images, linear = kinds.pop("cross_attention", 0), kinds.pop("linear_attention", 0)
         shapes = [(config.shape(kind), count) for kind, count in kinds.items()]
+<<<<<<< HEAD
         shapes = [(shape, count) for shape, count in shapes if shape.shared_with is None]
+=======
+        vision = model.config.vision
+        patch = 1 if vision is None else 3 * vision.patch_size**2
+>>>>>>> main
         row = image_row = 0
         if (delta := config.delta) is not None:
             state = delta.num_value_heads * delta.value_head_dim * delta.key_head_dim * mx.float32.size
             row = linear * (state + (delta.conv_kernel - 1) * delta.mixed_size * size)
         if images:
-            features = model.config.vision.num_features
+            features = vision.num_features
             image_row = images * 2 * config.num_key_value_heads * config.head_dim * features * size
         return cls(
             token=sum(2 * shape.num_kv_heads * shape.head_dim * count for shape, count in shapes) * size,
             row=row,
             image_row=image_row,
             weights=sum(array.nbytes for _, array in tree_flatten(model.decoder.parameters())),
+            activations=_activations(config.hidden_size, config.intermediate_size, size),
+            pixel=0.0 if vision is None else _activations(vision.hidden_size, vision.intermediate_size, size) / patch,
         )
 
     def rows(self, count: int, length: int, image_rows: int) -> int:
         """Of rows that are stored as long as the longest, at most."""
         return count * ((length + GROWTH) * self.token + self.row + image_rows * self.image_row)
+
+    def admitting(self, job: "Job") -> int:
+        """Of a prompt that is read and becomes a row: the row, and besides it first the activations, then the copy that
+        joins the others."""
+        length, options = len(job.inputs.slots), job.options
+        row = self.rows(1, length + options.max_tokens, job.image_rows)
+        pixels = max((image.pixel_values.size for image in job.inputs.images), default=0)
+        chunk = min(length, options.prefill_step)
+        return row + max(self.rows(1, length, job.image_rows), chunk * self.activations, int(pixels * self.pixel))
+
+
+def _activations(hidden: int, intermediate: int, size: int) -> int:
+    """Bytes that a layer needs for a token at a time, about: the stream, queries, keys, values, the feed-forward."""
+    return (8 * hidden + 3 * intermediate) * size
 
 
 @dataclass(eq=False)
@@ -419,8 +444,10 @@ class Batch:
     def _fits(self, job: Job) -> bool:
         if not self.rows:
             return True
-        own = self.cost.rows(1, len(job.inputs.slots) + job.options.max_tokens, job.image_rows)
-        return self.rows < self.size and own + sum(group.nbytes(self.cost) for group in self._groups) <= self.memory
+        taken = self.cost.admitting(job) + sum(group.nbytes(self.cost) for group in self._groups)
+        # A layer's caches are copied when rows come and go, and when they grow: the old ones, and two copies.
+        taken += 2 * taken // len(self.model.decoder.layers)
+        return self.rows < self.size and taken <= self.memory
 
     def _regroup(self) -> None:
         """Drop groups without rows; where rows have left, two groups may have become one."""

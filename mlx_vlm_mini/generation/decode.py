@@ -13,7 +13,7 @@ import numpy as np
 from mlx_vlm_mini.decoder.decoder import Decoder
 from mlx_vlm_mini.decoder.reading import Reading
 from mlx_vlm_mini.decoder.state import State
-from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.errors import CheckpointError, PromptError
 from mlx_vlm_mini.layers.kernels import claim_process, is_forked, kernels
 
 from .constraints import Constraint
@@ -206,9 +206,15 @@ class Chooser:
         logits_processors: Sequence[LogitsProcessor] = (),
         *,
         greedy: bool = False,
+        foreign: bool = False,
         constraint: Constraint | None = None,
     ) -> None:
-        """`prompt`: int[L], for the logits processors."""
+        """
+        Args:
+            prompt: int[L], for the logits processors.
+            foreign: whether the sampler is a caller's own, which may give tokens that do not exist.
+        """
+        self._foreign = foreign
         self._tokens, self._sampler, self._processors = prompt, sampler, logits_processors
         self.greedy = greedy and not logits_processors
         self.constraint = constraint
@@ -220,14 +226,27 @@ class Chooser:
         Args:
             logits: of several rows, float[B, vocab_size], where it is greedy.
             allowed: bool[B, vocab_size] in place of what the form allows.
+
+        Raises:
+            PromptError: a logits processor or the sampler gives something else than it has to.
         """
+        shape = logits.shape
         for processor in self._processors:
             logits = processor(self._tokens, logits)
+            if not isinstance(logits, mx.array) or logits.shape != shape:
+                raise PromptError(f"a logits processor gave {_kind_of(logits)}, not logits of the shape {shape}")
         if allowed is None and self.constraint is not None:
             allowed = self.constraint.allowed()[None]
         logprobs = kernels().log_softmax(logits)
         token = self._sampler(logprobs if allowed is None else self._among(logprobs, allowed))
-        return token, mx.take_along_axis(logprobs, token[:, None], axis=-1)
+        if not isinstance(token, mx.array) or token.shape != shape[:1] or not mx.issubdtype(token.dtype, mx.integer):
+            raise PromptError(f"the sampler gave {_kind_of(token)}, not whole numbers of the shape {shape[:1]}")
+        if not self._foreign:
+            return token, mx.take_along_axis(logprobs, token[:, None], axis=-1)
+        exists = (token >= 0) & (token < shape[-1])  # beyond, MLX reads whatever memory there is
+        token = mx.where(exists, token, 0)
+        found = mx.take_along_axis(logprobs, token[:, None], axis=-1)
+        return token, mx.where(exists[:, None], found, mx.nan)
 
     def _among(self, logprobs: mx.array, allowed: mx.array) -> mx.array:
         """Log-probabilities of the tokens that are allowed, as if there were no others."""
@@ -265,6 +284,11 @@ class Chooser:
         return found
 
 
+def _kind_of(value: object) -> str:
+    """What a caller's function gave, for errors."""
+    return f"{value.dtype} of the shape {value.shape}" if isinstance(value, mx.array) else type(value).__name__
+
+
 class Seeded:
     """A sampler whose n-th token depends on the seed and n, whatever else draws numbers."""
 
@@ -291,7 +315,10 @@ def checked(token: int, logprob: float, decoder: Decoder, *, last: bool = False)
         kind = str(decoder.norm.weight.dtype).split(".")[-1]
         raise CheckpointError(
             f"the model computed a log-probability of {logprob} in {kind}: "
-            + _REMEDIES.get(kind, "its weights are broken, or a logits processor leaves no token")
+            + _REMEDIES.get(
+                kind,
+                "its weights are broken, or a logits processor leaves no token, or a sampler gave none of its tokens",
+            )
         )
     return Token(token, logprob, last)
 

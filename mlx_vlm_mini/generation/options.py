@@ -79,6 +79,12 @@ class Options:
             isinstance(self.stop, Sequence) and all(isinstance(stop, str) for stop in self.stop)
         ):
             raise PromptError(f"stop must be a text or a list of texts, not {self.stop!r}")
+        for name, given in (("sampler", self.sampler), ("progress", self.progress)):
+            if given is not None and not callable(given):
+                raise PromptError(f"{name} must be a function, not {given!r}")
+        processors = () if self.logits_processors is None else self.logits_processors
+        if not isinstance(processors, Sequence) or not all(map(callable, processors)):
+            raise PromptError(f"logits_processors must be a list of functions, not {self.logits_processors!r}")
         if not isinstance(self.think, bool | None):
             raise PromptError(f"think must be True, False or None, not {self.think!r}")
         form = make_form(schema=self.schema, choices=self.choices, regex=self.regex, grammar=self.grammar)
@@ -114,4 +120,5 @@ class Options:
         """What chooses the tokens of one answer; `prompt` int[L] is for the logits processors."""
         greedy = self.sampler is None and self.temperature == 0
         sampler, processors = self.make_sampler(vocab_size), self.make_logits_processors()
-        return Chooser(prompt, sampler, processors, greedy=greedy, constraint=constraint)
+        foreign = self.sampler is not None
+        return Chooser(prompt, sampler, processors, greedy=greedy, foreign=foreign, constraint=constraint)

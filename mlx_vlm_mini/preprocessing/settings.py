@@ -19,7 +19,7 @@ from .crops import Crops
 from .grid import BudgetGrid, EdgeGrid, FramesGrid, Grid, PatchGrid, RaisedGrid, edge_grid
 from .slices import Slices
 from .splits import Splits
-from .tiles import Tiles
+from .tiles import PageTiles, Tiles
 
 Cuts = Tiling | Tiles | Canvas | Splits | Crops | PatchGrid | Slices | Letterbox
 
@@ -108,6 +108,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         **_CLIP_DEFAULTS, "size": {"height": 384, "width": 384}, "do_center_crop": False, "crop_size": None,
         "do_pad": True, "min_size": 14,
     },
+    "GraniteDocling": {
+        **_CLIP_DEFAULTS, "size": {"height": 512, "width": 512}, "do_center_crop": False, "crop_size": None,
+        "crop_to_patches": True, "min_patches": 1, "max_patches": 32, "use_thumbnail": True, "fine_route": False,
+        "dense_max_patches": 0, "dense_max_scale": 0.0, "dense_min_aspect": 0.0, "dense_max_aspect": 0.0,
+    },
     "InternVLChat": {  # no class of transformers: what the family's own code does, by the names of GotOcr2's settings
         **_CLIP_DEFAULTS, "size": {"height": 448, "width": 448}, "do_center_crop": False, "crop_size": None,
         "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
@@ -128,8 +133,13 @@ _DEFAULTS["Glm4v"] = _DEFAULTS["Glm46V"] = {
 TILINGS: dict[str, type[Cuts]] = {
     "LlavaNext": Tiling, "LlavaOnevision": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas,
     "Idefics3": Splits, "SmolVLM": Splits, "Gemma3": Crops, "Qwen2VL": Grid, "Qwen2_5_VL": Grid, "Pixtral": EdgeGrid,
+<<<<<<< HEAD
     "PaddleOCRVL": RaisedGrid, "Glm4v": FramesGrid, "Glm46V": FramesGrid, "Gemma4": BudgetGrid,
     "Gemma4Unified": BudgetGrid, "MiniCPMV4_6": Slices, "Janus": Letterbox,
+=======
+    "PaddleOCRVL": RaisedGrid, "Glm4v": FramesGrid, "Glm46V": FramesGrid,
+    "GraniteDocling": PageTiles, "MiniCPMV4_6": Slices, "Janus": Letterbox,
+>>>>>>> main
 }  # fmt: skip
 """Image processors that cut an image, or put it into a square, and how."""
 _FIT = (Canvas, PatchGrid, Splits, Slices, Letterbox)  # which resize an image themselves
@@ -175,6 +185,7 @@ def image_settings(hf: Mapping[str, Any], default_type: str) -> ImageSettings:
         "LlavaOnevision": _tiling,
         "GotOcr2": _tiles,
         "InternVLChat": _tiles,
+        "GraniteDocling": _page_tiles,
         "Mllama": _canvas,
         "Idefics3": _splits,
         "SmolVLM": _splits,
@@ -277,11 +288,27 @@ def _budget_grid(values: Mapping[str, Any]) -> BudgetGrid:
 
 def _tiles(values: Mapping[str, Any]) -> Tiles:
     """`crop_to_patches` is not read: transformers' InternVL turns it on, whatever a file says."""
-    return Tiles(
-        tile_size=_tile_size(values),
-        min_tiles=values["min_patches"],
-        max_tiles=values["max_patches"],
-        thumbnail=bool(values["use_thumbnail"]),
+    return Tiles(**_tile_fields(values))
+
+
+def _tile_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "tile_size": _tile_size(values), "min_tiles": values["min_patches"], "max_tiles": values["max_patches"],
+        "thumbnail": bool(values["use_thumbnail"]),
+    }  # fmt: skip
+
+
+def _page_tiles(values: Mapping[str, Any]) -> PageTiles:
+    cut = {} if values["crop_to_patches"] else {"min_patches": 1, "max_patches": 1}
+    scale, least, most = (
+        _as_number(values[key], key) for key in ("dense_max_scale", "dense_min_aspect", "dense_max_aspect")
+    )
+    return PageTiles(
+        **_tile_fields({**values, **cut, "use_thumbnail": True}),
+        fine=bool(values["fine_route"]),
+        dense_tiles=values["dense_max_patches"] if values["crop_to_patches"] else 0,
+        dense_scale=scale,
+        dense_aspects=(least, most),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_vlm_mini.config import MergerKind, ProjectorConfig
 
+from .connector import Connector
 from .merger import ChannelMerger, GatedMerger, PatchMerger
 from .mlp import Projector
 from .pooling import GridPooledProjector, PooledProjector
@@ -26,5 +27,6 @@ def make_projector(config: ProjectorConfig) -> Any:
         (config.grid_pool, GridPooledProjector),
         (config.merger, merger),
         (config.qformer, QFormer),
+        (config.connector, Connector),
     ]
     return next((kind for part, kind in kinds if part is not None), Projector)(config)

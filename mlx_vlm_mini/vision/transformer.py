@@ -176,7 +176,9 @@ class VisionTransformer(Tower):
         states = [x]
         for block in self.blocks:
             states.append(block(states[-1], attentions))
-        if "norm" in self:
-            states[-1] = self.norm(states[-1])
-        features = mx.concatenate([states[layer] for layer in self.config.feature_layers], axis=-1)
+        chosen = [states[layer] for layer in self.config.feature_layers]
+        if "norm" in self:  # of the first that the last block gives: one behind it is what a tap reads
+            last = self.config.feature_layers.index(self.config.depth)
+            chosen[last] = self.norm(chosen[last])
+        features = mx.concatenate(chosen, axis=-1)
         return features[:, 1:] if self.config.drop_first_feature else features

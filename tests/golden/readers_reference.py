@@ -3,7 +3,7 @@ tokens, their turns, and the layouts that the Hub's files have."""
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Reader:
         image_token, end: of these.
         processor: the name of its class.
         pixels: its inputs and its processor to pixels row by row, float32[N, 3].
+        options: of its processor.
     """
 
     tokens: tuple[str, ...]
@@ -43,6 +44,7 @@ class Reader:
     processor: str
     pixels: Callable[[Any, Any], np.ndarray]
     names: dict[str, str] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def rows_of_patches(inputs: Any, processor: Any) -> np.ndarray:
@@ -69,6 +71,11 @@ def merged_patches(inputs: Any, processor: Any) -> np.ndarray:
     return np.concatenate(found)
 
 
+def pixels_of_tiles(inputs: Any, processor: Any) -> np.ndarray:
+    """Of all tiles of a conversation's images (Granite-Docling): (1, T, 3, side, side)."""
+    return np.moveaxis(inputs["pixel_values"][0].numpy(), 1, -1).reshape(-1, 3)
+
+
 GLM_TOKENS = (
     "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|begin_of_image|>", "<|end_of_image|>",
     "<|image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|video|>",
@@ -92,6 +99,14 @@ READERS = {
             ("glm_ocr", "Glm46VProcessor"),
         )
     },
+    "granite_docling": Reader(
+        tokens=(),
+        image_token="<image>",
+        end="<|end_of_text|>",
+        processor="GraniteDoclingProcessor",
+        pixels=pixels_of_tiles,
+        options={"image_seq_len": 4},
+    ),
 }
 
 
@@ -117,11 +132,12 @@ def images_only(family: str) -> Any:
     import transformers
 
     parent: Any = getattr(transformers, READERS[family].processor)
+    options = READERS[family].options
 
     def init(
         self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
     ) -> None:
-        parent.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        parent.__init__(self, image_processor, tokenizer, chat_template=chat_template, **{**options, **kwargs})
 
     attributes = {"__init__": init, "get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])}
     return type(parent.__name__, (parent,), attributes)
@@ -131,12 +147,14 @@ def image_processors() -> dict[str, Any]:
     """Classes of image processors, by their names without `ImageProcessorPil`."""
     from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
     from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
+    from transformers.models.granite_docling.image_processing_pil_granite_docling import GraniteDoclingImageProcessorPil
     from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
 
     return {
         "PaddleOCRVL": PaddleOCRVLImageProcessorPil,
         "Glm4v": Glm4vImageProcessorPil,
         "Glm46V": Glm46VImageProcessorPil,
+        "GraniteDocling": GraniteDoclingImageProcessorPil,
     }
 
 

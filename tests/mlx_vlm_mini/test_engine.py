@@ -209,9 +209,11 @@ def test_rows_wait_for_memory(llava):
     cost, config = Cost.of(model), model.config.decoder
     assert cost.token == config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
     inputs = processor("Hi")
-    batch = Batch(
-        model, processor, size=8, memory=2 * (len(inputs.slots) + 20 + GROWTH) * cost.token, features=Features()
-    )
+    row = (len(inputs.slots) + 20 + GROWTH) * cost.token
+    both = row + cost.admitting(Job(inputs, Options(max_tokens=20)))  # one row, and one more that is read
+    assert 2 * row < both < 3 * row
+    memory = both + 2 * both // config.num_hidden_layers + 1
+    batch = Batch(model, processor, size=8, memory=memory, features=Features())
     for _ in range(5):
         batch.add(Job(inputs, Options(max_tokens=20)))
     most = 0

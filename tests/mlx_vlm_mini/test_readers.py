@@ -1,4 +1,4 @@
-"""The document readers: PaddleOCR-VL, GLM-OCR, GLM-4V: sizes, layouts, templates, configs, quantization; parity is test_parity.py's, turns
+"""The document readers: PaddleOCR-VL, GLM-OCR, GLM-4V, Granite-Docling 500M: sizes, layouts, templates, configs, quantization; parity is test_parity.py's, turns
 are test_conversations.py's."""
 
 import json
@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import PHOTO, check_fields, edit_json, with_paths
+from PIL import Image
 from quantized import check_eight_bits, make_wide_with
 from reference import CASES, GOLDEN
 
@@ -17,12 +18,13 @@ from mlx_vlm_mini.checkpoints.describe import describe
 from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.errors import CheckpointError, ImageError
-from mlx_vlm_mini.families import find_family, glm4v, glm_ocr, paddleocr_vl
+from mlx_vlm_mini.families import find_family, glm4v, glm_ocr, granite_docling, paddleocr_vl
 from mlx_vlm_mini.preprocessing.grid import FramesGrid, Grid, RaisedGrid
 from mlx_vlm_mini.preprocessing.settings import image_settings
+from mlx_vlm_mini.preprocessing.tiles import PageTiles, choose_grid
 from mlx_vlm_mini.vision.positions import RESIZES, resize
 
-NAMES = {"paddleocr-vl": paddleocr_vl, "glm-ocr": glm_ocr, "glm4v": glm4v}
+NAMES = {"paddleocr-vl": paddleocr_vl, "glm-ocr": glm_ocr, "glm4v": glm4v, "granite-docling-500m": granite_docling}
 
 Tensors = dict[str, mx.array]
 
@@ -114,7 +116,9 @@ def test_tensors_go_by_many_names(name, layout, mlx, copy_of):
     check_answer(folder, name)
 
 
-UNREAD = {"paddleocr-vl": 3, "glm-ocr": 16}  # of another way to resize and a head; of a layer that drafts
+UNREAD = {  # of another way to resize and a head; of a layer that drafts; of what guesses a page's way
+    "paddleocr-vl": 3, "glm-ocr": 16, "granite-docling-500m": 8,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -166,6 +170,63 @@ def test_pictures_come_before_words():
     assert processor.tokenizer.token_to_id("</s>") in processor.eos_token_ids
 
 
+def test_granites_pages():
+    """Markers of each tile by row and column; four times the tokens by the fine way."""
+    text = {}
+    for name in ("granite-docling-500m", "granite-docling-fine"):
+        _, processor = load(GOLDEN / name)
+        ids = processor([PHOTO, "Convert."]).input_ids[0].tolist()
+        text[name] = processor.tokenizer.decode(ids, skip_special_tokens=False).replace("<image>", "*")
+        assert processor.eos_token_ids == {processor.tokenizer.token_to_id("<|end_of_text|>")}
+    around, tile = "<fake_token_around_image>", "*" * 4
+    assert text["granite-docling-500m"] == (
+        "<|start_of_role|>user<|end_of_role|>"
+        + "".join(f"{around}<row_{r}_col_1>{tile}{around}<row_{r}_col_2>{tile}\n" for r in (1, 2, 3))
+        + f"\n{around}<global-img>{tile}{around}Convert.<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>"
+    )
+    assert text["granite-docling-fine"] == text["granite-docling-500m"].replace(tile, 4 * tile)
+
+
+def test_a_page_of_one_tile_has_no_second_view(tmp_path):
+    Image.new("RGB", (30, 31)).save(tmp_path / "small.png")
+    _, processor = load(GOLDEN / "granite-docling-500m", max_tiles=1)
+    ids = processor([tmp_path / "small.png"]).input_ids[0].tolist()
+    text = processor.tokenizer.decode(ids, skip_special_tokens=False)
+    assert "<fake_token_around_image><row_1_col_1>" + "<image>" * 4 + "\n<|end_of_text|>" in text
+
+
+def test_a_way_that_the_model_has_not(copy_of):
+    folder = copy_of("granite-docling-500m")
+    file = folder / "processor_config.json"
+    edit_json(file, image_processor={**json.loads(file.read_text())["image_processor"], "fine_route": True})
+    model, processor = load(folder)
+    model(processor([PHOTO, "Hi"]))  # both ways are there
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", vision_config={**config["vision_config"], "use_fine_route": False})
+    tensors = mx.load(str(folder / "model.safetensors"))
+    kept = {name: array for name, array in tensors.items() if ".connector.fine." not in name}
+    mx.save_safetensors(str(folder / "model.safetensors"), kept, {"format": "pt"})
+    model, processor = load(folder)
+    with pytest.raises(CheckpointError, match="16 tokens, config.json 4$"):
+        model(processor([PHOTO, "Hi"]))
+
+
+@pytest.mark.parametrize(
+    ("size", "budget", "grid"),
+    [
+        ((2339, 1654), 12, (3, 2)), ((1654, 2339), 12, (3, 4)), ((3000, 4700), 12, (2, 3)), ((3000, 6100), 24, (3, 6)),
+        ((400, 900), 12, (1, 2)), ((200, 9000), 12, (1, 12)),
+    ],
+)  # fmt: skip
+def test_wide_pages_get_more_tiles(size, budget, grid):
+    """Only those wider than twice their height, up to eight times, whose width the grid makes less than half."""
+    tiles = PageTiles(
+        tile_size=512, min_tiles=1, max_tiles=12, thumbnail=True, fine=False, dense_tiles=24, dense_scale=0.5,
+        dense_aspects=(2, 8),
+    )  # fmt: skip
+    assert (tiles.budget(size), choose_grid(size, tiles)) == (budget, grid)
+
+
 # sizes
 
 
@@ -215,6 +276,12 @@ def test_class_defaults_of_image_settings():
         grid = image_settings({"image_processor_type": name}, "Glm4v").tiling
         frames = {"frames": 2, "step": 2}
         assert grid == FramesGrid(patch_size=14, merge=2, min_pixels=12544, max_pixels=28**2 * 15000, **frames)
+    tiles = image_settings({"image_processor_type": "GraniteDoclingImageProcessor"}, "GraniteDocling").tiling
+    assert tiles == PageTiles(
+        tile_size=512, min_tiles=1, max_tiles=32, thumbnail=True, fine=False, dense_tiles=0, dense_scale=0.0,
+        dense_aspects=(0.0, 0.0),
+    )  # fmt: skip
+    assert choose_grid((100, 3200), tiles) == (1, 16)
     grid = image_settings({"image_processor_type": "PaddleOCRVLImageProcessor"}, "PaddleOCRVL").tiling
     assert grid == RaisedGrid(patch_size=14, merge=2, min_pixels=384**2, max_pixels=1536**2)
 
@@ -326,6 +393,42 @@ def test_halves_in_place_of_neighbours_change_the_answer(name):
     assert np.abs(last(model, processor, "text") - right).max() > 0.1
 
 
+def test_what_granites_configs_leave_out():
+    config = granite_docling.config({"model_type": "granite_docling"})
+    check_fields(config, {
+        "vision.hidden_size": 768, "vision.intermediate_size": 3072, "vision.num_hidden_layers": 12,
+        "vision.num_attention_heads": 12, "vision.image_size": 512, "vision.patch_size": 16, "vision.post_norm": True,
+        "vision.feature_layers": (12, 4, 8, 11), "vision.hidden_act": "gelu_pytorch_tanh", "vision.layer_norm_eps": 1e-6,
+        "projector.input_size": 4 * 768 * 16, "projector.hidden_size": 1024, "projector.norm_eps": 1e-5,
+        "projector.connector.taps": 3, "projector.connector.fine": True, "decoder.hidden_size": 1024,
+        "decoder.intermediate_size": 2048, "decoder.num_hidden_layers": 28, "decoder.num_attention_heads": 16,
+        "decoder.num_key_value_heads": 4, "decoder.max_position_embeddings": 32768, "decoder.vocab_size": 133800,
+        "decoder.norms.rms_norm_eps": 1e-5, "decoder.tie_word_embeddings": True, "decoder.scales.embed_scale": 12.0,
+        "decoder.scales.image_scale": 12.0, "decoder.scales.residual_scale": 0.263, "decoder.scales.logits_scaling": 4.0,
+        "decoder.scales.query_pre_attn_scalar": 4096.0, "image_token_id": 100337, "tokens_of_row": 64,
+        "family": "granite_docling",
+    })  # fmt: skip
+
+
+def test_granites_drafting_heads_are_dropped(copy_of):
+    folder = copy_of("granite-docling-500m")
+    tensors = mx.load(str(folder / "model.safetensors"))
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), tensors | {"mtp.0.proj.weight": mx.ones((2, 2))}, {"format": "pt"}
+    )
+    check_answer(folder, "granite-docling-500m")
+
+
+@pytest.mark.parametrize("field", ["image_scale", "residual_scale", "logits_scaling"])
+def test_scales_change_the_answer(field):
+    model, processor = load(GOLDEN / "granite-docling-500m")
+    right = last(model, processor, "image")
+    object.__setattr__(model.config.decoder.scales, field, 1.0)
+    for layer in model.decoder.layers:
+        layer.residual_scale = model.config.decoder.scales.residual_scale
+    assert np.abs(last(model, processor, "image") - right).max() > 1e-3
+
+
 REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("paddleocr-vl", "vision_config", {"rope_parameters": {"rope_theta": 100.0}}, "tower's rope_theta must be 10000"),
     ("paddleocr-vl", "vision_config", {"num_channels": 1}, "in_channels 3"),
@@ -336,6 +439,16 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("glm4v", "text_config", {"partial_rotary_factor": 1.0}, "three numbers with the sum 8"),
     ("glm-ocr", "text_config", {"num_nextn_predict_layers": 0}, "which config.json has no place for"),
     ("glm-ocr", "vision_config", {"patch_size": [6, 7]}, "patch_size must be square"),
+    (
+        "granite-docling-500m",
+        "vision_config",
+        {"scale_factor": 3},
+        "squares of scale_factor 3 do not fit tiles of 8 x 8",
+    ),
+    ("granite-docling-500m", "vision_config", {"out_hidden_size": 24}, "out_hidden_size do not fit the decoder"),
+    ("granite-docling-500m", "vision_config", {"deepstack_visual_indexes": [3]}, "feature layer 4 does not exist"),
+    ("granite-docling-500m", "text_config", {"logits_scaling": 0}, "logits_scaling"),
+    ("granite-docling-500m", "text_config", {"residual_multiplier": "a"}, "residual_scale"),
     ("paddleocr-vl", "", {"rope_scaling": {"mrope_section": [2, 2, 2]}}, "three numbers with the sum 8"),
 ]
 
@@ -370,6 +483,10 @@ WIDE: dict[str, dict[str, Any]] = {
         },
         "vision_config": {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128},
     },
+    "granite-docling-500m": {
+        "text_config": {"hidden_size": 128, "intermediate_size": 192},
+        "vision_config": {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128},
+    },
 }  # fmt: skip
 
 
@@ -382,14 +499,19 @@ def small(settings):
 def test_quantized(name, tmp_path):
     """Of the wide sister at 8 bits, with the check layer by layer."""
     model = check_eight_bits(make_wide_with(small, name, tmp_path / "wide", WIDE[name]), tmp_path / "out")
-    joined = model.projector.layers[0] if "layers" in model.projector else model.projector.mlp.up_proj
-    assert (model.vision.blocks[0].attn.q_proj.bits, joined.bits) == (8, 8)
+    projector = model.projector
+    joined = {
+        "layers": lambda: projector.layers[0], "mlp": lambda: projector.mlp.up_proj,
+        "coarse": lambda: projector.coarse.projection,
+    }  # fmt: skip
+    first = next(find() for name, find in joined.items() if name in projector)
+    assert (model.vision.blocks[0].attn.q_proj.bits, first.bits) == (8, 8)
 
 
 INFO = {
     name: (token, {"min_pixels": 576, "max_pixels": 4000, "max_image_tokens": 27})
     for name, token in (("paddleocr-vl", "<|IMAGE_PLACEHOLDER|>"), ("glm-ocr", "<|image|>"), ("glm4v", "<|image|>"))
-}
+} | {"granite-docling-500m": ("<image>", {"image_size": 32, "tile_tokens": 4, "max_image_tokens": 28})}
 
 
 @pytest.mark.parametrize("name", NAMES)

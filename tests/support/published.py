@@ -427,6 +427,20 @@ QIANFAN_OCR = {
     },
     "vision_config": {"model_type": "qianfan_ocr_vision"},
 }  # fmt: skip
+GRANITE_DOCLING_500M = {  # the defaults of transformers' classes, which are written in this model's style
+    "model_type": "granite_docling", "image_token_id": 100337, "tie_word_embeddings": True,
+    "text_config": {
+        "model_type": "granite_docling_text", "vocab_size": 133800, "hidden_size": 1024, "intermediate_size": 2048,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5, "embedding_multiplier": 12.0, "logits_scaling": 4.0, "residual_multiplier": 0.263,
+        "attention_multiplier": 0.015625,
+    },
+    "vision_config": {
+        "model_type": "granite_docling_vision", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "image_size": 512, "patch_size": 16, "out_hidden_size": 1024, "scale_factor": 4,
+        "deepstack_visual_indexes": [3, 7, 10], "use_fine_route": True,
+    },
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": _llava("llava", VICUNA_7B, pad_token_id=32001),
     "llava-hf/llava-1.5-13b-hf": _llava("llava", VICUNA_13B, pad_token_id=32001),
@@ -483,6 +497,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **GLM,
     "deepseek-community/Janus-Pro-1B": _janus(2048, 5632, 24, 16),
     "deepseek-community/Janus-Pro-7B": _janus(4096, 11008, 30, 32),
+    "ibm-granite/granite-for-docling-500m": GRANITE_DOCLING_500M,
 }  # fmt: skip
 
 
@@ -557,6 +572,8 @@ def image_tokens(config: VLMConfig) -> str:
         return f"1 for {vision.image_size} x {vision.image_size} pixels"
     if vision.tiled is not None:
         return f"1, up to {vision.num_features * vision.tiled.max_tiles:,} keys"
+    if config.projector.connector is not None:  # 32 tiles, as its image processor's class says, and the whole
+        return f"up to {33 * config.tokens_of_row:,}, or four times as many"
     if config.projector.shuffle is not None:  # of a square of 4 x 4 tiles, as their image processors say, and the whole
         return f"up to {17 * vision.num_features // config.projector.shuffle.factor**2:,}"
     if config.projector.resampler is not None:
