@@ -34,11 +34,8 @@ from .decoder import (
 )
 from .drawing import NORM_GROUPS, DrawingConfig, VQConfig
 from .projector import (
-<<<<<<< HEAD
-    GridPoolConfig,
-=======
     ConnectorConfig,
->>>>>>> main
+    GridPoolConfig,
     MergerConfig,
     MergerKind,
     PoolConfig,
@@ -51,22 +48,13 @@ from .queries import ContrastConfig, QueryConfig
 from .vision import MOST_TILES, BlockConfig, GridConfig, Resize, TiledConfig, VisionConfig
 
 __all__ = [
-<<<<<<< HEAD
-    "MOST_TILES", "NORM_GROUPS", "SLIDING", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ContrastConfig",
-    "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "DrawingConfig", "EmbeddingConfig", "ExpertConfig",
-    "GridConfig", "GridPoolConfig", "InstructionConfig", "LayerShape", "LayerType", "MLPType", "MergerConfig",
-    "MergerKind", "NormConfig", "NormType", "PerLayerConfig", "PoolConfig", "Prescribed", "ProjectorConfig",
-    "QFormerConfig", "QueryConfig", "QueryScale", "QueryScaleType", "ResamplerConfig", "Resize", "ScaleConfig",
-    "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VQConfig", "VisionConfig", "WindowConfig",
-    "check_layers",
-=======
-    "MOST_TILES", "NORM_GROUPS", "Activation", "AttentionShape", "BiasConfig", "BlindRows", "BlockConfig",
-    "ConnectorConfig", "ContrastConfig", "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "DrawingConfig",
-    "ExpertConfig", "GridConfig", "InstructionConfig", "LayerType", "MLPType", "MergerConfig", "MergerKind",
-    "NormConfig", "NormType", "PoolConfig", "Prescribed", "ProjectorConfig", "QFormerConfig", "QueryConfig",
-    "QueryScale", "QueryScaleType", "ResamplerConfig", "Resize", "ScaleConfig", "ShuffleConfig", "TileMerge",
-    "TiledConfig", "TwoWay", "VLMConfig", "VQConfig", "VisionConfig", "WindowConfig", "check_layers",
->>>>>>> main
+    "MOST_TILES", "NORM_GROUPS", "SLIDING", "Activation", "BiasConfig", "BlindRows", "BlockConfig", "ConnectorConfig",
+    "ContrastConfig", "CrossAttentionConfig", "DecoderConfig", "DeltaConfig", "DrawingConfig", "EmbeddingConfig",
+    "ExpertConfig", "GridConfig", "GridPoolConfig", "InstructionConfig", "LayerShape", "LayerType", "MLPType",
+    "MergerConfig", "MergerKind", "NormConfig", "NormType", "PerLayerConfig", "PoolConfig", "Prescribed",
+    "ProjectorConfig", "QFormerConfig", "QueryConfig", "QueryScale", "QueryScaleType", "ResamplerConfig", "Resize",
+    "ScaleConfig", "ShuffleConfig", "TileMerge", "TiledConfig", "TwoWay", "VLMConfig", "VQConfig", "VisionConfig",
+    "WindowConfig", "check_layers", "draft_layers", "flat", "grid", "unpad", "unpad_floor",
 ]  # fmt: skip
 
 TileMerge = Literal["unpad", "unpad_floor", "grid", "flat"]

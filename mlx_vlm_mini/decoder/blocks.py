@@ -82,12 +82,8 @@ class DecoderLayer(StreamLayer):
         if config.norms.v_norm:
             self.self_attn.v_norm = BareRMSNorm(eps=config.norms.rms_norm_eps)
         self.post_attention_layernorm = make_norm(config)
-<<<<<<< HEAD
         self.mlp = MLPS[config.mlp_type](config, kind)
-=======
-        self.mlp = MLPS[config.mlp_type](config)
         self.residual_scale = config.scales.residual_scale
->>>>>>> main
 
     @classmethod
     def mask(cls, config: DecoderConfig, kind: LayerType, run: Pass) -> Any:

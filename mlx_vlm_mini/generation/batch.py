@@ -59,12 +59,9 @@ class Cost:
         kinds = Counter(config.layer_types)
         images, linear = kinds.pop("cross_attention", 0), kinds.pop("linear_attention", 0)
         shapes = [(config.shape(kind), count) for kind, count in kinds.items()]
-<<<<<<< HEAD
         shapes = [(shape, count) for shape, count in shapes if shape.shared_with is None]
-=======
         vision = model.config.vision
         patch = 1 if vision is None else 3 * vision.patch_size**2
->>>>>>> main
         row = image_row = 0
         if (delta := config.delta) is not None:
             state = delta.num_value_heads * delta.value_head_dim * delta.key_head_dim * mx.float32.size

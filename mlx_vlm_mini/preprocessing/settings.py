@@ -133,13 +133,8 @@ _DEFAULTS["Glm4v"] = _DEFAULTS["Glm46V"] = {
 TILINGS: dict[str, type[Cuts]] = {
     "LlavaNext": Tiling, "LlavaOnevision": Tiling, "GotOcr2": Tiles, "InternVLChat": Tiles, "Mllama": Canvas,
     "Idefics3": Splits, "SmolVLM": Splits, "Gemma3": Crops, "Qwen2VL": Grid, "Qwen2_5_VL": Grid, "Pixtral": EdgeGrid,
-<<<<<<< HEAD
     "PaddleOCRVL": RaisedGrid, "Glm4v": FramesGrid, "Glm46V": FramesGrid, "Gemma4": BudgetGrid,
-    "Gemma4Unified": BudgetGrid, "MiniCPMV4_6": Slices, "Janus": Letterbox,
-=======
-    "PaddleOCRVL": RaisedGrid, "Glm4v": FramesGrid, "Glm46V": FramesGrid,
-    "GraniteDocling": PageTiles, "MiniCPMV4_6": Slices, "Janus": Letterbox,
->>>>>>> main
+    "Gemma4Unified": BudgetGrid, "GraniteDocling": PageTiles, "MiniCPMV4_6": Slices, "Janus": Letterbox,
 }  # fmt: skip
 """Image processors that cut an image, or put it into a square, and how."""
 _FIT = (Canvas, PatchGrid, Splits, Slices, Letterbox)  # which resize an image themselves

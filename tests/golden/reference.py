@@ -809,7 +809,6 @@ SPECS = {
         image_processor=("Glm46V", dict(patch_size=6, size={"shortest_edge": 1152, "longest_edge": 8000})),
         tokenizer="qwen2", chat_template=GLM, template_file="chat_template.json",
         config=as_glm_ocr, finish=with_draft_layer, seed=62, family="glm_ocr", cases=tuple(CASES)),
-<<<<<<< HEAD
     "gemma4-31b": Spec(  # tokens: photo.jpg 9 x 7 of 70 or 13 x 9 of 140, shapes.png 6 x 10, strip.png 4 x 16; windows of 40 cut them
         vision=("gemma4_vision", dict(
             hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
@@ -861,7 +860,6 @@ SPECS = {
         tokenizer="gemma4", chat_template=gemma4_reference.LARGE, template_file="chat_template.jinja",
         config=gemma4_reference.as_on_the_hub, finish=gemma4_reference.name_unified, seed=64, family="gemma4_unified",
         cases=(*USUAL, "strip", "side_by_side", "budgets")),
-=======
     "granite-docling-500m": Spec(  # 4 x 4 patches of a tile are a token; photo.jpg: 3 x 2 tiles; shapes.png: 2 x 3; strip.png: 1 x 6
         vision=("granite_docling_vision", dict(
             hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=4,
@@ -882,7 +880,6 @@ SPECS = {
             dense_min_aspect=2.0, dense_max_aspect=9.0)),
         tokenizer="smol markers granite", chat_template=GRANITE, template_file="chat_template.jinja",
         seed=64, family="granite_docling", cases=(*USUAL, "strip")),
->>>>>>> main
 }  # fmt: skip
 CASES |= {  # Qwen-VL's alone: for positions that go by a prompt's length, and for a reference that encodes a message by itself
     "long_text": [user(text_part(" ".join(CORPUS[:3])))],
@@ -1480,11 +1477,7 @@ class Reference:
         names = (
             "input_ids", "pixel_values", "image_sizes", "attention_mask", "token_type_ids",
             "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask", "pixel_attention_mask", "image_grid_thw",
-<<<<<<< HEAD
-            "mm_token_type_ids", "batch_num_images", "target_sizes", "image_position_ids",
-=======
-            "mm_token_type_ids", "batch_num_images", "target_sizes", "tile_fine_mask",
->>>>>>> main
+            "mm_token_type_ids", "batch_num_images", "target_sizes", "image_position_ids", "tile_fine_mask",
         )  # fmt: skip
         inputs = {key: inputs[key] for key in names if key in inputs}
         ids = inputs["input_ids"]
