@@ -82,10 +82,15 @@ def save(spec: Spec, folder: Path) -> None:
     unread = [name for name in tensors if ".vqmodel.encoder." in name and not name.endswith("conv_in.bias")]
     write_tensors(spec, folder, {name: tensor for name, tensor in tensors.items() if name not in unread})  # type: ignore[arg-type]
     content = json.loads((folder / "config.json").read_text())
-    for key in ("hidden_act", "layer_norm_eps", "attention_bias", "use_qk_norm", "num_channels"):
-        content["vision_config"].pop(key, None)
-    for key in ("hidden_act", "out_channels", "num_hidden_layers"):
-        content["vq_config"].pop(key, None)
+    defaults = {
+        "vision_config": {
+            "hidden_act": "gelu", "layer_norm_eps": 1e-6, "attention_bias": True, "use_qk_norm": False, "num_channels": 3},
+        "vq_config": {"hidden_act": "gelu", "out_channels": 3, "num_hidden_layers": 2},
+    }  # fmt: skip
+    for part, known in defaults.items():  # as the Hub's files, which leave out what their classes default to
+        content[part] = {
+            key: value for key, value in content[part].items() if known.get(key, value) != value or key not in known
+        }
     content.pop("tie_word_embeddings", None)
     (folder / "config.json").write_text(json.dumps(content, indent=1))
     processor.save_pretrained(folder)

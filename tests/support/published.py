@@ -271,7 +271,7 @@ def _pixtral(model_type: str, mlp: int, context: int, **vision: Any) -> dict[str
 def _janus(hidden: int, mlp: int, layers: int, heads: int) -> dict[str, Any]:
     """Vision and VQ parts are the classes' defaults but for the decoder's width."""
     return {
-        "model_type": "janus", "image_token_id": 100581,
+        "model_type": "janus", "image_token_id": 100581, "tie_word_embeddings": False,  # the files have a head of their own
         "text_config": {
             "model_type": "llama", "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
             "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 102400, "rope_theta": 10000.0,
