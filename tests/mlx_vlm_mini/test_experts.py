@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import edit_json, with_paths
+from click.testing import CliRunner
 from reference import CASES, GOLDEN
 
 from mlx_vlm_mini import load
@@ -14,6 +15,7 @@ from mlx_vlm_mini.checkpoints.describe import describe
 from mlx_vlm_mini.checkpoints.folder import open_checkpoint
 from mlx_vlm_mini.checkpoints.load import plan
 from mlx_vlm_mini.checkpoints.weights import load_weights
+from mlx_vlm_mini.cli.main import main
 from mlx_vlm_mini.config import ExpertConfig
 from mlx_vlm_mini.convert import convert, preview
 from mlx_vlm_mini.convert.quantize import find_layers
@@ -229,6 +231,9 @@ def test_experts_that_do_not_fit_are_refused_in_a_line(copy_of, name, changes, m
     with pytest.raises(CheckpointError, match=message) as error:
         load(folder)
     assert "\n" not in str(error.value)
+    for command in (["generate", folder, "-p", "What?"], ["convert", folder, folder / "out"]):
+        result = CliRunner().invoke(main, [*map(str, command)])
+        assert (result.exit_code, result.stdout) == (1, "") and re.fullmatch(r"Error: .*\n", result.stderr)
 
 
 def test_a_missing_expert_is_named(copy_of):

@@ -283,6 +283,31 @@ def test_a_saved_cache_goes_on_and_back_as_the_conversation_does(hybrid, tmp_pat
         assert again.last_stats.cached_tokens == chat.last_stats.cached_tokens > 90
 
 
+@pytest.mark.parametrize("other", ["qwen3.5-moe", "qwen3-vl"])
+def test_states_of_another_model_are_not_used(hybrid, other, tmp_path):
+    """Neither way round; one line says so."""
+    first, second = hybrid, load(GOLDEN / other)
+    for writer, reader in ((first, second), (second, first)):
+        chat = Chat(*writer, max_tokens=3)
+        list(chat.send("Which is larger?"))
+        chat.save(tmp_path / "talk.json", cache=True)
+        again = Chat.load(tmp_path / "talk.json", *reader)
+        (note,) = again.notes
+        assert note.endswith("was saved with another model: the conversation is read anew") and "\n" not in note
+        tokens = [chunk.token for chunk in again.send("Why?")]
+        fresh = Chat(*reader, max_tokens=3)
+        fresh.messages = again.messages[:2]
+        assert [chunk.token for chunk in fresh.send("Why?")] == tokens and again.last_stats.cached_tokens == 0
+        file = tmp_path / "talk.safetensors"  # and of a conversation of this model with the other's states
+        other_states = file.read_bytes()
+        chat = Chat(*reader, max_tokens=3)
+        list(chat.send("Which is larger?"))
+        chat.save(tmp_path / "talk.json", cache=True)
+        file.write_bytes(other_states)
+        (note,) = Chat.load(tmp_path / "talk.json", *reader).notes
+        assert note.endswith("was computed by another model: the conversation is read anew")
+
+
 def test_files_of_states_that_cannot_be_are_read_anew(hybrid, tmp_path):
     model, processor = hybrid
     chat = Chat(model, processor, max_tokens=5)
