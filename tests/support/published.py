@@ -13,7 +13,7 @@ configs in public repositories' tests; SmolVLM 2.2B, Idefics3-8B and Gemma 3 12B
 its config, Pixtral-12B's from memory (its decoder has Mistral Nemo's sizes). PaddleOCR-VL's and GLM-4.1V's are their classes' defaults,
 GLM-OCR's and GLM-4.6V-Flash's recalled; Janus-Pro's those of copies of their configs. Qwen3.5's 0.8B, 4B, 9B, 27B, 35B-A3B and
 397B-A17B from copies of their configs and from THUDM/slime's scripts, 2B and 122B-A10B recalled; Qwen3-VL-MoE's from those scripts; MiniCPM-V 4.6's from a copy of its config in
-sophgo/LLM-TPU; LightOnOCR's are its class's defaults; Ministral 3's 8B has its class's, 3B, 14B and Devstral Small 2 are recalled, as is
+sophgo/LLM-TPU; Gemma 4's from copies of their configs in public repositories' tests, but for 12B, which is recalled; LightOnOCR's are its class's defaults; Ministral 3's 8B has its class's, 3B, 14B and Devstral Small 2 are recalled, as is
 Granite-Docling; of Qianfan-OCR the decoder is Qwen3-4B, with the vocabulary that its class has. None was downloaded from the Hub itself.
 """
 
@@ -441,6 +441,57 @@ GRANITE_DOCLING_500M = {  # the defaults of transformers' classes, which are wri
         "deepstack_visual_indexes": [3, 7, 10], "use_fine_route": True,
     },
 }  # fmt: skip
+GEMMA4: dict[str, dict[str, Any]] = {
+    "31B": {
+        "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 60, "num_attention_heads": 32,
+        "num_key_value_heads": 16, "num_global_key_value_heads": 4,
+    },
+    "26B-A4B": {
+        "hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "num_global_key_value_heads": 2, "enable_moe_block": True, "num_experts": 128,
+        "top_k_experts": 8, "moe_intermediate_size": 704,
+    },
+    "12B": {
+        "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "num_global_key_value_heads": 1,
+    },
+    "E4B": {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42, "num_key_value_heads": 2,
+        "num_kv_shared_layers": 18,
+    },
+    "E2B": {
+        "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35, "num_key_value_heads": 1,
+        "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
+    },
+}  # fmt: skip
+
+
+def _gemma4(size: str) -> dict[str, Any]:
+    """E4B and E2B also hear, which is left out."""
+    text, small, plain = GEMMA4[size], size.startswith("E"), size == "12B"
+    every = 5 if size == "E2B" else 6
+    layers = range(1, text["num_hidden_layers"] + 1)
+    tower = {"model_type": "gemma4_vision", "use_clipped_linears": small, "standardize": not small}
+    if not small:
+        tower |= {
+            "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+            "num_key_value_heads": 16, "head_dim": 72,
+        }  # fmt: skip
+    return {
+        "model_type": "gemma4_unified" if plain else "gemma4", "image_token_id": 258880, "boi_token_id": 255999,
+        "eoi_token_id": 258882, "tie_word_embeddings": True,
+        "vision_config": tower if not plain else {"model_type": "gemma4_unified_vision"},
+        "text_config": {
+            "model_type": "gemma4_unified_text" if plain else "gemma4_text", "attention_k_eq_v": not small,
+            "final_logit_softcapping": 30.0, "global_head_dim": 512, "head_dim": 256,
+            "hidden_size_per_layer_input": 256 if small else 0, "max_position_embeddings": 131072 if small else 262144,
+            "num_attention_heads": 8, "sliding_window": 512 if small else 1024,
+            "use_bidirectional_attention": None if small else "vision", "vocab_size": 262144,
+            "layer_types": ["sliding_attention" if layer % every else "full_attention" for layer in layers], **text,
+        },
+    }  # fmt: skip
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": _llava("llava", VICUNA_7B, pad_token_id=32001),
     "llava-hf/llava-1.5-13b-hf": _llava("llava", VICUNA_13B, pad_token_id=32001),
@@ -473,6 +524,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         for side in (224, 448, 896)
     },
     **{f"google/gemma-3-{name}-it": _gemma3(text) for name, text in GEMMA3.items()},
+    **{f"google/gemma-4-{size}-it": _gemma4(size) for size in GEMMA4},
     "meta-llama/Llama-3.2-11B-Vision": _mllama(LLAMA32_11B, 448),
     "meta-llama/Llama-3.2-11B-Vision-Instruct": _mllama(LLAMA32_11B, 560),
     "meta-llama/Llama-3.2-90B-Vision-Instruct": _mllama(LLAMA32_90B, 560),
@@ -524,20 +576,29 @@ def published(name: str) -> Checkpoint:
             blocks[tensor] = shape
     for number in range(ours.vision.depth, ours.vision.num_hidden_layers):  # in the file, though nothing reads them
         shapes |= {tensor.replace(".0.", f".{number}.", 1): shape for tensor, shape in blocks.items()}
+    for number, kind in enumerate(ours.decoder.layer_types):  # likewise, as these layers have the keys of others
+        if (own := ours.decoder.shape(kind)).shared_with is not None:
+            kept, keys = (
+                f"decoder.layers.{number}.self_attn.",
+                (own.num_kv_heads * own.head_dim, ours.decoder.hidden_size),
+            )
+            shapes |= {
+                f"{kept}k_proj.weight": keys,
+                f"{kept}v_proj.weight": keys,
+                f"{kept}k_norm.weight": (own.head_dim,),
+            }
     stored: dict[str, tuple[int, ...]] = {}
     for tensor, shape in shapes.items():
         if ".switch_mlp." in tensor:  # gate and up of all experts are one tensor, which stands beside that of down
             stem, _, part = tensor.removesuffix("_proj.weight").partition(".switch_mlp.")
-            name = (
-                stem.replace("decoder.", "model.language_model.")
-                + f".experts.{'down' if part == 'down' else 'gate_up'}_proj"
-            )
+            stem = stem.replace("decoder.", "model.language_model.").removesuffix(".experts")
+            name = f"{stem}.experts.{'down' if part == 'down' else 'gate_up'}_proj"
             count, rows, columns = shape
             rows = rows if part == "down" else 2 * rows
             stored[name] = (count, columns, rows) if config["model_type"] == "qwen3_vl_moe" else (count, rows, columns)
             continue
         name = _stored_name(tensor, family.WEIGHTS, str(config["model_type"]))
-        stored[name] = (stored.get(name, (0,))[0] + shape[0], *shape[1:])
+        stored[name] = (stored.get(name, (0,))[0] + shape[0], *shape[1:]) if shape else ()
     return without_data(config, stored)
 
 
@@ -568,6 +629,8 @@ def _stored_name(tensor: str, weights: Weights, model_type: str) -> str:
 def image_tokens(config: VLMConfig) -> str:
     """Of an image, or of one that fills the most tiles."""
     vision = config.vision
+    if vision.grid is not None and vision.grid.places is not None:
+        return "up to 280, or 70 to 1,120"
     if vision.grid is not None:
         return f"1 for {vision.image_size} x {vision.image_size} pixels"
     if vision.tiled is not None:
