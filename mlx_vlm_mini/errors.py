@@ -38,3 +38,9 @@ class ContextError(PromptError):
 
 class MemoryShortError(CheckpointError):
     """A model that could be loaded if more memory were free."""
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raises PromptError where an option is no whole number, or a smaller one; None is one that nobody gave."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise PromptError(f"{name} must be a whole number of {least} or more, not {value!r}")

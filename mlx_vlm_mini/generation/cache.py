@@ -17,7 +17,7 @@ from mlx_vlm_mini.decoder.decoder import Decoder
 from mlx_vlm_mini.decoder.delta import DeltaCache, Memory, Snapshot
 from mlx_vlm_mini.decoder.masks import Rotating
 from mlx_vlm_mini.decoder.state import SNAPSHOTS, NoCache, State
-from mlx_vlm_mini.errors import CheckpointError, PromptError
+from mlx_vlm_mini.errors import CheckpointError, PromptError, check_whole
 from mlx_vlm_mini.inputs import Inputs
 from mlx_vlm_mini.model import VLM
 
@@ -70,6 +70,7 @@ def make_state(model: VLM, *, kv_bits: int | None = None, rotate: int | None = N
     if kv_bits is not None and rotate is not None:
         raise PromptError("a rotating cache cannot be quantized: choose kv_bits or rotate")
     if rotate is not None:
+        check_whole("rotate", rotate, 0)
         if rotate <= 2 * KEEP:
             raise PromptError(f"rotate must be more than {2 * KEEP} tokens, not {rotate}")
         if config.delta is not None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_vlm_mini.checkpoints.fingerprint import fingerprint
 from mlx_vlm_mini.decoder.rope import longest_context
-from mlx_vlm_mini.errors import PromptError, VLMError
+from mlx_vlm_mini.errors import PromptError, VLMError, check_whole
 from mlx_vlm_mini.files import write_whole
 from mlx_vlm_mini.inputs import Inputs
 from mlx_vlm_mini.model import VLM
@@ -119,8 +119,7 @@ class Chat:
         """
         if on_full not in ("stop", "drop"):
             raise PromptError(f"on_full must be 'stop' or 'drop', not {on_full!r}")
-        if context is not None and context < 1:
-            raise PromptError(f"context must be 1 token or more, not {context}")
+        check_whole("context", context, 1)
         if engine is not None and engine.model is not model:
             raise PromptError("the engine answers with another model: give the one that it was made with")
         self.model = model

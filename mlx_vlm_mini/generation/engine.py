@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_vlm_mini.decoder.state import State
-from mlx_vlm_mini.errors import ContextError, PromptError, VLMError
+from mlx_vlm_mini.errors import ContextError, PromptError, VLMError, check_whole
 from mlx_vlm_mini.images.source import ImageSource
 from mlx_vlm_mini.inputs import Inputs
 from mlx_vlm_mini.layers.memory import device_memory, free_memory, read_memory
@@ -229,6 +229,8 @@ class Engine:
         """
         if type(batch_size) is not int or batch_size < 1:
             raise PromptError(f"batch_size must be a whole number of 1 or more, not {batch_size!r}")
+        check_whole("context", context, 1)
+        check_whole("prefix_memory", prefix_memory, 0)
         Options(**options)
         self.model, self.processor, self.options, self.context = model, processor, options, context
         self._features, self._pixels = Features(feature_memory), Features(feature_memory)  # of a thread each

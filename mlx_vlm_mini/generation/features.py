@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from mlx_vlm_mini.errors import check_whole
 from mlx_vlm_mini.images.source import ImageSource, Picture, read_image
 from mlx_vlm_mini.images.video import Video
 from mlx_vlm_mini.inputs import InputImage
@@ -30,6 +31,7 @@ class Features:
     """
 
     def __init__(self, limit: int = FEATURE_MEMORY) -> None:
+        check_whole("feature_memory", limit, 0)
         self.limit = limit
         self.nbytes = 0
         self._kept: OrderedDict[Any, tuple[Any, int]] = OrderedDict()

@@ -72,3 +72,14 @@ def test_a_function_that_ends_its_thread_leaves_nobody_waiting(llava):
     with pytest.raises(VLMError, match="the engine is closed"):
         engine.submit("Hi")
     engine.close()
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "a", True])
+def test_numbers_that_are_none_are_refused_where_they_are_given(llava, value):
+    for name, kinds in (
+        ("context", (Chat, Engine)), ("feature_memory", (Chat, Engine)), ("prefix_memory", (Engine,)),
+        ("rotate", (Chat, Engine)),
+    ):  # fmt: skip
+        for kind in kinds:
+            with pytest.raises(VLMError, match=f"{name} must be a whole number of . or more, not {value!r}"):
+                kind(*llava, **{name: value})
