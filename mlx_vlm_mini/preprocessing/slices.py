@@ -7,11 +7,12 @@ them keep the picture's shape, so the whole and the slices have sizes of their o
 from dataclasses import dataclass
 from math import ceil, log, sqrt
 
-from mlx_vlm_mini.errors import CheckpointError
+from mlx_vlm_mini.errors import CheckpointError, ImageError
 
 from .frame import Frame
 
 IMAGE_NUMBER = "\ue004\ue005"  # in what stands for a picture in the prompt: which of the prompt's it is
+SLIVER = 16  # times the square's area that a picture may become whose short side is less than a token
 MOST = 1000  # slices of a picture, far above every model's 9; the grids that are compared grow with them
 
 
@@ -68,10 +69,17 @@ class Slices:
         return self._fit((_round(size[0], rows) / rows, _round(size[1], columns) / columns))
 
     def _fit(self, size: tuple[float, float]) -> tuple[int, int]:
-        """The same shape in whole tokens and about the area."""
+        """The same shape in whole tokens and about the area.
+
+        Raises:
+            ImageError: it is so long that one token's height makes it far larger.
+        """
         shape = size[1] / size[0]
         height = int(self.scale / sqrt(shape))
-        return _round(height, self.factor), _round(int(height * shape), self.factor)
+        fitted = _round(height, self.factor), _round(int(height * shape), self.factor)
+        if fitted[0] * fitted[1] > SLIVER * self.scale**2:
+            raise ImageError(f"an image of this shape becomes one of {fitted[1]}x{fitted[0]} pixels: crop it first")
+        return fitted
 
     def count_tokens(self, size: tuple[int, int]) -> tuple[int, int]:
         """Tokens of a whole picture of `size`, and of each of its slices."""

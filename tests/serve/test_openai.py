@@ -271,6 +271,7 @@ def test_paths_methods_and_lists(server):
         response = client.get("/v1/chat/completions")
         assert response.status_code == 405 and response.headers["allow"] == "POST"
         assert client.head("/health").status_code == 200 and client.head("/health").text == ""
+        assert ask(server).status_code == 200
         counted = client.get("/metrics").text
         assert 'mlx_vlm_mini_requests_total{route="/v1/models",status="200"}' in counted
         assert 'mlx_vlm_mini_tokens_total{kind="generated",model="tiny"}' in counted
