@@ -266,7 +266,7 @@ class ConstraintAfterThinking(Constraint):
         elif before == "between" and not self._vocabulary.tokens[token].strip():
             self._spaces += 1
         elif before == "beginning" and text and place != "text":
-            self._opened += text
+            self._opened = (self._opened + text).lstrip()  # as `ThinkingFilter` reads it
         else:
             self._waits = False
             super().add(token)

@@ -64,14 +64,14 @@ def test_random_answers_are_valid(number):
     assert sum(answer.finish_reason == "stop" for answer in found) >= 2
 
 
-UNSPELLED = pytest.mark.xfail(
-    reason="its characters cannot spell the marker that opens thinking, which the mask lets begin"
-)
+# A random model may leave a character of several bytes unfinished where its thinking ends: the text stream then puts a
+# replacement character in front of the answer, which the form does not know of.
+UNFINISHED = pytest.mark.xfail(reason="an unfinished character before the marker that ends thinking becomes text")
 
 
 @pytest.mark.reference
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=UNSPELLED) if name == "gemma4-e2b" else name for name in sorted(SPECS)]
+    "name", [pytest.param(name, marks=UNFINISHED) if name == "gemma4-e2b" else name for name in sorted(SPECS)]
 )
 def test_random_answers_of_every_family_in_every_form_are_valid(name):
     found = answer_all(name, [*SCHEMAS])
@@ -111,7 +111,7 @@ def test_each_token_is_the_likeliest_of_those_allowed_and_its_logprob_is_the_mod
     ("name", "options"),
     [
         ("llava-clip-llama", {}), ("llava-clip-llama", SEEDED), ("qwen3.5", SEEDED), ("mllama-meta", {}),
-        *(pytest.param(name, options, marks=[pytest.mark.reference, *([UNSPELLED] if name == "gemma4-e2b" else [])]) for name, options in zip(sorted(SPECS), cycle([{}, SEEDED, SEEDED]))),
+        *(pytest.param(name, options, marks=pytest.mark.reference) for name, options in zip(sorted(SPECS), cycle([{}, SEEDED, SEEDED]))),
     ],
 )  # fmt: skip
 def test_tokens_that_are_read_together_change_nothing(name, options, monkeypatch):
