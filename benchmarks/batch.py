@@ -124,7 +124,7 @@ def timed(work: Callable[[], object]) -> Cost:
 
 
 class Ours:
-    """The model, and what is measured of it in this process."""
+    """One model, and the measurements of it that run in this process."""
 
     def __init__(self, folder: str, context: int) -> None:
         self.model, self.processor = load(folder)

@@ -5,8 +5,8 @@
 MODEL is by default a golden of the tests. Each run is the command in a process of its own, forked from one that has
 imported everything and computed nothing; two run at a time, each a part K of an N that changes, or one without a part,
 which takes the others' files in. Most are killed (SIGKILL) after a random time, so also while answers are written or
-files are taken in. When a file holds all answers, it is compared with that of a run that was left alone, and a new one
-is begun.
+files are taken in. When a file holds all answers, it is compared with that of a run that was not killed, and the next
+file starts.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a list of a million pictures costs before the first answer, and what keeping account of all of them costs.
+"""Measures a list of a million pictures: memory and time before the first answer, and the cost of the bookkeeping.
 
     python benchmarks/long_list.py [MODEL] [--count 1000000]
 

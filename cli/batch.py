@@ -209,22 +209,22 @@ def answer_many(
         interrupts = stack.enter_context(Interrupts())
         progress.say("looking at what there is to do")
         todo = left_to_do(questions, output, {"model": model, **loading, **options}, part, tally)
-        begun = []  # what is at fault needs no model
+        first = []  # up to the first question that needs the model; those before it failed already
         for found in todo:
             interrupts.check()
             if found is not None:
-                begun.append(found)
+                first.append(found)
                 if found[1].fault is None:
                     break
         try:
-            if begun:
+            if first:
                 stack.enter_context(awake())
                 ask: Callable[[Item], Request] | None = None
-                if begun[-1][1].fault is None:
+                if first[-1][1].fault is None:
                     progress.say(f"loading {model}")
                     ask = stack.enter_context(_engine(model, batch_size, memory, loading, options))
                 progress.start()
-                Asking(output, ask, batch_size, progress, interrupts.check).answer(chain(begun, todo))
+                Asking(output, ask, batch_size, progress, interrupts.check).answer(chain(first, todo))
         finally:
             progress.note(running=False)
         progress.clear()

@@ -164,7 +164,7 @@ def write_pictures(drawn: "list[Drawn]", files: list[Path], model: str) -> None:
 
 
 def show(picture: "Drawn", look: Look, name: str) -> None:
-    """A preview, and what the picture cost, where a person is looking."""
+    """Print a preview and the cost of the picture, if stderr is a terminal."""
     if not sys.stderr.isatty():
         return
     if look.thumbnails != "none":
