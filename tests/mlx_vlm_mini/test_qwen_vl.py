@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import PHOTO, SHAPES, check_fields, edit_json
 from click.testing import CliRunner
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from published import QWEN_VL, published
@@ -80,6 +80,7 @@ texts = st.text(max_size=40) | st.text(alphabet="aAeinoqrst. ,'\n\t13é日\u017f
 @given(text=texts | st.lists(st.sampled_from(" ".join(CORPUS).split(" ")), max_size=8).map(" ".join))
 @example(text="user\n\nWhat? DON'T\r\n  \n x")
 def test_ids_equal_those_of_the_ranks_by_brute_force(text):
+    assume(not any(token in text for token in CONTROLS + TAGS))  # hypothesis also tries texts that stand in the code
     tokenizer = load_tokenizer(QWEN)
     normal = unicodedata.normalize("NFC", text)
     ids = tokenizer.encode(text)
